@@ -1,0 +1,1 @@
+"""LLaDA2.0-Uni for diffusers."""

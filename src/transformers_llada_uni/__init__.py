@@ -1,0 +1,51 @@
+"""
+LLaDA2.0-Uni for transformers: backbone, multimodal model, processors, block-diffusion generation and training.
+
+Importing the package registers its classes with the Auto classes; the classes themselves are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .auto_registration import register
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "block_diffusion_cache": ["BlockDiffusionCache"],
+    "configuration_llada2_moe": ["LLaDA2MoeConfig"],
+    "configuration_llada_uni": ["LLaDAUniConfig"],
+    "generation_block_diffusion": ["BlockDiffusionGenerationConfig", "BlockDiffusionGenerationMixin"],
+    "image_processing_llada_uni": ["LLaDAUniImageProcessor"],
+    "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
+    "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
+    "processing_llada_uni": ["LLaDAUniProcessor"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from .block_diffusion_cache import *
+    from .configuration_llada2_moe import *
+    from .configuration_llada_uni import *
+    from .generation_block_diffusion import *
+    from .image_processing_llada_uni import *
+    from .modeling_llada2_moe import *
+    from .modeling_llada_uni import *
+    from .processing_llada_uni import *
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+register()

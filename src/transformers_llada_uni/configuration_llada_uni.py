@@ -1,0 +1,64 @@
+"""Configuration of LLaDA2.0-Uni: backbone, vision tower, codebook, and the tokens that frame a picture."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
+
+from .configuration_llada2_moe import LLaDA2MoeConfig
+
+
+@strict
+class LLaDAUniConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LLaDAUniForConditionalGeneration`].
+
+    In a sequence a picture of H x W codes reads `<|image|> <|reserved_token_H|> <|reserved_token_W|> <boi>`, H*W codes
+    in raster order, `<|/image|>`. The ids of these tokens differ between tokenizers; conversion looks them up.
+
+    Args:
+        text_config ([`LLaDA2MoeConfig`] or `dict`, *optional*): The backbone.
+        vision_config (`GlmImageVisionConfig` or `dict`, *optional*): The vision tower of transformers.
+        vq_config (`GlmImageVQVAEConfig` or `dict`, *optional*): The codebook of transformers.
+        image_token_id (`int`): Placeholder of a code that the model fills in from `pixel_values`
+            (`<|reserved_token_0|>`: no header ever names the number 0).
+        image_start_token_id (`int`): `<|image|>`.
+        image_end_token_id (`int`): `<|/image|>`.
+        begin_of_image_token_id (`int`): `<boi>`.
+        grid_token_ids (`list[int]`): The id of `<|reserved_token_n|>` stands at index n.
+
+    Raises:
+        ValueError: if the backbone's image codes and the codebook differ in number.
+    """
+
+    model_type = "llada_uni"
+    sub_configs_defaults = {
+        "text_config": LLaDA2MoeConfig,
+        "vision_config": GlmImageVisionConfig,
+        "vq_config": GlmImageVQVAEConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    vq_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    begin_of_image_token_id: int | None = None
+    grid_token_ids: list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def validate_codebook(self) -> None:
+        """Called by `@strict` after initialisation."""
+        offset = self.text_config.image_token_offset
+        if offset is None:
+            return
+        num_codes = self.text_config.vocab_size - offset
+        if num_codes != self.vq_config.num_embeddings:
+            raise ValueError(
+                f"`vq_config.num_embeddings` is {self.vq_config.num_embeddings}, but the backbone's vocabulary has "
+                f"{num_codes} image codes (`text_config.vocab_size` - `text_config.image_token_offset`)."
+            )
+
+
+__all__ = ["LLaDAUniConfig"]

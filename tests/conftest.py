@@ -1,0 +1,24 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def official_tiny() -> Path:
+    """A tiny checkpoint in the released layout, with what the released code computes from it under `expected/`."""
+    return ROOT / "tests" / "fixtures" / "official_tiny"
+
+
+@pytest.fixture(scope="session")
+def converted_dir(official_tiny, tmp_path_factory) -> Path:
+    """`official_tiny` converted by the command a user would run."""
+    target = tmp_path_factory.mktemp("converted") / "llada-uni-tiny"
+    script = ROOT / "conversion" / "convert_llada_uni_checkpoint.py"
+    subprocess.run([sys.executable, str(script), str(official_tiny), str(target)], check=True)
+    return target
