@@ -41,6 +41,11 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     model_type = "llada2_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 600000.0
+    attribute_map = {
+        # names under which transformers' own mixture-of-experts layers know these sizes
+        "num_local_experts": "num_experts",
+        "n_shared_experts": "num_shared_experts",
+    }
 
     # Query, key and value heads live in one matrix, so its output is gathered before it is split into heads.
     base_model_tp_plan = {
@@ -100,7 +105,7 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     pad_token_id: int | None = 156892
     eos_token_id: int | list[int] | None = 156892
     tie_word_embeddings: bool = False
-    use_cache: bool = True
+    use_cache: bool = False
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

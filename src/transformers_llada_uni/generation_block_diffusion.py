@@ -1,0 +1,2 @@
+class BlockDiffusionGenerationMixin: pass
+class BlockDiffusionGenerationConfig: pass

@@ -1,0 +1,447 @@
+"""The LLaDA2 backbone: a mixture-of-experts transformer with block-causal attention that fills in masked tokens."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.glm4_moe.modeling_glm4_moe import (
+    Glm4MoeExperts,
+    Glm4MoeMLP,
+    Glm4MoeRMSNorm,
+    Glm4MoeRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_llada2_moe import LLaDA2MoeConfig
+from .generation_block_diffusion import BlockDiffusionGenerationMixin
+
+
+# The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
+register_checkpoint_conversion_mapping(
+    LLaDA2MoeConfig.model_type,
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+
+
+def create_block_causal_mask(
+    config: LLaDA2MoeConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    block_length: int,
+    block_start: torch.Tensor | None = None,
+):
+    """
+    The mask under which a query sees its own block and all blocks before it: key j for query i where
+    `(j - s) // block_length <= (i - s) // block_length`, s being the column at which the row's first block begins.
+
+    Args:
+        config: The backbone's configuration; names the attention implementation.
+        inputs_embeds: `(batch, query_length, hidden_size)`; only shape, dtype and device are used.
+        attention_mask: `(batch, past + query_length)`, 0 for padding; or a 4-D mask or `BlockMask`, returned as it is.
+        past_key_values: The cache, whose length is the offset of the first query.
+        block_length: Tokens in a block.
+        block_start: `(batch,)`, column of each row's first block. Default: the row's first column that is not padding,
+            so that a left-padded row is masked like the same row alone.
+
+    Returns:
+        What the attention implementation takes: `None` if nothing is hidden, else a mask.
+
+    Raises:
+        ValueError: if flash attention is asked for queries of more than one block, which it cannot mask.
+    """
+    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+        return attention_mask
+    start = past_key_values.get_seq_length() if past_key_values is not None else 0
+    query_length = inputs_embeds.shape[1]
+    is_padded = attention_mask is not None and not bool(attention_mask.all())
+    one_block = not is_padded and start // block_length == (start + query_length - 1) // block_length
+    if is_flash_attention_requested(config):
+        if start // block_length != (start + query_length - 1) // block_length:
+            raise ValueError(
+                f"`attn_implementation={config._attn_implementation!r}` cannot hide later blocks of one call; give it "
+                f"one block of `block_length={block_length}` tokens at a time, or load the model with 'sdpa' or "
+                "'flex_attention'."
+            )
+        return attention_mask if is_padded else None
+    if one_block:
+        return None
+
+    if block_start is None and is_padded:
+        block_start = attention_mask.to(torch.long).argmax(dim=-1)
+    if block_start is None:
+
+        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx // block_length <= q_idx // block_length
+    else:
+
+        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
+            origin = block_start[batch_idx]
+            return (kv_idx - origin) // block_length <= (q_idx - origin) // block_length
+
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=in_earlier_or_same_block,
+    )
+
+
+class LLaDA2MoeAttention(nn.Module):
+    """Grouped-query attention with RMSNorm on query and key heads and rotary embedding on the first channels."""
+
+    def __init__(self, config: LLaDA2MoeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+
+        self.query_key_value = nn.Linear(
+            config.hidden_size, (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim, bias=False
+        )
+        self.query_layernorm = Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.key_layernorm = Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        heads = self.query_key_value(hidden_states).view(*input_shape, -1, self.head_dim)
+        query_states, key_states, value_states = heads.split(
+            [self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=-2
+        )
+        query_states = self.query_layernorm(query_states).transpose(1, 2)
+        key_states = self.key_layernorm(key_states).transpose(1, 2)
+        value_states = value_states.transpose(1, 2)
+
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            # A cache that weighs keys by how much they are looked at needs the queries too.
+            key_states, value_states = past_key_values.update(
+                key_states, value_states, self.layer_idx, query_states=query_states
+            )
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            is_causal=False,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.dense(attn_output), attn_weights
+
+
+class LLaDA2MoeTopkRouter(nn.Module):
+    """
+    Sigmoid router with group-limited choice (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    Experts are chosen by biased scores, first the best groups (sum of a group's two best), then the best experts in
+    them; they are weighted by the unbiased scores. `expert_bias` balances the load and takes no gradient.
+    """
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.expert_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `(tokens, hidden_size)`.
+
+        Returns:
+            Router logits `(tokens, num_experts)`, weights and indices of the chosen experts `(tokens, top_k)`.
+        """
+        config = self.config
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision would tie scores
+        router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        scores = router_logits.sigmoid()
+        grouped = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))  # (tokens, groups, experts of group)
+        best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config.topk_group, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best_groups, False)
+        choice = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(-2)
+        top_k_index = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        top_k_weights = scores.gather(-1, top_k_index)
+        top_k_weights = top_k_weights / (top_k_weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return router_logits, top_k_weights * config.routed_scaling_factor, top_k_index
+
+
+class LLaDA2MoeSparseMoeBlock(nn.Module):
+    """Routed experts plus a shared expert that every token passes."""
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__()
+        self.gate = LLaDA2MoeTopkRouter(config)
+        self.experts = Glm4MoeExperts(config)
+        self.shared_experts = Glm4MoeMLP(
+            config, intermediate_size=config.moe_intermediate_size * config.num_shared_experts
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        routed = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
+        return routed + self.shared_experts(hidden_states)
+
+
+class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LLaDA2MoeConfig, layer_idx: int):
+        super().__init__()
+        self.attention = LLaDA2MoeAttention(config, layer_idx)
+        if layer_idx < config.first_k_dense_replace:
+            self.mlp = Glm4MoeMLP(config)
+        else:
+            self.mlp = LLaDA2MoeSparseMoeBlock(config)
+        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.attention(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LLaDA2MoePreTrainedModel(PreTrainedModel):
+    config: LLaDA2MoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDA2MoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LLaDA2MoeDecoderLayer,
+        "attentions": LLaDA2MoeAttention,
+        "router_logits": OutputRecorder(LLaDA2MoeTopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["expert_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, LLaDA2MoeTopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.expert_bias)
+        elif isinstance(module, Glm4MoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
+    """The backbone without a head: ids to hidden states."""
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [LLaDA2MoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Glm4MoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        block_length: int | None = None,
+        block_start: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: `(batch, length)`.
+            attention_mask: `(batch, past + length)`, 0 for padding; or a ready 4-D mask or `BlockMask`.
+            position_ids: `(batch, length)`. Default: counted from each row's first token that is not padding.
+            past_key_values: A cache that ends at a block boundary.
+            inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
+            use_cache: Whether to make a cache where none is given.
+            block_length: Tokens of an attention block. Default: `config.block_length`.
+            block_start: `(batch,)`, see [`create_block_causal_mask`].
+
+        Returns:
+            `last_hidden_state` `(batch, length, hidden_size)`, after the final norm.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if `block_length` is below 1.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        block_length = self.config.block_length if block_length is None else block_length
+        if block_length < 1:
+            raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + start
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                padding = attention_mask.to(torch.long).argmax(dim=-1, keepdim=True)
+                position_ids = (position_ids - padding).clamp(min=0)
+
+        attention_mask = create_block_causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, block_length, block_start
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class LLaDA2MoeForBlockDiffusion(LLaDA2MoePreTrainedModel, BlockDiffusionGenerationMixin):
+    """The backbone with its head: predicts the token under every mask. Loads the released layout as it is."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__(config)
+        self.model = LLaDA2MoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"
+        self.post_init()
+
+    def get_decoder(self) -> LLaDA2MoeModel:
+        return self.model
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        block_length: int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        See [`LLaDA2MoeModel.forward`] for what is not described here.
+
+        Args:
+            labels: `(batch, length)`, the clean ids where the loss is taken and -100 elsewhere. Position i predicts
+                token i: nothing is shifted.
+            logits_to_keep: Positions to compute logits for: the last n (0: all), or their indices.
+
+        Returns:
+            `logits` `(batch, positions, vocab_size)` and, with `labels`, the mean cross-entropy as `loss`.
+        """
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            block_length=block_length,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel", "create_block_causal_mask"]
