@@ -12,10 +12,11 @@ from .auto_registration import register
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "block_diffusion_cache": ["BlockDiffusionCache"],
+    "block_diffusion_cache": ["BlockDiffusionCache", "SprintCache", "SprintConfig"],
     "configuration_llada2_moe": ["LLaDA2MoeConfig"],
     "configuration_llada_uni": ["LLaDAUniConfig"],
-    "generation_block_diffusion": ["BlockDiffusionGenerationConfig", "BlockDiffusionGenerationMixin"],
+    "generation_block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
+    "generation_configuration": ["BlockDiffusionGenerationConfig"],
     "image_processing_llada_uni": ["LLaDAUniImageProcessor"],
     "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
     "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .configuration_llada2_moe import *
     from .configuration_llada_uni import *
     from .generation_block_diffusion import *
+    from .generation_configuration import *
     from .image_processing_llada_uni import *
     from .modeling_llada2_moe import *
     from .modeling_llada_uni import *

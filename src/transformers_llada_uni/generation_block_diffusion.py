@@ -1,2 +1,442 @@
-class BlockDiffusionGenerationMixin: pass
-class BlockDiffusionGenerationConfig: pass
+"""Generation by block diffusion: text, image codes with guidance, and both interleaved."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput, logging
+
+from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
+from .block_diffusion_sampling import Generators
+from .generation_configuration import BlockDiffusionGenerationConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class BlockDiffusionOutput(ModelOutput):
+    """
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, prompt + new)`): Prompt and new tokens.
+        num_forward_passes (`int`): Forward passes of the backbone.
+        tokens_per_forward (`float`): New tokens of all rows, without what follows an end token, per forward pass.
+    """
+
+    sequences: torch.LongTensor | None = None
+    num_forward_passes: int | None = None
+    tokens_per_forward: float | None = None
+
+
+class BlockDiffusionGenerationMixin:
+    """
+    `generate` and its siblings for a model with a block-causal backbone (`get_decoder()`) and an `lm_head`.
+
+    The sequence is cut into blocks. Block after block, all its masks are predicted at once, the surest predictions are
+    committed, and the rest is predicted again (LLaDA, arXiv 2502.09992; block diffusion, arXiv 2503.09573).
+    """
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args: Any, **kwargs: Any
+    ) -> None:
+        """Called by `from_pretrained`: loads `generation_config.json`, if the checkpoint has one of ours."""
+        cache_dir, force_download, proxies, local_files_only, token, revision, subfolder, _ = args or [None] * 8
+        if generation_config is None and pretrained_model_name_or_path is not None:
+            try:
+                generation_config, foreign = BlockDiffusionGenerationConfig.load(
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=bool(force_download),
+                    proxies=proxies,
+                    local_files_only=bool(local_files_only),
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder or "",
+                )
+            except OSError:
+                return  # The settings that follow from the model's configuration stay.
+            if foreign:
+                logger.warning("`generation_config.json` has settings without meaning here, ignored: %s.", foreign)
+        if generation_config is not None:
+            self.generation_config = generation_config
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: BlockDiffusionGenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        generator: Generators = None,
+        show_progress_bar: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | BlockDiffusionOutput:
+        r"""
+        Continues prompts with text, and fills in the mask tokens that stand in them.
+
+        1. Settle the settings and check the arguments.
+        2. Lay out prompts and room for the new tokens, aligned by block.
+        3. Fill in block after block; stream what is finished.
+        4. Cut every row after its first end token.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts, padded on the left. A mask token in a
+                prompt is filled in too, seeing all that comes before it and the rest of its block.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
+            generation_config ([`BlockDiffusionGenerationConfig`], *optional*): Default: that of the model.
+            streamer (`BaseStreamer`, *optional*): Gets the prompt, then every block as it is finished. One row only.
+            generator (`torch.Generator` or a list with one per row, *optional*): For `do_sample=True`.
+            show_progress_bar (`bool`, defaults to `False`): Show a bar that counts tokens.
+            pixel_values, image_grid_thw: Pictures whose places `input_ids` holds open, from the processor.
+            kwargs: Any field of [`BlockDiffusionGenerationConfig`], overriding it.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length + new)`. Rows that end early are filled with the padding token.
+            With `return_dict_in_generate=True` a [`BlockDiffusionOutput`].
+
+        Raises:
+            ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
+        """
+        # 1. Settle the settings and check the arguments.
+        config = self._settle_generation_config(generation_config, kwargs)
+        prompts = self._split_rows("input_ids", input_ids, attention_mask)
+        if config.max_length is not None:
+            config.max_new_tokens = config.max_length - input_ids.shape[1]
+            if config.max_new_tokens < 0:
+                raise ValueError(
+                    f"`max_length` is {config.max_length}, but `input_ids` have {input_ids.shape[1]} columns already."
+                )
+        self._check_length("max_new_tokens", prompts, config.max_new_tokens)
+        self._check_generator(generator, len(prompts))
+        if streamer is not None and len(prompts) > 1:
+            raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {len(prompts)}.")
+        if config.max_new_tokens == 0 and not bool((input_ids == config.mask_token_id).any()):
+            raise ValueError("`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate.")
+        input_ids = self._insert_image_codes(input_ids, pixel_values, image_grid_thw)
+        prompts = self._split_rows("input_ids", input_ids, attention_mask)
+
+        # 2. Lay out prompts and room for the new tokens, aligned by block.
+        canvas = Canvas.lay_out([prompts], config.max_new_tokens, config.block_length, config.mask_token_id)
+        end_ids = torch.tensor(_as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
+        decoder = BlockDiffusionDecoder(
+            self.get_decoder(),
+            self.lm_head,
+            self._usable_cache(config),
+            config.mask_token_id,
+            generator=generator,
+            is_done=lambda tokens, is_new: (torch.isin(tokens, end_ids) & is_new).any(dim=-1),
+            image_token_offset=self.config.get_text_config().image_token_offset,
+        )
+
+        # 3. Fill in block after block; stream what is finished.
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        with tqdm(total=config.max_new_tokens, unit="token", disable=not show_progress_bar) as progress:
+            for block in decoder.run(canvas):
+                start = max(block.start, int(canvas.prompt_end.min()))
+                stop = min(block.stop, int(canvas.end.max()))
+                progress.update(max(stop - start, 0))
+                if streamer is not None and stop > start:
+                    tokens = canvas.ids[0, 0, start:stop]
+                    streamer.put(tokens[: self._length_with_end(tokens, end_ids)].cpu())
+        if streamer is not None:
+            streamer.end()
+
+        # 4. Cut every row after its first end token.
+        sequences, num_new_tokens = self._collect(canvas, input_ids, attention_mask, end_ids, config)
+        if not config.return_dict_in_generate:
+            return sequences
+        passes = decoder.num_forward_passes
+        return BlockDiffusionOutput(
+            sequences=sequences, num_forward_passes=passes, tokens_per_forward=num_new_tokens / passes
+        )
+
+    @torch.no_grad()
+    def generate_image_codes(
+        self,
+        input_ids: torch.LongTensor,
+        grid: tuple[int, int],
+        attention_mask: torch.Tensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        negative_image_input_ids: torch.LongTensor | None = None,
+        negative_image_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float = 0.0,
+        guidance_rescale: float = 0.7,
+        num_steps_per_block: int = 8,
+        image_codes: torch.LongTensor | None = None,
+        image_codes_mask: torch.Tensor | None = None,
+        generation_config: BlockDiffusionGenerationConfig | None = None,
+        generator: Generators = None,
+        show_progress_bar: bool = False,
+        callback: Callable[[int, int], None] | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | BlockDiffusionOutput:
+        r"""
+        Generates the codes of one picture per prompt, which ends with the header of the wanted grid.
+
+        Guidance works on logits: `u + guidance_scale * (c - u) + image_guidance_scale * (u - n)` with c the prompt, u
+        the companion without text and n the companion without image, then [`guided_logits`]' rescaling.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts, padded on the left.
+            grid (`tuple[int, int]`): Height and width in codes.
+            attention_mask (`torch.Tensor`, *optional*): 0 for padding.
+            negative_input_ids, negative_attention_mask: The companions without text, padded on the left.
+            negative_image_input_ids, negative_image_attention_mask: The companions without image, padded on the left;
+                used where `image_guidance_scale` is not 0.
+            pixel_values, image_grid_thw: Pictures whose places the prompts hold open, from the processor.
+            guidance_scale (`float`, *optional*): Default: 2.0 with `negative_input_ids`, else 1.0 (no guidance).
+            image_guidance_scale (`float`, defaults to 0.0): Pull away from the companion without image.
+            guidance_rescale (`float`, defaults to 0.7): Share of the rescaled logits, 0 to 1.
+            num_steps_per_block (`int`, defaults to 8): Steps a block may take.
+            image_codes (`torch.LongTensor` of shape `(batch, H * W)`, *optional*): Known codes, for infilling.
+            image_codes_mask (`torch.BoolTensor` of shape `(batch, H * W)`, *optional*): True where a code is to be
+                generated anew; all others stay those of `image_codes`.
+            generation_config, generator, show_progress_bar, kwargs: As in [`generate`].
+            callback (`Callable[[int, int], None]`, *optional*): Called after every block with the codes done and all.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, H * W)`, codes in raster order from 0 to `codebook_size - 1`; with
+            `return_dict_in_generate=True` a [`BlockDiffusionOutput`] of them.
+
+        Raises:
+            ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
+        """
+        # 1. Settle the settings and check the arguments.
+        config = self._settle_generation_config(generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block})
+        text_config = self.config.get_text_config()
+        offset = text_config.image_token_offset
+        if offset is None:
+            raise ValueError("This checkpoint has no image codes (`image_token_offset` is None).")
+        num_codes = _check_grid(grid)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if negative_input_ids is None else 2.0
+        guidance = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        for name, value in guidance.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        if not isinstance(guidance_rescale, (int, float)) or not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must be between 0 and 1, got {guidance_rescale!r}.")
+        if negative_input_ids is None and guidance_scale != 1.0:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but `negative_input_ids` are not given.")
+        if image_guidance_scale != 0 and (negative_image_input_ids is None or negative_input_ids is None):
+            raise ValueError(
+                f"`image_guidance_scale` is {image_guidance_scale}, but `negative_input_ids` or "
+                "`negative_image_input_ids` are not given."
+            )
+        named = [("input_ids", input_ids, attention_mask)]
+        if guidance_scale != 1.0 or image_guidance_scale != 0:
+            named.append(("negative_input_ids", negative_input_ids, negative_attention_mask))
+        if image_guidance_scale != 0:
+            named.append(("negative_image_input_ids", negative_image_input_ids, negative_image_attention_mask))
+        for name, ids, mask in named:
+            self._check_length("grid", self._split_rows(name, ids, mask), num_codes)
+            if ids.shape[0] != input_ids.shape[0]:
+                raise ValueError(f"`{name}` has {ids.shape[0]} rows, but `input_ids` has {input_ids.shape[0]}.")
+        self._check_generator(generator, input_ids.shape[0])
+        known = _check_known_codes(image_codes, image_codes_mask, (input_ids.shape[0], num_codes), text_config)
+
+        # 2. Lay out prompts, companions and room for the codes, aligned by block; put known codes in their places.
+        branches = []
+        for name, ids, mask in named:
+            if name != "negative_image_input_ids":
+                ids = self._insert_image_codes(ids, pixel_values, image_grid_thw)
+            branches.append(self._split_rows(name, ids, mask))
+        canvas = Canvas.lay_out(branches, num_codes, config.block_length, config.mask_token_id)
+        room = canvas.prompt_end[:, None] + torch.arange(num_codes, device=input_ids.device)
+        if known is not None:
+            codes, mask = (tensor.to(input_ids.device) for tensor in known)
+            row_index, code_index = (~mask).nonzero(as_tuple=True)
+            at = (row_index, room[row_index, code_index])
+            canvas.ids[:, at[0], at[1]] = codes[row_index, code_index] + offset
+            canvas.masked[at] = False
+        decoder = BlockDiffusionDecoder(
+            self.get_decoder(),
+            self.lm_head,
+            self._usable_cache(config),
+            config.mask_token_id,
+            allowed=(offset, text_config.vocab_size),
+            is_image=True,
+            guidance=(guidance_scale, image_guidance_scale, guidance_rescale),
+            generator=generator,
+            image_token_offset=offset,
+        )
+
+        # 3. Fill in block after block.
+        with tqdm(total=num_codes, unit="code", disable=not show_progress_bar) as progress:
+            for block in decoder.run(canvas):
+                done = min(max(block.stop - int(canvas.prompt_end.max()), 0), num_codes)
+                progress.update(done - progress.n)
+                if callback is not None:
+                    callback(done, num_codes)
+
+        # 4. Cut the codes out.
+        codes = canvas.ids[0].gather(1, room) - offset
+        if not config.return_dict_in_generate:
+            return codes
+        passes = max(decoder.num_forward_passes, 1)
+        return BlockDiffusionOutput(
+            sequences=codes,
+            num_forward_passes=decoder.num_forward_passes,
+            tokens_per_forward=codes.numel() / passes,
+        )
+
+    def _settle_generation_config(
+        self, generation_config: BlockDiffusionGenerationConfig | None, kwargs: dict[str, Any]
+    ) -> BlockDiffusionGenerationConfig:
+        if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
+            raise TypeError(
+                "`generation_config` must be a BlockDiffusionGenerationConfig, got "
+                f"{type(generation_config).__name__}."
+            )
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if "max_new_tokens" in kwargs:
+            config.max_length = None  # the later word counts
+        if unknown := sorted(set(kwargs) - set(config._DEFAULTS)):
+            raise TypeError(
+                f"`generate` has no {', '.join(f'`{name}`' for name in unknown)}. Settings are "
+                f"{', '.join(config._DEFAULTS)}."
+            )
+        config.update(**kwargs)
+        defaults = BlockDiffusionGenerationConfig.from_model_config(self.config)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(defaults, name))
+        if config.mask_token_id is None:
+            raise ValueError(
+                "`mask_token_id` is not known from the checkpoint; pass `mask_token_id=tokenizer.mask_token_id`."
+            )
+        return config
+
+    def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
+        if config.use_cache and self.training and self.is_gradient_checkpointing:
+            logger.warning_once("Gradient checkpointing drops caches: generating without one. Call `model.eval()` first.")
+            config = copy.deepcopy(config)
+            config.use_cache, config.cache_implementation, config.cache_config = False, "exact", None
+        return config
+
+    def _insert_image_codes(
+        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
+    ) -> torch.LongTensor:
+        """Puts the codes of pictures in their places. A backbone alone has no eyes."""
+        if pixel_values is not None:
+            raise ValueError(f"`pixel_values` were given, but {type(self).__name__} has no vision tower.")
+        return input_ids
+
+    def _split_rows(
+        self, name: str, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> list[torch.LongTensor]:
+        """Rows without their padding, each `(length,)`."""
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(f"`{name}` must be a torch.LongTensor, got {type(input_ids).__name__}.")
+        if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
+            raise ValueError(
+                f"`{name}` must hold integers of shape (batch, length), got {input_ids.dtype} of shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` of `{name}` has shape {tuple(attention_mask.shape)}, but `{name}` has shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        visible = attention_mask.to(torch.bool)
+        if bool((visible[:, :-1] & ~visible[:, 1:]).any()):
+            raise ValueError(
+                f"`{name}` must be padded on the left, but its `attention_mask` hides tokens after visible ones. Set "
+                "`padding_side='left'` in the tokenizer."
+            )
+        lengths = visible.sum(dim=-1).tolist()
+        if min(lengths) == 0:
+            raise ValueError(f"Row {lengths.index(0)} of `{name}` is empty.")
+        vocab_size = self.config.get_text_config().vocab_size
+        if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
+            raise ValueError(f"`{name}` holds ids outside of the vocabulary of {vocab_size} tokens.")
+        return [row[len(row) - length :] for row, length in zip(input_ids, lengths, strict=True)]
+
+    def _check_length(self, name: str, prompts: list[torch.LongTensor], num_new_tokens: int) -> None:
+        limit = self.config.get_text_config().max_position_embeddings
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + num_new_tokens > limit:
+            raise ValueError(
+                f"A prompt of {longest} tokens and {num_new_tokens} new ones (`{name}`) exceed "
+                f"`max_position_embeddings` ({limit}); at most {max(limit - longest, 0)} new tokens fit."
+            )
+
+    @staticmethod
+    def _check_generator(generator: Generators, num_rows: int) -> None:
+        if isinstance(generator, list) and len(generator) != num_rows:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {num_rows} rows.")
+
+    @staticmethod
+    def _length_with_end(tokens: torch.Tensor, end_ids: torch.Tensor) -> int:
+        """Tokens up to and with the first end token."""
+        ends = torch.isin(tokens, end_ids).nonzero()
+        return int(ends[0]) + 1 if len(ends) else len(tokens)
+
+    def _collect(
+        self,
+        canvas: Canvas,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        end_ids: torch.Tensor,
+        config: BlockDiffusionGenerationConfig,
+    ) -> tuple[torch.LongTensor, int]:
+        """Prompts as they were given (gaps filled in) with the new tokens, padded; and the number of new tokens."""
+        fill = config.pad_token_id
+        if fill is None:
+            fill = int(end_ids[0]) if len(end_ids) else 0
+        rows = []
+        for row, (prompt_end, end) in enumerate(zip(canvas.prompt_end.tolist(), canvas.end.tolist(), strict=True)):
+            new = canvas.ids[0, row, prompt_end:end]
+            rows.append(new[: self._length_with_end(new, end_ids)])
+        longest = max(len(row) for row in rows)
+        sequences = torch.full((len(rows), input_ids.shape[1] + longest), fill, device=input_ids.device)
+        sequences[:, : input_ids.shape[1]] = input_ids
+        for row, new in enumerate(rows):
+            length = int(canvas.prompt_end[row] - canvas.padding[0, row])
+            prompt = canvas.ids[0, row, canvas.padding[0, row] : canvas.prompt_end[row]]
+            sequences[row, input_ids.shape[1] - length : input_ids.shape[1]] = prompt
+            sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(new)] = new
+        return sequences, sum(len(row) for row in rows)
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _check_grid(grid: tuple[int, int]) -> int:
+    is_pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+    if not is_pair or not all(isinstance(side, int) and side > 0 for side in grid):
+        raise ValueError(f"`grid` must be two positive integers (height, width in codes), got {grid!r}.")
+    return grid[0] * grid[1]
+
+
+def _check_known_codes(image_codes, image_codes_mask, shape, text_config) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if (image_codes is None) != (image_codes_mask is None):
+        raise ValueError("`image_codes` and `image_codes_mask` go together: give both or neither.")
+    if image_codes is None:
+        return None
+    for name, tensor in (("image_codes", image_codes), ("image_codes_mask", image_codes_mask)):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape} (batch, H * W), got {tuple(tensor.shape)}.")
+    codebook_size = text_config.vocab_size - text_config.image_token_offset
+    if int(image_codes.min()) < 0 or int(image_codes.max()) >= codebook_size:
+        raise ValueError(f"`image_codes` must lie between 0 and {codebook_size - 1}.")
+    return image_codes, image_codes_mask.to(torch.bool)
+
+
+__all__ = ["BlockDiffusionGenerationConfig", "BlockDiffusionGenerationMixin", "BlockDiffusionOutput"]

@@ -9,7 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
@@ -23,11 +22,13 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
+from .generation_configuration import BlockDiffusionGenerationConfig
+from .masking_block_causal import create_block_causal_mask
 
 
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
@@ -47,71 +48,6 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
-
-
-def create_block_causal_mask(
-    config: LLaDA2MoeConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    block_length: int,
-    block_start: torch.Tensor | None = None,
-):
-    """
-    The mask under which a query sees its own block and all blocks before it: key j for query i where
-    `(j - s) // block_length <= (i - s) // block_length`, s being the column at which the row's first block begins.
-
-    Args:
-        config: The backbone's configuration; names the attention implementation.
-        inputs_embeds: `(batch, query_length, hidden_size)`; only shape, dtype and device are used.
-        attention_mask: `(batch, past + query_length)`, 0 for padding; or a 4-D mask or `BlockMask`, returned as it is.
-        past_key_values: The cache, whose length is the offset of the first query.
-        block_length: Tokens in a block.
-        block_start: `(batch,)`, column of each row's first block. Default: the row's first column that is not padding,
-            so that a left-padded row is masked like the same row alone.
-
-    Returns:
-        What the attention implementation takes: `None` if nothing is hidden, else a mask.
-
-    Raises:
-        ValueError: if flash attention is asked for queries of more than one block, which it cannot mask.
-    """
-    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
-        return attention_mask
-    start = past_key_values.get_seq_length() if past_key_values is not None else 0
-    query_length = inputs_embeds.shape[1]
-    is_padded = attention_mask is not None and not bool(attention_mask.all())
-    one_block = not is_padded and start // block_length == (start + query_length - 1) // block_length
-    if is_flash_attention_requested(config):
-        if start // block_length != (start + query_length - 1) // block_length:
-            raise ValueError(
-                f"`attn_implementation={config._attn_implementation!r}` cannot hide later blocks of one call; give it "
-                f"one block of `block_length={block_length}` tokens at a time, or load the model with 'sdpa' or "
-                "'flex_attention'."
-            )
-        return attention_mask if is_padded else None
-    if one_block:
-        return None
-
-    if block_start is None and is_padded:
-        block_start = attention_mask.to(torch.long).argmax(dim=-1)
-    if block_start is None:
-
-        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
-            return kv_idx // block_length <= q_idx // block_length
-    else:
-
-        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
-            origin = block_start[batch_idx]
-            return (kv_idx - origin) // block_length <= (q_idx - origin) // block_length
-
-    return create_bidirectional_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        and_mask_function=in_earlier_or_same_block,
-    )
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -266,6 +202,7 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
 class LLaDA2MoePreTrainedModel(PreTrainedModel):
     config: LLaDA2MoeConfig
     base_model_prefix = "model"
+    generation_config_class = BlockDiffusionGenerationConfig
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -444,4 +381,4 @@ class LLaDA2MoeForBlockDiffusion(LLaDA2MoePreTrainedModel, BlockDiffusionGenerat
         )
 
 
-__all__ = ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel", "create_block_causal_mask"]
+__all__ = ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"]

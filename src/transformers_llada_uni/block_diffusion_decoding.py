@@ -1,0 +1,292 @@
+"""The loop of block diffusion over a canvas: rows of unequal prompts, guidance branches, cached or plain."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+from .block_diffusion_cache import BlockDiffusionCache, SprintCache, SprintConfig
+from .block_diffusion_sampling import (
+    Generators,
+    commit_schedule,
+    guided_logits,
+    make_warpers,
+    predict_tokens,
+    select_positions,
+)
+from .generation_configuration import BlockDiffusionGenerationConfig
+from .masking_block_causal import create_block_causal_mask
+
+
+@dataclass
+class Canvas:
+    """
+    Prompts and the room to be filled, laid out so that blocks of all rows and guidance branches fall together.
+
+    A row is moved right by whole blocks until the block that holds its prompt's end is that of all other rows; so a
+    block of the canvas is a block of the row, and a row in a batch equals the row alone. The companions of guidance
+    are padded to the column where the conditional prompt ends. Padding is never seen, and positions start after it.
+
+    Attributes:
+        ids: `(branches, rows, columns)`.
+        padding: `(branches, rows)`, columns of padding on the left.
+        masked: `(rows, columns)`, true where a token is to be generated.
+        prompt_end: `(rows,)`, first column after the prompt.
+        end: `(rows,)`, first column after what is to be generated.
+        confidence: `(rows, columns)`, the probability a token was committed with, 1 in prompts.
+    """
+
+    ids: torch.Tensor
+    padding: torch.Tensor
+    masked: torch.Tensor
+    prompt_end: torch.Tensor
+    end: torch.Tensor
+    confidence: torch.Tensor
+
+    @classmethod
+    def lay_out(
+        cls, branches: list[list[torch.Tensor]], num_new_tokens: int, block_length: int, mask_token_id: int
+    ) -> "Canvas":
+        """
+        Args:
+            branches: Per branch the unpadded prompts of all rows, each `(length,)`; the first is the conditional one,
+                in which mask tokens are filled in too.
+            num_new_tokens: Room after the prompt.
+            block_length: Tokens in a block.
+            mask_token_id: What the room is filled with.
+        """
+        device = branches[0][0].device
+        prompt_end_blocks = 0
+        for prompts in zip(*branches, strict=True):
+            longest, tail = max(len(prompt) for prompt in prompts), len(prompts[0]) % block_length
+            prompt_end_blocks = max(prompt_end_blocks, -(-(longest - tail) // block_length))
+        prompt_end = [prompt_end_blocks * block_length + len(prompt) % block_length for prompt in branches[0]]
+        num_columns = -(-(max(prompt_end) + num_new_tokens) // block_length) * block_length
+
+        ids = torch.full((len(branches), len(prompt_end), num_columns), mask_token_id, device=device)
+        padding = torch.zeros(len(branches), len(prompt_end), dtype=torch.long, device=device)
+        for branch, prompts in enumerate(branches):
+            for row, prompt in enumerate(prompts):
+                padding[branch, row] = prompt_end[row] - len(prompt)
+                ids[branch, row, prompt_end[row] - len(prompt) : prompt_end[row]] = prompt
+        columns = torch.arange(num_columns, device=device)
+        masked = (ids[0] == mask_token_id) & (columns >= padding[0][:, None])
+        prompt_end = torch.tensor(prompt_end, device=device)
+        return cls(ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked).float())
+
+    @property
+    def num_columns(self) -> int:
+        return self.ids.shape[-1]
+
+
+@dataclass
+class FinishedBlock:
+    """What the loop yields after each block: its columns, and the number of forward passes so far."""
+
+    start: int
+    stop: int
+    num_forward_passes: int
+
+
+class BlockDiffusionDecoder:
+    """
+    Fills in a [`Canvas`], block by block, in place.
+
+    Args:
+        backbone: Ids to hidden states, with block-causal attention.
+        head: Hidden states to logits.
+        config: The settings.
+        mask_token_id: Never predicted.
+        allowed: First and last-plus-one id that may be predicted. `None`: all.
+        is_image: Use the rule for image codes, see [`select_positions`].
+        guidance: `guidance_scale`, `image_guidance_scale`, `guidance_rescale`.
+        generator: For sampling, one or one per row.
+        is_done: From `(tokens (rows, block), is_new (rows, block))` to `(rows,)`: rows that end with this block.
+        image_token_offset: First image code, for SPRINT's separate ratios.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        config: BlockDiffusionGenerationConfig,
+        mask_token_id: int,
+        allowed: tuple[int, int] | None = None,
+        is_image: bool = False,
+        guidance: tuple[float, float, float] = (1.0, 0.0, 0.0),
+        generator: Generators = None,
+        is_done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        image_token_offset: int | None = None,
+    ):
+        self.backbone, self.head, self.config = backbone, head, config
+        self.mask_token_id, self.allowed, self.is_image, self.guidance = mask_token_id, allowed, is_image, guidance
+        self.generator, self.is_done, self.image_token_offset = generator, is_done, image_token_offset
+        self.block_length = config.block_length
+        self.warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
+        self.num_forward_passes = 0
+
+    def run(self, canvas: Canvas) -> Iterator[FinishedBlock]:
+        """
+        1. Make the cache.
+        2. For every block from the first that holds a mask:
+            a. for every step: forward what is not committed yet and the block, predict, commit the surest tokens;
+            b. drop the rows that have ended.
+        """
+        # 1. Make the cache. Three branches fall back from SPRINT to the exact cache, as in the release.
+        num_branches, num_rows, num_columns = canvas.ids.shape
+        config = self.config
+        sprint = config.sprint_config() if config.cache_implementation == "sprint" and num_branches < 3 else None
+        cache = None
+        if config.use_cache:
+            cache_class = BlockDiffusionCache if sprint is None else SprintCache
+            cache = cache_class(len(self.backbone.layers), num_columns)
+        self.rows = torch.arange(num_rows, device=canvas.ids.device)
+
+        # 2. Walk the blocks.
+        first_masked = int(canvas.masked.to(torch.long).argmax(dim=-1).min()) if bool(canvas.masked.any()) else 0
+        for start in range(first_masked // self.block_length * self.block_length, num_columns, self.block_length):
+            stop = start + self.block_length
+            # 2.a. A block without a mask (known text between two gaps) is only context; the next step forwards it.
+            if bool(canvas.masked[self.rows, start:stop].any()):
+                self._fill_block(canvas, start, stop, cache, sprint)
+            # 2.b. Drop the rows that have ended.
+            ended = canvas.end[self.rows] <= stop
+            if self.is_done is not None:
+                columns = torch.arange(start, stop, device=self.rows.device)
+                is_new = (columns >= canvas.prompt_end[self.rows, None]) & (columns < canvas.end[self.rows, None])
+                ended |= self.is_done(canvas.ids[0, self.rows, start:stop], is_new)
+            yield FinishedBlock(start, stop, self.num_forward_passes)
+            if bool(ended.all()):
+                return
+            if bool(ended.any()):
+                if cache is not None:
+                    kept = (~ended).repeat(num_branches).nonzero()[:, 0]
+                    cache.select_rows(kept)
+                self.rows = self.rows[~ended]
+
+    def _fill_block(
+        self, canvas: Canvas, start: int, stop: int, cache: Cache | None, sprint: SprintConfig | None
+    ) -> None:
+        config, rows = self.config, self.rows
+        num_branches = canvas.ids.shape[0]
+        schedule = commit_schedule(self.block_length, config.num_steps_per_block)
+        masked = canvas.masked[rows, start:stop]
+        for step, count in enumerate(schedule):
+            if not bool(masked.any()):
+                break
+            # SPRINT: the last warm-up step shows which part of the prefix the others need.
+            if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
+                cache.observe(self._visible(canvas, stop), self.block_length)
+            hidden_states = self._forward(canvas, start, stop, cache)  # (branches, rows, block, hidden)
+            if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
+                self._prune(canvas, start, cache, sprint)
+            row_index, column_index = masked.nonzero(as_tuple=True)
+            logits = self._logits(hidden_states[:, row_index, column_index])
+            tokens, probabilities, ranking = predict_tokens(
+                logits,
+                rows[row_index],
+                self.warpers,
+                self.generator,
+                "low_confidence" if sprint is None else sprint.confidence,
+            )
+            block_probabilities = torch.zeros(masked.shape, dtype=probabilities.dtype, device=masked.device)
+            block_ranking = block_probabilities.clone()
+            block_probabilities[row_index, column_index] = probabilities
+            block_ranking[row_index, column_index] = ranking
+            if sprint is not None:
+                count = torch.ceil(masked.sum(dim=-1) / (len(schedule) - step))
+            commit = select_positions(
+                masked,
+                block_ranking,
+                block_probabilities,
+                count,
+                config.threshold,
+                at_least_count=self.is_image or sprint is not None,
+            )
+            # All branches take the same tokens.
+            chosen = commit[row_index, column_index]
+            at = (rows[row_index[chosen]], start + column_index[chosen])
+            canvas.ids[:, at[0], at[1]] = tokens[chosen].expand(num_branches, -1)
+            canvas.confidence[at] = probabilities[chosen].to(canvas.confidence.dtype)
+            masked = masked & ~commit
+        canvas.masked[rows, start:stop] = masked
+        if isinstance(cache, SprintCache):
+            cache.restore()
+
+    def _forward(self, canvas: Canvas, start: int, stop: int, cache: Cache | None) -> torch.Tensor:
+        """
+        Hidden states of the block, `(branches, rows, block, hidden)`.
+
+        A block's first step forwards whatever is not committed yet along with it (the prompt, or the block before it
+        with its final tokens) and commits that; so committing takes no pass of its own.
+        """
+        first = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and is_flash_attention_requested(self.backbone.config):
+            # Flash attention knows no block-causal mask: one block at a time.
+            for block in range(first, start, self.block_length):
+                self._forward_columns(canvas, block, block + self.block_length, cache)
+                cache.commit(self.block_length)
+            first = start
+        hidden_states = self._forward_columns(canvas, first, stop, cache)
+        if cache is not None:
+            cache.commit(start - first)
+        return hidden_states[:, -self.block_length :].unflatten(0, (canvas.ids.shape[0], -1))
+
+    def _forward_columns(self, canvas: Canvas, first: int, stop: int, cache: Cache | None) -> torch.Tensor:
+        self.num_forward_passes += 1
+        padding = canvas.padding[:, self.rows].flatten()
+        columns = torch.arange(first, stop, device=canvas.ids.device)
+        outputs = self.backbone(
+            input_ids=canvas.ids[:, self.rows, first:stop].flatten(0, 1),
+            attention_mask=self._attention_mask(canvas, first, stop, cache),
+            position_ids=(columns - padding[:, None]).clamp(min=0),
+            past_key_values=cache,
+            use_cache=False,
+            block_length=self.block_length,
+        )
+        return outputs.last_hidden_state
+
+    def _attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None):
+        """`None` where the backbone's own block-causal mask will do."""
+        visible = self._visible(canvas, stop)
+        is_pruned = isinstance(cache, SprintCache) and cache.kept_columns is not None
+        if is_pruned:
+            visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
+        if bool(visible.all()):
+            return None
+        shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)
+        if is_pruned:
+            return create_bidirectional_mask(
+                config=self.backbone.config, inputs_embeds=shape, attention_mask=visible, past_key_values=cache
+            )
+        block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
+        return create_block_causal_mask(
+            self.backbone.config, shape, visible, cache, self.block_length, block_start
+        )
+
+    def _visible(self, canvas: Canvas, stop: int) -> torch.Tensor:
+        """`(branches * rows, stop)`, false for padding."""
+        columns = torch.arange(stop, device=canvas.ids.device)
+        return columns >= canvas.padding[:, self.rows].flatten()[:, None]
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Guided logits `(masks, vocabulary)` from hidden states `(branches, masks, hidden)`."""
+        logits = self.head(hidden_states).float()
+        guided = guided_logits(logits, *self.guidance)
+        never = torch.ones(guided.shape[-1], dtype=torch.bool, device=guided.device)
+        never[slice(*self.allowed) if self.allowed is not None else slice(None)] = False
+        never[self.mask_token_id] = True
+        return guided.masked_fill(never, float("-inf"))
+
+    def _prune(self, canvas: Canvas, start: int, cache: SprintCache, sprint: SprintConfig) -> None:
+        num_branches = canvas.ids.shape[0]
+        prefix = canvas.ids[:, self.rows, :start].flatten(0, 1)
+        is_image = torch.zeros_like(prefix, dtype=torch.bool)
+        if self.image_token_offset is not None:
+            is_image = prefix >= self.image_token_offset
+        confidence = canvas.confidence[self.rows, :start].repeat(num_branches, 1)
+        cache.prune(sprint, confidence, is_image, self._visible(canvas, start))

@@ -1,0 +1,133 @@
+"""One step of block diffusion as pure functions: guidance, the token of every mask, and which of them to commit."""
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def commit_schedule(block_length: int, num_steps: int) -> list[int]:
+    """Positions each step commits: `block_length // num_steps`, one more in the first `block_length % num_steps`."""
+    base, remainder = divmod(block_length, num_steps)
+    return [base + (step < remainder) for step in range(num_steps)]
+
+
+def guided_logits(
+    branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float, guidance_rescale: float
+) -> torch.Tensor:
+    """
+    Classifier-free guidance (arXiv 2207.12598) on logits, rescaled to the spread of the conditional (arXiv 2305.08891).
+
+    Args:
+        branches: `(branches, masks, vocabulary)`: conditional, without text and, with three branches, without image.
+        guidance_scale: s_text in u + s_text (c - u) + s_image (u - n).
+        image_guidance_scale: s_image.
+        guidance_rescale: Share r of the rescaled logits, 0 to 1.
+
+    Returns:
+        `(masks, vocabulary)`.
+    """
+    if len(branches) == 1:
+        return branches[0]
+    conditional, no_text = branches[0], branches[1]
+    guided = no_text + guidance_scale * (conditional - no_text)
+    if len(branches) == 3:
+        guided = guided + image_guidance_scale * (no_text - branches[2])
+    if guidance_rescale > 0:
+        spread = conditional.std(dim=-1, keepdim=True) / (guided.std(dim=-1, keepdim=True) + 1e-6)
+        guided = guidance_rescale * guided * spread + (1 - guidance_rescale) * guided
+    return guided
+
+
+def predict_tokens(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    warpers: LogitsProcessorList | None = None,
+    generator: Generators = None,
+    confidence: str = "low_confidence",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The token of every masked position and how sure the model is of it.
+
+    Args:
+        logits: `(masks, vocabulary)`.
+        rows: `(masks,)`, the batch row each mask belongs to, ascending.
+        warpers: What shapes the distribution that is sampled from. `None`: take the most probable token.
+        generator: One for the batch or one per row (indexed by `rows`).
+        confidence: What ranks positions, see [`SprintConfig`].
+
+    Returns:
+        Tokens, their probabilities, and the values to rank positions by, each `(masks,)`.
+    """
+    if warpers is not None:
+        logits = warpers(None, logits)
+    probabilities = logits.softmax(dim=-1)
+    if warpers is None:
+        tokens = probabilities.argmax(dim=-1)
+    elif isinstance(generator, list):
+        tokens = torch.empty_like(rows)
+        for row in rows.unique().tolist():
+            of_row = rows == row
+            tokens[of_row] = _multinomial(probabilities[of_row], generator[row])
+    else:
+        tokens = _multinomial(probabilities, generator)
+    token_probabilities = probabilities.gather(-1, tokens[:, None])[:, 0]
+    if confidence == "top_k_margin":
+        best = probabilities.topk(2, dim=-1).values
+        ranking = best[:, 0] - best[:, 1]
+    elif confidence == "neg_entropy":
+        ranking = -torch.special.entr(probabilities).sum(dim=-1)
+    else:
+        ranking = token_probabilities
+    return tokens, token_probabilities, ranking
+
+
+def _multinomial(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    device = probabilities.device if generator is None else generator.device  # a CPU generator serves any device
+    sampled = torch.multinomial(probabilities.to(device), 1, generator=generator)[:, 0]
+    return sampled.to(probabilities.device)
+
+
+def make_warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
+    """transformers' warpers in its own order: temperature, top-k, top-p."""
+    warpers = LogitsProcessorList()
+    if temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+def select_positions(
+    masked: torch.Tensor,
+    ranking: torch.Tensor,
+    probabilities: torch.Tensor,
+    count: int | torch.Tensor,
+    threshold: float,
+    at_least_count: bool,
+) -> torch.Tensor:
+    """
+    Which masked positions a step commits.
+
+    Args:
+        masked: `(rows, block)`.
+        ranking, probabilities: `(rows, block)`; only values at masked positions count.
+        count: How many to commit, the best by `ranking`: one number or `(rows,)`.
+        threshold: Positions whose token is more probable than this are sure.
+        at_least_count: For text a row with `count` or more sure positions commits just those, else its best `count`.
+            For image codes (`True`) both are committed.
+
+    Returns:
+        `(rows, block)`, true where the token is committed.
+    """
+    count = torch.as_tensor(count, device=masked.device).expand(masked.shape[0])
+    order = ranking.masked_fill(~masked, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    best = masked & (order.argsort(dim=-1) < count[:, None])
+    sure = masked & (probabilities > threshold)
+    if at_least_count:
+        return best | sure
+    enough = sure.sum(dim=-1, keepdim=True) >= count[:, None].clamp(max=masked.sum(dim=-1, keepdim=True))
+    return torch.where(enough, sure, best)

@@ -1,0 +1,148 @@
+"""The settings of block-diffusion generation, saved next to a model as `generation_config.json`."""
+
+import math
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .block_diffusion_cache import SprintConfig
+
+
+class BlockDiffusionGenerationConfig(GenerationConfig):
+    r"""
+    Settings of [`BlockDiffusionGenerationMixin.generate`]. Unknown names and values out of range are refused by name.
+
+    Args:
+        max_new_tokens (`int`, defaults to 256): Tokens to generate after the prompt. 0 only fills in mask tokens that
+            stand in the prompt.
+        max_length (`int`, *optional*): Length of prompt and new tokens; replaces `max_new_tokens` where it is given.
+        block_length (`int`, defaults to 32): Tokens that are denoised together; also the block of the attention mask.
+        num_steps_per_block (`int`, defaults to 32): Steps a block may take.
+        threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
+        do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
+        temperature (`float`, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*): Shape what is
+            sampled from.
+        use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
+            recomputes everything at every step.
+        cache_implementation (`str`, defaults to `"exact"`): `"exact"` or `"sprint"`, an approximation.
+        cache_config (`dict`, *optional*): Fields of [`SprintConfig`], for `cache_implementation="sprint"`.
+        return_dict_in_generate (`bool`, defaults to `False`): Return a [`BlockDiffusionOutput`] with counts.
+        mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; those not given are
+            taken from the model's configuration. `eos_token_id` may be a list: any of them ends a row.
+
+    Raises:
+        TypeError: for an unknown name. ValueError: for a value out of its range.
+    """
+
+    _DEFAULTS = {
+        "max_new_tokens": 256,
+        "max_length": None,
+        "block_length": 32,
+        "num_steps_per_block": 32,
+        "threshold": 0.95,
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "use_cache": True,
+        "cache_implementation": "exact",
+        "cache_config": None,
+        "return_dict_in_generate": False,
+        "mask_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "bos_token_id": None,
+    }
+    _METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
+
+    def __init__(self, **kwargs: Any) -> None:
+        # The parent's constructor would add the settings of autoregressive generation, which have no meaning here.
+        for name, default in self._DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        for name in self._METADATA:
+            setattr(self, name, kwargs.pop(name, None))
+        if kwargs:
+            raise TypeError(
+                f"{type(self).__name__} has no {', '.join(f'`{name}`' for name in sorted(kwargs))}; it knows "
+                f"{', '.join(self._DEFAULTS)}."
+            )
+        self.validate()
+
+    def validate(self, **unused_kwargs: Any) -> None:
+        """Raises ValueError that names the setting, if one is out of its range."""
+        for name in ("block_length", "num_steps_per_block"):
+            self._check_integer(name, minimum=1)
+        self._check_integer("max_new_tokens", minimum=0)
+        self._check_integer("max_length", minimum=1, optional=True)
+        self._check_integer("top_k", minimum=1, optional=True)
+        self._check_number("threshold", 0.0, 1.0)
+        self._check_number("top_p", 0.0, 1.0, optional=True, exclude_low=True)
+        self._check_number("temperature", 0.0, math.inf, exclude_low=True)
+        for name in ("do_sample", "use_cache", "return_dict_in_generate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.cache_implementation not in ("exact", "sprint"):
+            raise ValueError(
+                f"`cache_implementation` must be 'exact' or 'sprint', got {self.cache_implementation!r}."
+            )
+        if self.cache_config is not None and self.cache_implementation != "sprint":
+            raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
+        if self.cache_implementation == "sprint":
+            if not self.use_cache:
+                raise ValueError("`cache_implementation='sprint'` needs `use_cache=True`.")
+            self.sprint_config()
+
+    def sprint_config(self) -> SprintConfig:
+        """The settings of SPRINT. Raises ValueError for an unknown name or a value out of range."""
+        settings = self.cache_config or {}
+        if unknown := sorted(set(settings) - set(SprintConfig.__dataclass_fields__)):
+            raise ValueError(
+                f"`cache_config` has no {', '.join(f'`{name}`' for name in unknown)}; it knows "
+                f"{', '.join(SprintConfig.__dataclass_fields__)}."
+            )
+        return SprintConfig(**settings)
+
+    def _check_integer(self, name: str, minimum: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+    def _check_number(
+        self, name: str, low: float, high: float, optional: bool = False, exclude_low: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high or (exclude_low and value == low):
+            lower = f"above {low:g}" if exclude_low else f"at least {low:g}"
+            upper = "finite" if math.isinf(high) else f"at most {high:g}"
+            raise ValueError(f"`{name}` must be a number, {lower} and {upper}, got {value!r}.")
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "BlockDiffusionGenerationConfig":
+        """Settings that follow from a model's configuration: its block length and special tokens."""
+        text_config = model_config.get_text_config()
+        names = ("block_length", "mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
+        known = {name: getattr(text_config, name, None) for name in names}
+        return cls(_from_model_config=True, **{name: value for name, value in known.items() if value is not None})
+
+    @classmethod
+    def load(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple["BlockDiffusionGenerationConfig", list[str]]:
+        """
+        Loads the `generation_config.json` of a checkpoint that may have been written for another kind of generation.
+
+        Returns:
+            The settings, and the names in the file that mean nothing here. Raises OSError where there is no file.
+        """
+        settings = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).to_diff_dict()
+        foreign = sorted(set(settings) - set(cls._DEFAULTS) - set(cls._METADATA))
+        return cls(**{name: value for name, value in settings.items() if name not in foreign}), foreign
+
+    def get_generation_mode(self, assistant_model: Any = None) -> None:
+        raise NotImplementedError("Block diffusion has one mode of generation.")
+
+
+__all__ = ["BlockDiffusionGenerationConfig"]

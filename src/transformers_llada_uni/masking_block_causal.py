@@ -1,0 +1,72 @@
+"""The block-causal attention mask, for every attention implementation of transformers."""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+
+def create_block_causal_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    block_length: int,
+    block_start: torch.Tensor | None = None,
+):
+    """
+    The mask under which a query sees its own block and all blocks before it: key j for query i where
+    `(j - s) // block_length <= (i - s) // block_length`, s being the column at which the row's first block begins.
+
+    Args:
+        config: The backbone's configuration; names the attention implementation.
+        inputs_embeds: `(batch, query_length, hidden_size)`; only shape, dtype and device are used.
+        attention_mask: `(batch, past + query_length)`, 0 for padding; or a 4-D mask or `BlockMask`, returned as it is.
+        past_key_values: The cache, whose length is the offset of the first query.
+        block_length: Tokens in a block.
+        block_start: `(batch,)`, column of each row's first block. Default: the row's first column that is not padding,
+            so that a left-padded row is masked like the same row alone.
+
+    Returns:
+        What the attention implementation takes: `None` if nothing is hidden, else a mask.
+
+    Raises:
+        ValueError: if flash attention is asked for queries of more than one block, which it cannot mask.
+    """
+    if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+        return attention_mask
+    start = past_key_values.get_seq_length() if past_key_values is not None else 0
+    query_length = inputs_embeds.shape[1]
+    is_padded = attention_mask is not None and not bool(attention_mask.all())
+    one_block = not is_padded and start // block_length == (start + query_length - 1) // block_length
+    if is_flash_attention_requested(config):
+        if start // block_length != (start + query_length - 1) // block_length:
+            raise ValueError(
+                f"`attn_implementation={config._attn_implementation!r}` cannot hide later blocks of one call; give it "
+                f"one block of `block_length={block_length}` tokens at a time, or load the model with 'sdpa' or "
+                "'flex_attention'."
+            )
+        return attention_mask if is_padded else None
+    if one_block:
+        return None
+
+    if block_start is None and is_padded:
+        block_start = attention_mask.to(torch.long).argmax(dim=-1)
+    if block_start is None:
+
+        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx // block_length <= q_idx // block_length
+    else:
+
+        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
+            origin = block_start[batch_idx]
+            return (kv_idx - origin) // block_length <= (q_idx - origin) // block_length
+
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=in_earlier_or_same_block,
+    )
