@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -89,8 +88,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read; it is truncated or corrupt ({error}).")
 
 
-@lru_cache(maxsize=2)
-def _load_pickled(path: Path, mtime_ns: int) -> dict[str, torch.Tensor]:
+def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch each have their own way to say no
@@ -110,7 +108,7 @@ def open_tensors(path: Path) -> Iterator[Callable[[str], torch.Tensor]]:
         ValueError: if the file is truncated, corrupt, or would need code to be unpickled.
     """
     if path.suffix == ".pt":
-        yield _load_pickled(path, path.stat().st_mtime_ns).__getitem__
+        yield _load_pickled(path).__getitem__
         return
     try:
         file = safe_open(path, framework="pt")
@@ -131,7 +129,7 @@ def list_tensors(path: Path) -> dict[str, TensorRef]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     if path.suffix == ".pt":
-        tensors = _load_pickled(path, path.stat().st_mtime_ns)
+        tensors = _load_pickled(path)
         return {name: TensorRef(path, name, tuple(t.shape), t.dtype) for name, t in tensors.items()}
     refs = {}
     try:
@@ -249,8 +247,8 @@ def _read_each(outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, 
 
 def write_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
     """
-    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is told of every number of bytes
-    written.
+    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is called with the number of bytes
+    of each tensor written.
     """
     outputs = _in_reading_order(outputs)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -274,7 +272,16 @@ def write_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Calla
         os.fsync(file.fileno())
 
 
-def verify_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
+def write_pickled(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
+    """Writes a `.pt` state dict. The file is held in memory; the release has one, of the size of an embedding."""
+    state_dict = {}
+    for output, tensor in _read_each(outputs):
+        state_dict[output.name] = tensor.clone()
+        report(output.num_bytes)
+    torch.save(state_dict, path)
+
+
+def verify_tensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
     """
     Compares a written file with its sources: the same names, shapes and dtypes, and every tensor bit for bit (after
     the cast, where there is one).

@@ -16,6 +16,7 @@ _EXPORTS = {
     "configuration_llada2_moe": ["LLaDA2MoeConfig"],
     "configuration_llada_uni": ["LLaDAUniConfig"],
     "generation_block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
+    "generation_interleaved": ["InterleavedGenerationMixin"],
     "generation_configuration": ["BlockDiffusionGenerationConfig"],
     "image_processing_llada_uni": ["LLaDAUniImageProcessor"],
     "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .configuration_llada_uni import *
     from .generation_block_diffusion import *
     from .generation_configuration import *
+    from .generation_interleaved import *
     from .image_processing_llada_uni import *
     from .modeling_llada2_moe import *
     from .modeling_llada_uni import *

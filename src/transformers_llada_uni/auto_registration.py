@@ -77,7 +77,9 @@ def _add_configs_to_existing_mappings() -> None:
         if name.startswith("transformers.models.auto."):
             for value in vars(module).values():
                 if isinstance(value, auto_factory._LazyAutoMapping):
-                    value._reverse_config_mapping.update({config: model_type for model_type, config in CONFIGS.items()})
+                    value._reverse_config_mapping.update(
+                        {config: model_type for model_type, config in CONFIGS.items()}
+                    )
 
 
 def register() -> None:

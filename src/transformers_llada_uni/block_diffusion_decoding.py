@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
@@ -76,7 +77,9 @@ class Canvas:
         columns = torch.arange(num_columns, device=device)
         masked = (ids[0] == mask_token_id) & (columns >= padding[0][:, None])
         prompt_end = torch.tensor(prompt_end, device=device)
-        return cls(ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked).float())
+        return cls(
+            ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked, dtype=torch.float32)
+        )
 
     @property
     def num_columns(self) -> int:
@@ -193,6 +196,8 @@ class BlockDiffusionDecoder:
                 self.generator,
                 "low_confidence" if sprint is None else sprint.confidence,
             )
+            if self.allowed is not None:
+                tokens = tokens + self.allowed[0]
             block_probabilities = torch.zeros(masked.shape, dtype=probabilities.dtype, device=masked.device)
             block_ranking = block_probabilities.clone()
             block_probabilities[row_index, column_index] = probabilities
@@ -264,9 +269,7 @@ class BlockDiffusionDecoder:
                 config=self.backbone.config, inputs_embeds=shape, attention_mask=visible, past_key_values=cache
             )
         block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
-        return create_block_causal_mask(
-            self.backbone.config, shape, visible, cache, self.block_length, block_start
-        )
+        return create_block_causal_mask(self.backbone.config, shape, visible, cache, self.block_length, block_start)
 
     def _visible(self, canvas: Canvas, stop: int) -> torch.Tensor:
         """`(branches * rows, stop)`, false for padding."""
@@ -274,13 +277,19 @@ class BlockDiffusionDecoder:
         return columns >= canvas.padding[:, self.rows].flatten()[:, None]
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Guided logits `(masks, vocabulary)` from hidden states `(branches, masks, hidden)`."""
-        logits = self.head(hidden_states).float()
-        guided = guided_logits(logits, *self.guidance)
-        never = torch.ones(guided.shape[-1], dtype=torch.bool, device=guided.device)
-        never[slice(*self.allowed) if self.allowed is not None else slice(None)] = False
-        never[self.mask_token_id] = True
-        return guided.masked_fill(never, float("-inf"))
+        """Guided logits of the allowed ids, `(masks, ids)`, from hidden states `(branches, masks, hidden)`."""
+        low, high = self.allowed or (0, self.head.out_features)
+        rescale = len(hidden_states) > 1 and self.guidance[2] > 0
+        if rescale or type(self.head) is not nn.Linear:
+            # Rescaling measures the spread over the whole vocabulary.
+            logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[:, low:high]
+        else:
+            logits = guided_logits(
+                _at_least_float32(F.linear(hidden_states, self.head.weight[low:high])), *self.guidance
+            )
+        if low <= self.mask_token_id < high:
+            logits[:, self.mask_token_id - low] = float("-inf")
+        return logits
 
     def _prune(self, canvas: Canvas, start: int, cache: SprintCache, sprint: SprintConfig) -> None:
         num_branches = canvas.ids.shape[0]
@@ -290,3 +299,7 @@ class BlockDiffusionDecoder:
             is_image = prefix >= self.image_token_offset
         confidence = canvas.confidence[self.rows, :start].repeat(num_branches, 1)
         cache.prune(sprint, confidence, is_image, self._visible(canvas, start))
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

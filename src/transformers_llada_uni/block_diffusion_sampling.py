@@ -3,7 +3,6 @@
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-
 Generators = torch.Generator | list[torch.Generator] | None
 
 

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
 from .block_diffusion_sampling import Generators
 from .generation_configuration import BlockDiffusionGenerationConfig
-
 
 logger = logging.get_logger(__name__)
 
@@ -43,28 +42,28 @@ class BlockDiffusionGenerationMixin:
     """
 
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args: Any, **kwargs: Any
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs: Any
     ) -> None:
-        """Called by `from_pretrained`: loads `generation_config.json`, if the checkpoint has one of ours."""
-        cache_dir, force_download, proxies, local_files_only, token, revision, subfolder, _ = args or [None] * 8
-        if generation_config is None and pretrained_model_name_or_path is not None:
-            try:
-                generation_config, foreign = BlockDiffusionGenerationConfig.load(
-                    pretrained_model_name_or_path,
-                    cache_dir=cache_dir,
-                    force_download=bool(force_download),
-                    proxies=proxies,
-                    local_files_only=bool(local_files_only),
-                    token=token,
-                    revision=revision,
-                    subfolder=subfolder or "",
-                )
-            except OSError:
-                return  # The settings that follow from the model's configuration stay.
-            if foreign:
-                logger.warning("`generation_config.json` has settings without meaning here, ignored: %s.", foreign)
+        """Called by `from_pretrained`: loads `generation_config.json` where the checkpoint has one."""
         if generation_config is not None:
             self.generation_config = generation_config
+        if generation_config is not None or pretrained_model_name_or_path is None:
+            return
+        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        location = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        try:
+            self.generation_config = BlockDiffusionGenerationConfig.from_pretrained(
+                pretrained_model_name_or_path, **location
+            )
+        except OSError:
+            pass  # There is no such file: the settings that follow from the model's configuration stay.
+        except TypeError as error:
+            # The file was written for autoregressive generation; what it says of special tokens holds here too.
+            foreign = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if getattr(foreign, name) is not None:
+                    setattr(self.generation_config, name, getattr(foreign, name))
+            logger.warning("Of `generation_config.json` only the special tokens are used: %s", error)
 
     @torch.no_grad()
     def generate(
@@ -119,13 +118,15 @@ class BlockDiffusionGenerationMixin:
         if streamer is not None and len(prompts) > 1:
             raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {len(prompts)}.")
         if config.max_new_tokens == 0 and not bool((input_ids == config.mask_token_id).any()):
-            raise ValueError("`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate.")
-        input_ids = self._insert_image_codes(input_ids, pixel_values, image_grid_thw)
+            raise ValueError(
+                "`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate."
+            )
+        input_ids = self._place_image_codes(input_ids, self._encode_images(pixel_values, image_grid_thw))
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
 
         # 2. Lay out prompts and room for the new tokens, aligned by block.
         canvas = Canvas.lay_out([prompts], config.max_new_tokens, config.block_length, config.mask_token_id)
-        end_ids = torch.tensor(_as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
+        end_ids = torch.tensor(as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
         decoder = BlockDiffusionDecoder(
             self.get_decoder(),
             self.lm_head,
@@ -215,7 +216,9 @@ class BlockDiffusionGenerationMixin:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
-        config = self._settle_generation_config(generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block})
+        config = self._settle_generation_config(
+            generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block}
+        )
         text_config = self.config.get_text_config()
         offset = text_config.image_token_offset
         if offset is None:
@@ -249,10 +252,11 @@ class BlockDiffusionGenerationMixin:
         known = _check_known_codes(image_codes, image_codes_mask, (input_ids.shape[0], num_codes), text_config)
 
         # 2. Lay out prompts, companions and room for the codes, aligned by block; put known codes in their places.
+        picture_codes = self._encode_images(pixel_values, image_grid_thw)
         branches = []
         for name, ids, mask in named:
             if name != "negative_image_input_ids":
-                ids = self._insert_image_codes(ids, pixel_values, image_grid_thw)
+                ids = self._place_image_codes(ids, picture_codes)
             branches.append(self._split_rows(name, ids, mask))
         canvas = Canvas.lay_out(branches, num_codes, config.block_length, config.mask_token_id)
         room = canvas.prompt_end[:, None] + torch.arange(num_codes, device=input_ids.device)
@@ -322,17 +326,23 @@ class BlockDiffusionGenerationMixin:
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
         if config.use_cache and self.training and self.is_gradient_checkpointing:
-            logger.warning_once("Gradient checkpointing drops caches: generating without one. Call `model.eval()` first.")
+            logger.warning_once(
+                "Gradient checkpointing drops caches: generating without one. Call `model.eval()` first."
+            )
             config = copy.deepcopy(config)
             config.use_cache, config.cache_implementation, config.cache_config = False, "exact", None
         return config
 
-    def _insert_image_codes(
-        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
-    ) -> torch.LongTensor:
-        """Puts the codes of pictures in their places. A backbone alone has no eyes."""
+    def _encode_images(
+        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
+    ) -> torch.LongTensor | None:
+        """The tokens of all pictures, one after the other. A backbone alone has no eyes."""
         if pixel_values is not None:
             raise ValueError(f"`pixel_values` were given, but {type(self).__name__} has no vision tower.")
+        return None
+
+    def _place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
+        """Puts the tokens of pictures where `input_ids` holds their places open."""
         return input_ids
 
     def _split_rows(
@@ -414,7 +424,7 @@ class BlockDiffusionGenerationMixin:
         return sequences, sum(len(row) for row in rows)
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
+def as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 

@@ -82,9 +82,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if self.cache_implementation not in ("exact", "sprint"):
-            raise ValueError(
-                f"`cache_implementation` must be 'exact' or 'sprint', got {self.cache_implementation!r}."
-            )
+            raise ValueError(f"`cache_implementation` must be 'exact' or 'sprint', got {self.cache_implementation!r}.")
         if self.cache_config is not None and self.cache_implementation != "sprint":
             raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
         if self.cache_implementation == "sprint":
@@ -128,18 +126,6 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         names = ("block_length", "mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
         known = {name: getattr(text_config, name, None) for name in names}
         return cls(_from_model_config=True, **{name: value for name, value in known.items() if value is not None})
-
-    @classmethod
-    def load(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple["BlockDiffusionGenerationConfig", list[str]]:
-        """
-        Loads the `generation_config.json` of a checkpoint that may have been written for another kind of generation.
-
-        Returns:
-            The settings, and the names in the file that mean nothing here. Raises OSError where there is no file.
-        """
-        settings = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **kwargs).to_diff_dict()
-        foreign = sorted(set(settings) - set(cls._DEFAULTS) - set(cls._METADATA))
-        return cls(**{name: value for name, value in settings.items() if name not in foreign}), foreign
 
     def get_generation_mode(self, assistant_model: Any = None) -> None:
         raise NotImplementedError("Block diffusion has one mode of generation.")

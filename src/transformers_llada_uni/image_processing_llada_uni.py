@@ -67,7 +67,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
 
 # What the size rules, and reading, take from the processor itself.
 _SETTINGS = set(LLaDAUniImageProcessorKwargs.__annotations__) - set(ImagesKwargs.__annotations__) - {"resize_mode"}
-_SETTINGS |= {"resample", "do_convert_rgb"}
+_SETTINGS |= {"do_resize", "resample", "do_convert_rgb"}
 
 
 @lru_cache(maxsize=16)
@@ -168,7 +168,7 @@ class LLaDAUniImageProcessor(PilBackend):
         if height < 1 or width < 1:
             raise ValueError(f"`images` must have at least one pixel, got a picture of {width} x {height}.")
         unit = self.size_multiple
-        if resize_mode is None:
+        if resize_mode is None or not self.do_resize:
             if height % unit or width % unit:
                 nearest = [max(unit, round(side / unit) * unit) for side in (width, height)]
                 raise ValueError(
@@ -382,11 +382,24 @@ class LLaDAUniImageProcessor(PilBackend):
                 raise ValueError(
                     f"`{name}` has no place here: sizes follow `resize_mode` and the attributes of its rule."
                 )
-        changed = {name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()}
-        changed = {name: value for name, value in changed.items() if value is not None}
-        if changed:  # a processor with these settings checks them and answers
-            return type(self)(**{**self.to_dict(), **changed}).preprocess(images, **kwargs)
+        processor, kwargs = self.configured(**kwargs)
+        if processor is not self:
+            return processor.preprocess(images, **kwargs)
         return super().preprocess(images, **kwargs)
+
+    def configured(self, **kwargs: Any) -> tuple["LLaDAUniImageProcessor", dict[str, Any]]:
+        """
+        Splits the arguments of a call into those that change what the size rules and reading do, and the rest.
+
+        Returns:
+            A processor with the former (this one if there are none), and the latter.
+
+        Raises:
+            ValueError: as the constructor does.
+        """
+        changed = {name: value for name, value in kwargs.items() if name in _SETTINGS and value is not None}
+        rest = {name: value for name, value in kwargs.items() if name not in _SETTINGS}
+        return (type(self)(**{**self.to_dict(), **changed}) if changed else self), rest
 
     def _validate_preprocess_kwargs(self, do_resize: bool | None = None, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)  # which would ask for a `size`
@@ -407,7 +420,6 @@ class LLaDAUniImageProcessor(PilBackend):
     def _preprocess(
         self,
         images: Sequence[Sequence[Image.Image]],
-        do_resize: bool,
         resize_mode: str | None,
         do_rescale: bool,
         rescale_factor: float,
@@ -421,7 +433,7 @@ class LLaDAUniImageProcessor(PilBackend):
         patches, grids = [], []
         for sample in images:
             for picture in sample:
-                picture = self.resize_and_crop(picture, resize_mode if do_resize else None, len(sample))
+                picture = self.resize_and_crop(picture, resize_mode, len(sample))
                 values = np.moveaxis(np.asarray(picture), -1, 0)  # (3, height, width)
                 # One step after the other, in float32: fused arithmetic moves codes that lie near a boundary.
                 values = self.rescale(values, rescale_factor) if do_rescale else values.astype(np.float32)

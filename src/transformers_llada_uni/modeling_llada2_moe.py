@@ -30,7 +30,6 @@ from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig
 from .masking_block_causal import create_block_causal_mask
 
-
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
 register_checkpoint_conversion_mapping(
     LLaDA2MoeConfig.model_type,

@@ -1,0 +1,204 @@
+"""LLaDA2.0-Uni: eyes (vision tower and codebook of transformers' GLM-Image) in front of the LLaDA2 backbone."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .configuration_llada_uni import LLaDAUniConfig
+from .generation_interleaved import InterleavedGenerationMixin
+from .modeling_llada2_moe import LLaDA2MoeModel, LLaDA2MoePreTrainedModel
+
+
+class LLaDAUniPreTrainedModel(LLaDA2MoePreTrainedModel):
+    config: LLaDAUniConfig
+    input_modalities = ("image", "text")
+    _no_split_modules = ["LLaDA2MoeDecoderLayer", "GlmImageVisionBlock", "GlmImageVQVAEVectorQuantizer"]
+    _can_record_outputs = {}  # the sub-models record their own
+
+
+class LLaDAUniModel(LLaDAUniPreTrainedModel):
+    """The model without its head: ids and pictures to hidden states."""
+
+    def __init__(self, config: LLaDAUniConfig):
+        super().__init__(config)
+        self.visual = GlmImageVisionModel._from_config(config.vision_config)
+        self.vqmodel = GlmImageVQVAE._from_config(config.vq_config)
+        self.language_model = LLaDA2MoeModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> LLaDA2MoeModel:
+        return self.language_model
+
+    @torch.no_grad()
+    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
+        r"""
+        Args:
+            pixel_values: `(patches, channels * patch_size * patch_size)`, the patches of all pictures one after the
+                other, each in raster order.
+            image_grid_thw: `(pictures, 3)`: 1, height and width in patches.
+
+        Returns:
+            For each picture its codes, `(height, width)`.
+
+        Raises:
+            ValueError: if patches and grids do not fit together.
+        """
+        if image_grid_thw is None or image_grid_thw.ndim != 2 or image_grid_thw.shape[-1] != 3:
+            shape = None if image_grid_thw is None else tuple(image_grid_thw.shape)
+            raise ValueError(f"`image_grid_thw` must have shape (pictures, 3), got {shape}.")
+        lengths = image_grid_thw.prod(dim=-1).tolist()
+        if sum(lengths) != pixel_values.shape[0]:
+            raise ValueError(
+                f"`pixel_values` holds {pixel_values.shape[0]} patches, but `image_grid_thw` speaks of {sum(lengths)}."
+            )
+        grid = image_grid_thw.to(self.visual.device)
+        features = self.visual(pixel_values.to(self.visual.device), grid_thw=grid).last_hidden_state
+        codes = []
+        for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
+            picture = picture.T.reshape(1, -1, height, width)
+            codes.append(self.vqmodel.encode(picture).image_tokens.view(height, width))
+        return codes
+
+    def encode_images(
+        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
+    ) -> torch.LongTensor | None:
+        """The tokens of all pictures one after the other, `(patches,)`; `None` without pictures."""
+        if pixel_values is None:
+            return None
+        codes = torch.cat([grid.flatten() for grid in self.get_image_codes(pixel_values, image_grid_thw)])
+        return codes + self.config.text_config.image_token_offset
+
+    def place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
+        r"""
+        Puts the tokens of pictures where `input_ids` holds their places open (`config.image_token_id`).
+
+        Raises:
+            ValueError: if places and codes differ in number.
+        """
+        open_places = input_ids == self.config.image_token_id
+        num_places, num_codes = int(open_places.sum()), 0 if codes is None else len(codes)
+        if num_places != num_codes:
+            raise ValueError(
+                f"`input_ids` holds {num_places} places for image codes, but `pixel_values` has {num_codes} patches. "
+                "Let the processor make both, and do not cut its `input_ids`."
+            )
+        if codes is None:
+            return input_ids
+        return input_ids.masked_scatter(open_places, codes.to(input_ids))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        r"""
+        See [`LLaDA2MoeModel.forward`] and, for `pixel_values` and `image_grid_thw`, [`LLaDAUniModel.get_image_codes`].
+        """
+        if input_ids is not None:
+            input_ids = self.place_image_codes(input_ids, self.encode_images(pixel_values, image_grid_thw))
+        elif pixel_values is not None:
+            raise ValueError("`pixel_values` need `input_ids` that hold their places open, got `inputs_embeds`.")
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGenerationMixin):
+    """The whole language model: reads text and pictures, generates text and image codes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.word_embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LLaDAUniConfig):
+        super().__init__(config)
+        self.model = LLaDAUniModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.loss_type = "ForMaskedLM"
+        self.post_init()
+
+    def get_decoder(self) -> LLaDA2MoeModel:
+        return self.model.language_model
+
+    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
+        """See [`LLaDAUniModel.get_image_codes`]."""
+        return self.model.get_image_codes(pixel_values, image_grid_thw)
+
+    def _encode_images(
+        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
+    ) -> torch.LongTensor | None:
+        return self.model.encode_images(pixel_values, image_grid_thw)
+
+    def _place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
+        return self.model.place_image_codes(input_ids, codes)
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        See [`LLaDA2MoeForBlockDiffusion.forward`] and, for `pixel_values` and `image_grid_thw`,
+        [`LLaDAUniModel.get_image_codes`].
+        """
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"]
