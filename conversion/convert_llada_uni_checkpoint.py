@@ -10,15 +10,10 @@ afterwards, and DST appears only when all of it is right.
 
 import argparse
 import os
-import shutil
 import signal
 import sys
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +22,28 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTran
 from diffusers import __version__ as diffusers_version
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
 
 if not __package__:  # run as a script: the repository is not on the path, but this folder is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from conversion import llada_uni_layout as layout
 from conversion import tensor_files as files
-from conversion.tensor_files import OutputTensor, TensorRef
+from conversion.output_plan import Plan, by_source_file, carry_out, main_dtype, plan_outputs
 from transformers_llada_uni import (
     BlockDiffusionGenerationConfig,
+    LLaDA2MoeConfig,
     LLaDAUniConfig,
     LLaDAUniForConditionalGeneration,
     LLaDAUniImageProcessor,
     LLaDAUniProcessor,
 )
 
+
 MODEL_CARD_TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "llada_uni.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DECODER_CHOICES = ("turbo", "normal", "both")
-
-
-@dataclass
-class Plan:
-    """What to write: tensors by file (relative to the destination), and the small files, by functions of the folder."""
-
-    tensors: dict[str, list[OutputTensor]] = field(default_factory=dict)
-    pickled: dict[str, list[OutputTensor]] = field(default_factory=dict)
-    small_files: list[Callable[[Path], object]] = field(default_factory=list)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(output.num_bytes for group in (self.tensors, self.pickled) for f in group.values() for output in f)
-
-    def add_checkpoint(self, folder: str, stem: str, shards: list[list[OutputTensor]]) -> None:
-        """A checkpoint, with an index where it has several shards."""
-        named = files.name_shards(stem, shards)
-        self.tensors |= {os.path.join(folder, file): outputs for file, outputs in named.items()}
-        if len(named) > 1:
-            index_file = os.path.join(folder, f"{stem}.safetensors.index.json")
-            self.add_json(index_file, files.index_of(named))
-
-    def add_json(self, file: str, content: Mapping[str, Any]) -> None:
-        self.small_files.append(lambda folder: files.write_json(_make_parent(folder / file), content))
-
-
-def _make_parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _outputs(
-    refs: Mapping[str, TensorRef], dtype: torch.dtype | None, rename: Callable[[str], str] = str
-) -> list[OutputTensor]:
-    return [OutputTensor(rename(name), ref, layout.stored_dtype(name, ref.dtype, dtype)) for name, ref in refs.items()]
-
-
-def _by_source_file(outputs: list[OutputTensor]) -> list[list[OutputTensor]]:
-    """One shard for each source file, so that shards stay as they were; a file that is too large is cut."""
-    groups: dict[Path, list[OutputTensor]] = {}
-    for output in outputs:
-        groups.setdefault(output.source.file, []).append(output)
-    return [shard for group in groups.values() for shard in files.split_by_size(group)]
-
-
-def _main_dtype(outputs: list[OutputTensor]) -> str:
-    """The dtype most of the data has, as configs name it."""
-    sizes: Counter[torch.dtype] = Counter()
-    for output in outputs:
-        sizes[output.dtype] += prod(output.source.shape)
-    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _choose_decoders(choice: str | None, available: list[str], source: Path) -> list[str]:
@@ -132,13 +78,17 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 # Released layout -> ours
 
 
+def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    dropped = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
+    return {name: value for name, value in raw.items() if name not in dropped}
+
+
 def _read_released_config(source: Path, tokens: Mapping[str, Any], raw: Mapping[str, Any]) -> LLaDAUniConfig:
     tokenizer_config = files.read_json(source / "image_tokenizer" / "config.json")
     for name in ("vision_config", "vq_config"):
         if not isinstance(tokenizer_config.get(name), dict):
             raise ValueError(f"{source / 'image_tokenizer' / 'config.json'} has no `{name}`.")
-    dropped = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
-    text_config = {name: value for name, value in raw.items() if name not in dropped}
+    text_config = _text_config(raw)
     text_config |= {name: tokens[name] for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     names = ("image_token_id", "image_start_token_id", "image_end_token_id", "begin_of_image_token_id")
     with _naming(source / "config.json", source / "image_tokenizer" / "config.json"):
@@ -163,6 +113,8 @@ def _plan_model(plan: Plan, source: Path, dtype: torch.dtype | None) -> tuple[LL
             f"{source} is a text-only checkpoint (no `image_token_offset`): nothing to convert, "
             "AutoModelForCausalLM.from_pretrained loads it as it is."
         )
+    with _naming(source / "config.json"):
+        LLaDA2MoeConfig(**_text_config(raw))
     tokenizer = _load_tokenizer(source)
     tokens = layout.look_up_tokens(tokenizer, raw["image_token_offset"])
     config = _read_released_config(source, tokens, raw)
@@ -172,10 +124,10 @@ def _plan_model(plan: Plan, source: Path, dtype: torch.dtype | None) -> tuple[LL
     image_tokenizer = files.list_tensors(source / "image_tokenizer" / "image_tokenizer.safetensors")
     files.check_tensors("the image tokenizer", image_tokenizer, layout.image_tokenizer_shapes(config))
 
-    outputs = _outputs(backbone, dtype, layout.backbone_name_to_ours)
-    config.dtype = _main_dtype(outputs)
+    outputs = plan_outputs(backbone, dtype, layout.backbone_name_to_ours)
+    config.dtype = main_dtype(outputs)
     plan.add_checkpoint(
-        "model", "model", _by_source_file(outputs) + files.split_by_size(_outputs(image_tokenizer, dtype))
+        "model", "model", by_source_file(outputs) + files.split_by_size(plan_outputs(image_tokenizer, dtype))
     )
     generation_config = BlockDiffusionGenerationConfig(
         eos_token_id=[tokens["eos_token_id"], tokens["role_end_token_id"]],
@@ -222,10 +174,10 @@ def _plan_decoders(
     files.check_tensors("the semantic embedder", embedding, layout.module_shapes(embedder))
     if embedder.config.codebook_size != config.vq_config.num_embeddings:
         raise ValueError(
-            f"{source / 'image_tokenizer' / 'sigvq_embedding.pt'} embeds {embedder.config.codebook_size} codes, but the "
-            f"codebook (`vq_config.num_embeddings`) has {config.vq_config.num_embeddings}."
+            f"{source / 'image_tokenizer' / 'sigvq_embedding.pt'} embeds {embedder.config.codebook_size} codes, but "
+            f"the codebook (`vq_config.num_embeddings`) has {config.vq_config.num_embeddings}."
         )
-    plan.add_checkpoint("semantic_embedder", stem, files.split_by_size(_outputs(embedding, dtype)))
+    plan.add_checkpoint("semantic_embedder", stem, files.split_by_size(plan_outputs(embedding, dtype)))
     plan.small_files.append(lambda folder: embedder.save_config(folder / "semantic_embedder"))
     index: dict[str, list[str | None]] = {
         "semantic_embedder": [type(embedder).__module__, type(embedder).__name__],
@@ -241,7 +193,7 @@ def _plan_decoders(
         )
         named = {layout.decoder_name_to_ours(name): ref for name, ref in refs.items()}
         files.check_tensors(f"{source / folder_name}", named, layout.module_shapes(transformer))
-        plan.add_checkpoint(component, stem, files.split_by_size(_outputs(named, dtype)))
+        plan.add_checkpoint(component, stem, files.split_by_size(plan_outputs(named, dtype)))
         scheduler = FlowMatchEulerDiscreteScheduler(**scheduler_arguments)
         plan.small_files.append(lambda folder, model=transformer, name=component: model.save_config(folder / name))
         plan.small_files.append(
@@ -253,7 +205,7 @@ def _plan_decoders(
     vae = layout.vae_model(files.read_json(source / "vae" / "config.json"))
     refs = files.list_checkpoint(source / "vae", stem)
     files.check_tensors("the VAE", refs, layout.module_shapes(vae))
-    plan.add_checkpoint("vae", stem, files.split_by_size(_outputs(refs, dtype)))
+    plan.add_checkpoint("vae", stem, files.split_by_size(plan_outputs(refs, dtype)))
     plan.small_files.append(lambda folder: vae.save_config(folder / "vae"))
     return index
 
@@ -313,11 +265,11 @@ def convert_to_diffusers(
             lacks a token, or a value does not fit into `dtype`. In all cases nothing is left behind.
     """
     source, destination = _check_folders(source, destination)
-    available = [kind for kind, (folder, *_) in layout.DECODERS.items() if (source / folder).is_dir()]
-    kinds = _choose_decoders(_check_decoder(decoder), available, source)
-
+    _check_decoder(decoder)
     plan = Plan()
     config, tokenizer = _plan_model(plan, source, dtype)
+    available = [kind for kind, (folder, *_) in layout.DECODERS.items() if (source / folder).is_dir()]
+    kinds = _choose_decoders(decoder, available, source)
     _plan_processor(plan, source, config, tokenizer)
     index = _plan_decoders(plan, source, kinds, config, dtype)
     model_class, processor_class = LLaDAUniForConditionalGeneration, LLaDAUniProcessor
@@ -333,14 +285,14 @@ def convert_to_diffusers(
     )
     card = make_model_card(destination.name, kinds, str(config.dtype).removeprefix("torch."))
     plan.small_files.append(lambda folder: card.save(folder / "README.md"))
-    return _carry_out(plan, destination, progress)
+    return carry_out(plan, destination, progress)
 
 
 # Our layout -> released
 
 
 def _without_generic(config: PreTrainedConfig) -> dict[str, Any]:
-    """Every setting of the model, default or not (the released code has defaults of its own), but not transformers'."""
+    """Every setting of the model, default or not (the released code has its own defaults), but not transformers'."""
     generic = PreTrainedConfig().to_dict()
     dropped = ("_name_or_path", "dtype", "transformers_version")
     return {
@@ -374,10 +326,10 @@ def _plan_released_model(plan: Plan, folder: Path, dtype: torch.dtype | None) ->
 
     of_tokenizer = {name: ref for name, ref in refs.items() if name.startswith(layout.IMAGE_TOKENIZER_PREFIXES)}
     backbone = {name: ref for name, ref in refs.items() if name not in of_tokenizer}
-    outputs = _outputs(backbone, dtype, layout.backbone_name_to_released)
-    plan.add_checkpoint("", "model", _by_source_file(outputs))
-    plan.tensors["image_tokenizer/image_tokenizer.safetensors"] = _outputs(of_tokenizer, dtype)
-    plan.add_json("config.json", _released_config(config.text_config, _main_dtype(outputs)))
+    outputs = plan_outputs(backbone, dtype, layout.backbone_name_to_released)
+    plan.add_checkpoint("", "model", by_source_file(outputs))
+    plan.tensors["image_tokenizer/image_tokenizer.safetensors"] = plan_outputs(of_tokenizer, dtype)
+    plan.add_json("config.json", _released_config(config.text_config, main_dtype(outputs)))
     tokenizer_config = {name: _without_generic(getattr(config, name)) for name in ("vision_config", "vq_config")}
     plan.add_json("image_tokenizer/config.json", tokenizer_config)
     return config
@@ -401,7 +353,7 @@ def _plan_released_decoders(plan: Plan, source: Path, kinds: list[str], dtype: t
     embedding = files.list_checkpoint(source / "semantic_embedder", stem)
     embedder = layout.semantic_embedder_model({name: ref.shape for name, ref in embedding.items()})
     files.check_tensors("the semantic embedder", embedding, layout.module_shapes(embedder))
-    plan.pickled["image_tokenizer/sigvq_embedding.pt"] = _outputs(embedding, dtype)
+    plan.pickled["image_tokenizer/sigvq_embedding.pt"] = plan_outputs(embedding, dtype)
 
     # Each of these is one file in the release, whatever its size.
     for kind in kinds:
@@ -410,13 +362,13 @@ def _plan_released_decoders(plan: Plan, source: Path, kinds: list[str], dtype: t
         refs = files.list_checkpoint(source / component, stem)
         transformer = layout.build_on_meta(ZImageTransformer2DModel, raw)
         files.check_tensors(f"{source / component}", refs, layout.module_shapes(transformer))
-        plan.tensors[f"{folder_name}/model.safetensors"] = _outputs(refs, dtype, layout.decoder_name_to_released)
+        plan.tensors[f"{folder_name}/model.safetensors"] = plan_outputs(refs, dtype, layout.decoder_name_to_released)
         plan.add_json(f"{folder_name}/config.json", raw)
 
     raw = files.read_json(source / "vae" / "config.json")
     refs = files.list_checkpoint(source / "vae", stem)
     files.check_tensors("the VAE", refs, layout.module_shapes(layout.vae_model(raw)))
-    plan.tensors[f"vae/{stem}.safetensors"] = _outputs(refs, dtype)
+    plan.tensors[f"vae/{stem}.safetensors"] = plan_outputs(refs, dtype)
     plan.add_json("vae/config.json", raw)
 
 
@@ -453,7 +405,7 @@ def convert_to_released(
         _plan_released_decoders(plan, source, _choose_decoders(decoder, available, source), dtype)
     elif decoder is not None:
         raise ValueError(f"`decoder` is {decoder!r}, but {source} is a saved model, without a decoder.")
-    return _carry_out(plan, destination, progress)
+    return carry_out(plan, destination, progress)
 
 
 # Both ways
@@ -468,53 +420,9 @@ def _check_folders(source: str | os.PathLike, destination: str | os.PathLike) ->
     return source, destination
 
 
-def _check_decoder(decoder: str | None) -> str | None:
+def _check_decoder(decoder: str | None) -> None:
     if decoder not in (None, *DECODER_CHOICES):
         raise ValueError(f"`decoder` must be one of {', '.join(DECODER_CHOICES)}, got {decoder!r}.")
-    return decoder
-
-
-@contextmanager
-def _appearing_at_once(destination: Path) -> Iterator[Path]:
-    """A temporary sibling of `destination` that takes its name on success and is removed on any failure."""
-    missing_parents = [parent for parent in destination.parents if not parent.exists()]
-    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, destination)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in missing_parents:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _carry_out(plan: Plan, destination: Path, progress: bool) -> Path:
-    existing = next(parent for parent in destination.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < plan.num_bytes:
-        raise OSError(
-            f"{plan.num_bytes / 1e9:.1f} GB are needed at {existing}, but only {free / 1e9:.1f} GB are free."
-        )
-    with (
-        _appearing_at_once(destination) as folder,
-        # Every byte counts twice: it is written, then compared.
-        tqdm(total=2 * plan.num_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar,
-    ):
-        for file, outputs in plan.tensors.items():
-            bar.set_description(f"writing {file}")
-            files.write_safetensors(_make_parent(folder / file), outputs, bar.update)
-        for file, outputs in plan.pickled.items():
-            bar.set_description(f"writing {file}")
-            files.write_pickled(_make_parent(folder / file), outputs, bar.update)
-        for write in plan.small_files:
-            write(folder)
-        for file, outputs in (plan.tensors | plan.pickled).items():
-            bar.set_description(f"verifying {file}")
-            files.verify_tensors(folder / file, outputs, bar.update)
-    return destination
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

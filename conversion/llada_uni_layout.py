@@ -15,6 +15,7 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 from diffusers_llada_uni import LLaDAUniSemanticEmbedder
 from transformers_llada_uni import LLaDA2MoeForBlockDiffusion, LLaDAUniConfig
 
+
 Shapes = dict[str, tuple[int, ...]]
 
 # folder in the released layout -> component of the pipeline, component of its scheduler, arguments of the scheduler

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+
 # Output files of a component are cut at this size; diffusers and transformers use the same order of magnitude.
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -247,8 +248,8 @@ def _read_each(outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, 
 
 def write_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
     """
-    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is called with the number of bytes
-    of each tensor written.
+    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is called with the number of
+    bytes of each tensor written.
     """
     outputs = _in_reading_order(outputs)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}

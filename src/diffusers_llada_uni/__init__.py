@@ -12,6 +12,7 @@ import transformers_llada_uni
 
 from .pipeline_registration import register
 
+
 __version__ = transformers_llada_uni.__version__
 
 _EXPORTS = {
@@ -24,9 +25,9 @@ _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in nam
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
-    from .pipeline_llada_uni import *
-    from .pipeline_output import *
-    from .semantic_embedder import *
+    from .pipeline_llada_uni import LLaDAUniPipeline as LLaDAUniPipeline
+    from .pipeline_output import LLaDAUniPipelineOutput as LLaDAUniPipelineOutput
+    from .semantic_embedder import LLaDAUniSemanticEmbedder as LLaDAUniSemanticEmbedder
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Image codes -> latents -> pixels: the half of the pipeline that needs no language model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .input_checks import (
     require_components,
 )
 
+
 DECODERS = {"turbo": ("transformer_turbo", "scheduler_turbo"), "normal": ("transformer", "scheduler")}
 DEFAULT_STEPS = {"turbo": 8, "normal": 50}
 DEFAULT_GUIDANCE = {"turbo": 0.0, "normal": 1.0}
@@ -26,8 +28,22 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # ZImageTransformer2DModel pads the sequence of features to a multiple of this many (its SEQ_MULTI_OF).
 FEATURE_PADDING = 32
 
-Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+Generator = torch.Generator | list[torch.Generator] | None
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class CodeDecodingSettings:
+    """The arguments of [`CodeDecodingMixin.decode_codes`] that hold for all pictures."""
+
+    decoder: str | None
+    num_inference_steps: int | None
+    decoder_guidance_scale: float | None
+    upscale: int
+    output_type: str
+    callback_on_step_end: Callback | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
 
 
 def decoder_sigmas(decoder: str, num_inference_steps: int) -> list[float]:
@@ -93,7 +109,7 @@ class CodeDecodingMixin:
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
         upscale: int = 2,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generator = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
@@ -127,61 +143,72 @@ class CodeDecodingMixin:
             ValueError: if an argument is out of range or a component is not loaded; nothing has been computed then.
             TypeError: if an argument is of the wrong type.
         """
-        decoder, num_inference_steps, decoder_guidance_scale = self._check_decoding(
-            decoder, num_inference_steps, decoder_guidance_scale, upscale, output_type
+        settings = self._check_decoding(
+            CodeDecodingSettings(
+                decoder,
+                num_inference_steps,
+                decoder_guidance_scale,
+                upscale,
+                output_type,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+            )
         )
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._check_codes(codes)
         check_generator(generator, codes.shape[0])
-        self._check_grid(codes.shape[1:], decoder, upscale)
-        self._check_latents(latents, codes.shape[0], codes.shape[1:], decoder, upscale)
-
-        images = self._decode(
-            codes,
-            decoder,
-            num_inference_steps,
-            decoder_guidance_scale,
-            upscale,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        self._check_grid(codes.shape[1:], settings)
+        self._check_latents(latents, codes.shape[0], codes.shape[1:], settings)
+        images = self._decode(codes, settings, generator, latents)
         self.maybe_free_model_hooks()
+        return images
+
+    def _decode_grids(
+        self,
+        codes: Sequence[torch.LongTensor],
+        settings: CodeDecodingSettings,
+        generator: Generator,
+        latents: torch.Tensor | None,
+    ) -> Images | list[np.ndarray] | list[torch.Tensor]:
+        """Decodes grids `(H, W)`, those of one size together. Arrays and tensors of several sizes come as a list."""
+        of_size: dict[tuple[int, ...], list[int]] = {}
+        for index, grid_codes in enumerate(codes):
+            of_size.setdefault(tuple(grid_codes.shape), []).append(index)
+        images: list[Any] = [None] * len(codes)
+        for indices in of_size.values():
+            batch = torch.stack([codes[index] for index in indices])
+            generators = [generator[index] for index in indices] if isinstance(generator, list) else generator
+            decoded = self._decode(batch, settings, generators, latents)
+            if len(of_size) == 1:
+                return decoded
+            for index, image in zip(indices, decoded, strict=True):
+                images[index] = image
         return images
 
     def _decode(
         self,
         codes: torch.LongTensor,
-        decoder: str,
-        num_inference_steps: int,
-        decoder_guidance_scale: float,
-        upscale: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        settings: CodeDecodingSettings,
+        generator: Generator,
         latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> Images:
         """`decode_codes` after its checks."""
         device = self._execution_device
-        transformer_name, scheduler_name = DECODERS[decoder]
+        transformer_name, scheduler_name = DECODERS[settings.decoder]
         transformer: ZImageTransformer2DModel = getattr(self, transformer_name)
         scheduler: FlowMatchEulerDiscreteScheduler = getattr(self, scheduler_name)
 
         # 1. Codes to features: one for each patch of the latents
-        image_features = self.semantic_embedder(codes.to(device), upscale=upscale).to(transformer.dtype)
+        image_features = self.semantic_embedder(codes.to(device), upscale=settings.upscale).to(transformer.dtype)
 
         # 2. Initial noise; latents stay in float32 through all steps
-        shape = self._latents_shape(codes.shape[0], codes.shape[1:], decoder, upscale)
+        shape = self._latents_shape(codes.shape[0], codes.shape[1:], settings)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         else:
             latents = latents.to(device, torch.float32)
 
         # 3. Noise levels
-        scheduler.set_timesteps(sigmas=decoder_sigmas(decoder, num_inference_steps), device=device)
+        scheduler.set_timesteps(sigmas=decoder_sigmas(settings.decoder, settings.num_inference_steps), device=device)
         scheduler.set_begin_index(0)
         self._num_timesteps = len(scheduler.timesteps)
         self._interrupt = False
@@ -191,24 +218,26 @@ class CodeDecodingMixin:
             if self._interrupt:
                 continue
             sigma = timestep / scheduler.config.num_train_timesteps
-            velocity = self._velocity(transformer, latents, 1 - sigma, image_features, decoder_guidance_scale)
+            velocity = self._velocity(transformer, latents, 1 - sigma, image_features, settings.decoder_guidance_scale)
             # The transformer points from noise to data, the scheduler wants the direction from data to noise.
             latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
-            if callback_on_step_end is not None:
+            if settings.callback_on_step_end is not None:
                 tensors = {"latents": latents, "image_features": image_features}
-                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                replaced = callback_on_step_end(self, step, timestep, given) or {}
+                given = {name: tensors[name] for name in settings.callback_on_step_end_tensor_inputs}
+                replaced = settings.callback_on_step_end(self, step, timestep, given) or {}
                 latents = replaced.get("latents", latents)
                 image_features = replaced.get("image_features", image_features)
 
         # 5. Latents to pixels
-        if output_type == "latent":
+        if settings.output_type == "latent":
             return latents
         config = self.vae.config
         pixels = self.vae.decode(
             (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype), return_dict=False
         )[0]
-        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor).postprocess(pixels, output_type=output_type)
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor).postprocess(
+            pixels, output_type=settings.output_type
+        )
 
     def _velocity(
         self,
@@ -235,54 +264,48 @@ class CodeDecodingMixin:
         return guided_velocity(*velocity.chunk(2), guidance_scale) if guidance_scale else velocity
 
     def _latents_shape(
-        self, batch_size: int, grid: Sequence[int], decoder: str, upscale: int
+        self, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
     ) -> tuple[int, int, int, int]:
         """One feature belongs to one patch of the latents, so the grid and the patch give the size."""
-        config = getattr(self, DECODERS[decoder][0]).config
-        side = upscale * config.all_patch_size[0]
+        config = getattr(self, DECODERS[settings.decoder][0]).config
+        side = settings.upscale * config.all_patch_size[0]
         return batch_size, config.in_channels, side * grid[0], side * grid[1]
 
-    def _check_decoding(
-        self,
-        decoder: str | None,
-        num_inference_steps: int | None,
-        decoder_guidance_scale: float | None,
-        upscale: int,
-        output_type: str,
-    ) -> tuple[str, int, float]:
-        """Checks what does not depend on the codes; returns decoder, steps and guidance with defaults filled in."""
+    def _check_decoding(self, settings: CodeDecodingSettings) -> CodeDecodingSettings:
+        """Checks what does not depend on the codes; returns the settings with defaults filled in."""
         loaded = self.loaded_decoders
         if not loaded:
             raise ValueError("No decoder is loaded: the pipeline has neither `transformer` nor `transformer_turbo`.")
-        if decoder is None:
-            decoder = loaded[0]
+        decoder = loaded[0] if settings.decoder is None else settings.decoder
         check_choice("decoder", decoder, list(DECODERS))
         if decoder not in loaded:
             raise ValueError(f"`decoder` is {decoder!r}, but only {loaded[0]!r} is loaded.")
         require_components(self, ["semantic_embedder", DECODERS[decoder][1]], "decode image codes")
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        if output_type != "latent":
+        check_choice("output_type", settings.output_type, OUTPUT_TYPES)
+        if settings.output_type != "latent":
             require_components(self, ["vae"], "turn latents into pixels")
-        check_choice("upscale", upscale, (1, 2))
-        if num_inference_steps is None:
-            num_inference_steps = DEFAULT_STEPS[decoder]
-        check_integer("num_inference_steps", num_inference_steps, minimum=2 if decoder == "normal" else 1)
-        if decoder_guidance_scale is None:
-            decoder_guidance_scale = DEFAULT_GUIDANCE[decoder]
-        check_finite("decoder_guidance_scale", decoder_guidance_scale, minimum=0.0)
-        if decoder == "turbo" and decoder_guidance_scale:
+        check_choice("upscale", settings.upscale, (1, 2))
+        check_callback(
+            settings.callback_on_step_end, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+
+        steps, guidance = settings.num_inference_steps, settings.decoder_guidance_scale
+        steps = DEFAULT_STEPS[decoder] if steps is None else steps
+        check_integer("num_inference_steps", steps, minimum=2 if decoder == "normal" else 1)
+        guidance = DEFAULT_GUIDANCE[decoder] if guidance is None else guidance
+        check_finite("decoder_guidance_scale", guidance, minimum=0.0)
+        if decoder == "turbo" and guidance:
             raise ValueError(
-                f"`decoder_guidance_scale` must be 0 for decoder 'turbo', which was distilled without guidance, got "
-                f"{decoder_guidance_scale}."
+                f"`decoder_guidance_scale` must be 0 for the decoder 'turbo', distilled without it, got {guidance}."
             )
         transformer, embedder = getattr(self, DECODERS[decoder][0]), self.semantic_embedder
         feature_dim = embedder.config.out_dim or embedder.config.embedding_dim
         if feature_dim != transformer.config.cap_feat_dim:
             raise ValueError(
-                f"`semantic_embedder` makes features of width {feature_dim}, but the {decoder!r} decoder takes "
+                f"`semantic_embedder` makes features of width {feature_dim}, but the decoder {decoder!r} takes "
                 f"{transformer.config.cap_feat_dim} (`cap_feat_dim`): they are not of the same checkpoint."
             )
-        return decoder, num_inference_steps, float(decoder_guidance_scale)
+        return replace(settings, decoder=decoder, num_inference_steps=steps, decoder_guidance_scale=float(guidance))
 
     def _check_codes(self, codes: torch.LongTensor) -> None:
         if not isinstance(codes, torch.Tensor):
@@ -295,25 +318,26 @@ class CodeDecodingMixin:
         if low < 0 or high >= size:
             raise ValueError(f"`codes` must lie in 0..{size - 1}, got {low if low < 0 else high}.")
 
-    def _check_grid(self, grid: Sequence[int], decoder: str, upscale: int) -> None:
+    def _check_grid(self, grid: Sequence[int], settings: CodeDecodingSettings) -> None:
         """The decoder has rotary positions for so many features, rows and columns; past them is an index error."""
-        lengths = getattr(self, DECODERS[decoder][0]).config.axes_lens
-        rows, columns = upscale * grid[0], upscale * grid[1]
-        padded = -(-rows * columns // FEATURE_PADDING) * FEATURE_PADDING
+        lengths = getattr(self, DECODERS[settings.decoder][0]).config.axes_lens
+        rows, columns = settings.upscale * grid[0], settings.upscale * grid[1]
         # Features take positions 1..padded of the first axis, the latents position padded + 1.
-        if padded + 1 >= lengths[0] or rows > lengths[1] or columns > lengths[2]:
+        padded = -(-rows * columns // FEATURE_PADDING) * FEATURE_PADDING
+        needed = [padded + 2, rows, columns]
+        if any(need > length for need, length in zip(needed, lengths, strict=True)):
             raise ValueError(
-                f"A grid of {grid[0]} x {grid[1]} codes at `upscale` {upscale} needs decoder positions "
-                f"{[padded + 2, rows, columns]}, but its config has `axes_lens` {list(lengths)}."
+                f"A grid of {grid[0]} x {grid[1]} codes at `upscale` {settings.upscale} needs the decoder positions "
+                f"{needed}, but `axes_lens` in its config is {list(lengths)}."
             )
 
     def _check_latents(
-        self, latents: torch.Tensor | None, batch_size: int, grid: Sequence[int], decoder: str, upscale: int
+        self, latents: torch.Tensor | None, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
     ) -> None:
         if latents is None:
             return
         if not isinstance(latents, torch.Tensor):
             raise TypeError(f"`latents` must be a tensor, got {type(latents).__name__}.")
-        expected = self._latents_shape(batch_size, grid, decoder, upscale)
+        expected = self._latents_shape(batch_size, grid, settings)
         if tuple(latents.shape) != expected:
             raise ValueError(f"`latents` must have the shape {expected}, got {tuple(latents.shape)}.")

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
+def check_integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    return value
 
 
 def check_finite(name: str, value: Any, minimum: float, maximum: float = math.inf) -> None:
@@ -34,12 +35,13 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
 
-def check_side(name: str, value: Any, multiple: int) -> None:
+def check_side(name: str, value: Any, multiple: int) -> int:
     """A side of the picture, in pixels."""
     check_integer(name, value, minimum=1)
     if value % multiple:
         nearest = max(1, math.floor(value / multiple + 0.5)) * multiple
         raise ValueError(f"`{name}` must be a multiple of {multiple}, got {value}; the nearest is {nearest}.")
+    return value
 
 
 def check_prompt(prompt: Any) -> list[str]:
@@ -85,3 +87,15 @@ def require_components(pipeline: Any, names: Sequence[str], purpose: str) -> Non
     missing = [name for name in names if getattr(pipeline, name) is None]
     if missing:
         raise ValueError(f"To {purpose} the pipeline needs the component `{missing[0]}`, which is not loaded.")
+
+
+def check_settings(name: str, settings: Any, config_class: type) -> None:
+    """A dict of fields of `config_class`, which refuses unknown names and values out of range itself."""
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise TypeError(f"`{name}` must be a dict, got {type(settings).__name__}.")
+    try:
+        config_class(**settings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}`: {error}") from error

@@ -67,7 +67,9 @@ def masks_per_prompt(
             )
         mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
         if mask.getextrema()[1] == 0:
-            raise ValueError("`mask_image` must be white where the picture is to be made anew; it is black everywhere.")
+            raise ValueError(
+                "`mask_image` must be white where the picture is to be made anew; it is black everywhere."
+            )
         masks.append(mask)
     return masks
 

@@ -1,56 +1,44 @@
 """The pipeline: prompts and pictures -> language model -> image codes -> decoder -> pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 import torch
-from accelerate.hooks import CpuOffload
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from transformers.image_processing_utils import BatchFeature
+from transformers import PreTrainedModel
 
 # DiffusionPipeline.from_pretrained finds the components' classes only in modules that are imported already.
-from transformers_llada_uni.generation_configuration import BlockDiffusionGenerationConfig
+from transformers_llada_uni import modeling_llada_uni
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
+from transformers_llada_uni.prompts import UNCONDITION
 
-from .code_decoding import Callback, CodeDecodingMixin, CodeDecodingSettings
-from .input_checks import (
-    check_callback,
-    check_finite,
-    check_flag,
-    check_generator,
-    check_integer,
-    check_prompt,
-    check_settings,
-    check_side,
-    require_components,
+from .code_decoding import Callback, CodeDecodingMixin, CodeDecodingSettings, Generator
+from .code_generation import (
+    DEFAULT_EDITING_GUIDANCE_SCALE,
+    DEFAULT_GUIDANCE_SCALE,
+    CodeGenerationMixin,
+    CodeGenerationSettings,
 )
-from .picture_inputs import masks_per_prompt, pictures_per_prompt, touched_codes
+from .input_checks import check_generator, check_integer, check_prompt, require_components
+from .picture_inputs import masks_per_prompt, pictures_per_prompt
 from .pipeline_output import LLaDAUniPipelineOutput
 from .semantic_embedder import LLaDAUniSemanticEmbedder
 
-DEFAULT_SIDE = 1024  # pixels
-DEFAULT_MAX_THINKING_TOKENS = 1024
-Generator = torch.Generator | list[torch.Generator] | None
+
+# It also tells how to load a component by the base class that the component's module names.
+modeling_llada_uni.PreTrainedModel = PreTrainedModel
 
 
-@dataclass
-class _Group:
-    """Prompts whose pictures have the same grid, so that the language model can take them as one batch."""
-
-    rows: list[int]
-    inputs: BatchFeature
-    known_codes_mask: torch.Tensor | None = None  # (rows, H * W), True = regenerate
-
-
-class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
+class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline):
     r"""
     Text-to-image (also with thinking), editing, infilling, interleaved generation and chat with LLaDA2.0-Uni.
 
-    Every component may be absent (`LLaDAUniPipeline.from_pretrained(path, vae=None, transformer=None, ...)`); a call
-    that needs it says so.
+    Every component may be absent, that is `None`: `DiffusionPipeline.from_pretrained(path, model=None, processor=None)`
+    only decodes. A call that needs an absent one says so.
 
     Args:
         model ([`LLaDAUniForConditionalGeneration`], *optional*): Reads and writes text and image codes.
@@ -78,14 +66,14 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        model: LLaDAUniForConditionalGeneration | None = None,
-        processor: LLaDAUniProcessor | None = None,
-        semantic_embedder: LLaDAUniSemanticEmbedder | None = None,
-        vae: AutoencoderKL | None = None,
-        transformer: ZImageTransformer2DModel | None = None,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
-        transformer_turbo: ZImageTransformer2DModel | None = None,
-        scheduler_turbo: FlowMatchEulerDiscreteScheduler | None = None,
+        model: LLaDAUniForConditionalGeneration | None,
+        processor: LLaDAUniProcessor | None,
+        semantic_embedder: LLaDAUniSemanticEmbedder | None,
+        vae: AutoencoderKL | None,
+        transformer: ZImageTransformer2DModel | None,
+        scheduler: FlowMatchEulerDiscreteScheduler | None,
+        transformer_turbo: ZImageTransformer2DModel | None,
+        scheduler_turbo: FlowMatchEulerDiscreteScheduler | None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -98,6 +86,18 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
             transformer_turbo=transformer_turbo,
             scheduler_turbo=scheduler_turbo,
         )
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """As any pipeline's: weights wait on the CPU and come to the device module by module, as they are used."""
+        super().enable_sequential_cpu_offload(gpu_id, device)
+        if self.model is not None:
+            # The quantizer reads the weight of its codebook without calling it, so it must come as a whole.
+            quantizer = type(self.model.model.vqmodel.quantize).__name__
+            device = self._execution_device
+            remove_hook_from_module(self.model, recurse=True)
+            cpu_offload(self.model, device, preload_module_classes=[quantizer])
 
     @torch.no_grad()
     def __call__(
@@ -143,7 +143,8 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
                 of the same size. The codes under it are generated, all others stay. For outpainting, paste the picture
                 on a larger canvas and mask the rest.
             height, width (`int`, *optional*): Of the output, in pixels: multiples of 16 * `upscale`, 1024 by default.
-                Editing keeps the source's grid, so they can only repeat the size that follows from it.
+                Editing takes the size of the source (after its preprocessing) by default, as the model was trained
+                to; infilling always does.
             num_inference_steps (`int`, *optional*): Of the decoder: 8 for turbo, 50 for normal by default; see
                 [`decode_codes`].
             guidance_scale (`float`, *optional*): Guidance of the language model by the text, 1 is none; 2.0 by
@@ -177,7 +178,7 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
         # 1. Check the arguments.
         prompts = check_prompt(prompt)
         num_images = len(prompts) * check_integer("num_images_per_prompt", num_images_per_prompt, minimum=1)
-        settings = self._check_decoding(
+        decoding = self._check_decoding(
             CodeDecodingSettings(
                 decoder,
                 num_inference_steps,
@@ -188,71 +189,56 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
                 callback_on_step_end_tensor_inputs,
             )
         )
-        self._check_generation(
-            guidance_scale,
-            image_guidance_scale,
-            guidance_rescale,
-            num_steps_per_block,
-            generation_kwargs,
+        if guidance_scale is None:
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if image is None else DEFAULT_EDITING_GUIDANCE_SCALE
+        generation = CodeGenerationSettings(
+            guidance_scale, image_guidance_scale, guidance_rescale, num_steps_per_block, generation_kwargs or {}
         )
+        self._check_generation(generation)
+        self._check_task(image, mask_image, (height, width), thinking, image_guidance_scale, thinking_kwargs)
         check_generator(generator, num_images)
-        self._check_task(image, mask_image, thinking, image_guidance_scale, thinking_kwargs)
-        guidance_scale = (2.0 if image is None else 4.0) if guidance_scale is None else guidance_scale
-        generation_kwargs, thinking_kwargs = dict(generation_kwargs or {}), dict(thinking_kwargs or {})
-        thinking_kwargs.setdefault("max_new_tokens", DEFAULT_MAX_THINKING_TOKENS)
+        grid = None if image is not None and height is None else self._grid(height, width, upscale)
 
-        # 2. Read the pictures and masks; write the prompts. Sampled codes need a row of their own per image.
-        repeats = num_images_per_prompt
-        if generation_kwargs.get("do_sample") or (thinking and thinking_kwargs.get("do_sample")):
-            repeats = 1
-        rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt // repeats)]
+        # 2. Read the pictures and masks; write the prompts. Sampled codes need a row of their own for each image.
+        thinking_kwargs = thinking_kwargs or {}
+        is_sampled = generation.generation_kwargs.get("do_sample") or thinking_kwargs.get("do_sample")
+        images_per_row = 1 if is_sampled else num_images_per_prompt
+        rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt // images_per_row)]
+        texts = [prompts[row] for row in rows]
         if image is None:
-            groups = [self._write_prompts(prompts, rows, height, width, settings, thinking)]
+            groups = [self._write_prompts(texts, grid, thinking)]
         else:
-            pictures = pictures_per_prompt(
-                image, len(prompts), isinstance(prompt, (list, tuple)), self.processor.image_processor
-            )
-            masks = None
+            image_processor, is_batch = self.processor.image_processor, isinstance(prompt, (list, tuple))
+            pictures, masks = pictures_per_prompt(image, len(prompts), is_batch, image_processor), None
             if mask_image is not None:
-                masks = masks_per_prompt(mask_image, pictures, self.processor.image_processor)
-            groups = self._write_edit_prompts(prompts, rows, pictures, masks, height, width, settings)
-        grids = {group.inputs["grid"] for group in groups} if not thinking else {self._grid(height, width, upscale)}
-        if latents is not None and len(grids) > 1:
+                masks = masks_per_prompt(mask_image, pictures, image_processor)
+                masks = [masks[row] for row in rows]
+            groups = self._write_edit_prompts(texts, [pictures[row] for row in rows], masks, grid)
+        if latents is not None and len(groups) > 1:
             raise ValueError("`latents` cannot be given for pictures of different sizes.")
-        for grid in grids:
-            self._check_grid(grid, settings)
-            self._check_latents(latents, num_images, grid, settings)
+        for group in groups:
+            self._check_grid(group.grid, decoding)
+            self._check_latents(latents, num_images, group.grid, decoding)
 
         codes: list[torch.LongTensor | None] = [None] * len(rows)
-        thoughts: list[str] | None = None
-        self._bring_in("model")
+        thoughts = None
+        self._bring_in_model()
         for group in groups:
-            group_generator = generator
-            if isinstance(generator, list):  # of the images of a row, the first one's
-                group_generator = [generator[row * repeats] for row in group.rows]
+            group_generator = self._of_rows(generator, group.rows, images_per_row)
             # 3. With thinking: let the model write its thoughts.
             if thinking:
-                thoughts, group.inputs = self._think(
-                    group.inputs, *self._grid(height, width, upscale), group_generator, thinking_kwargs
-                )
+                thoughts, group.inputs = self._think(group, group_generator, thinking_kwargs)
             # 4. Generate the image codes.
-            group_codes = self._generate_codes(
-                group,
-                guidance_scale,
-                image_guidance_scale,
-                guidance_rescale=guidance_rescale,
-                num_steps_per_block=num_steps_per_block,
-                generator=group_generator,
-                **generation_kwargs,
-            )
-            for row, grid_codes in zip(group.rows, group_codes, strict=True):
-                codes[row] = grid_codes
-        codes = [grid_codes for grid_codes in codes for _ in range(repeats)]
-        if thoughts is not None:
-            thoughts = [thought for thought in thoughts for _ in range(repeats)]
+            for row, row_codes in zip(
+                group.rows, self._generate_codes(group, generation, group_generator), strict=True
+            ):
+                codes[row] = row_codes
 
         # 5. Decode them.
-        images = self._decode_grids(codes, settings, generator, latents)
+        codes = [row_codes for row_codes in codes for _ in range(images_per_row)]
+        if thoughts is not None:
+            thoughts = [thought for thought in thoughts for _ in range(images_per_row)]
+        images = self._decode_grids(codes, decoding, generator, latents)
         self.maybe_free_model_hooks()
         output = LLaDAUniPipelineOutput(images=images, codes=codes, thoughts=thoughts)
         return output if return_dict else output.to_tuple()
@@ -285,7 +271,7 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
-        self._bring_in("model")
+        self._bring_in_model()
         ids = self.model.generate(**inputs.to(self._execution_device), **kwargs)
         answers = self.processor.post_process_image_text_to_text(
             ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -339,7 +325,7 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
             raise TypeError(f"`prompt` must be a string, got {type(prompt).__name__}.")
         check_prompt(prompt)
         check_integer("max_images", max_images, minimum=1)
-        settings = self._check_decoding(
+        decoding = self._check_decoding(
             CodeDecodingSettings(
                 decoder,
                 num_inference_steps,
@@ -351,7 +337,9 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
             )
         )
         self._check_generation(
-            guidance_scale, image_guidance_scale, guidance_rescale, num_steps_per_block, generation_kwargs
+            CodeGenerationSettings(
+                guidance_scale, image_guidance_scale, guidance_rescale, num_steps_per_block, generation_kwargs
+            )
         )
         if isinstance(generator, list):
             raise TypeError("`generator` must be one torch.Generator: how many pictures come is not known before.")
@@ -360,13 +348,15 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
             raise ValueError("`height` and `width` must be given together, or neither.")
         grid = None if height is None else self._grid(height, width, upscale)
         if grid is not None:
-            self._check_grid(grid, settings)
+            self._check_grid(grid, decoding)
         pictures = None
         if image is not None:
             pictures = pictures_per_prompt(image, 1, False, self.processor.image_processor)[0]
 
-        inputs = self.processor(images=pictures, text=prompt, task="interleaved", return_tensors="pt")
-        self._bring_in("model")
+        inputs = self.processor(images=pictures, text=prompt, task="interleaved")
+        uncondition = self.processor.tokenizer(UNCONDITION, add_special_tokens=False, return_tensors="pt")
+        inputs.setdefault("uncondition_ids", uncondition["input_ids"])
+        self._bring_in_model()
         ids = self.model.generate_interleaved(
             **inputs.to(self._execution_device),
             max_images=max_images,
@@ -379,68 +369,11 @@ class LLaDAUniPipeline(CodeDecodingMixin, DiffusionPipeline):
             show_progress_bar=self._shows_progress,
             **(generation_kwargs or {}),
         )
-        parts = self.processor.post_process(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        grids = [part for part in parts if isinstance(part, torch.Tensor)]
+        parts = self.processor.post_process(ids[:, inputs["input_ids"].shape[1] :])[0]
+        parts = [part for part in parts if not isinstance(part, str) or part.strip()]
+        grids = [part for part in parts if not isinstance(part, str)]
         for codes in grids:
-            self._check_grid(codes.shape, settings)
-        images = iter(self._decode_grids(grids, settings, generator, None))
+            self._check_grid(codes.shape, decoding)
+        images = iter(self._decode_grids(grids, decoding, generator, None))
         self.maybe_free_model_hooks()
-        return [part if isinstance(part, str) else next(images) for part in parts if not isinstance(part, str) or part]
-
-    @property
-    def _shows_progress(self) -> bool:
-        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
-
-    def _bring_in(self, name: str) -> None:
-        """
-        Puts a component on the execution device under `enable_model_cpu_offload`, whose hook waits for `forward`;
-        the language model is entered by its `generate` methods.
-        """
-        hook = getattr(getattr(self, name), "_hf_hook", None)
-        if isinstance(hook, CpuOffload):
-            hook.pre_forward(getattr(self, name))
-
-    # Checks
-
-    def _check_generation(
-        self,
-        guidance_scale: float | None,
-        image_guidance_scale: float,
-        guidance_rescale: float,
-        num_steps_per_block: int,
-        generation_kwargs: dict[str, Any] | None,
-    ) -> None:
-        require_components(self, ["model", "processor"], "generate image codes")
-        if guidance_scale is not None:
-            check_finite("guidance_scale", guidance_scale, minimum=0.0)
-        check_finite("image_guidance_scale", image_guidance_scale, minimum=0.0)
-        check_finite("guidance_rescale", guidance_rescale, minimum=0.0, maximum=1.0)
-        check_integer("num_steps_per_block", num_steps_per_block, minimum=1)
-        check_settings("generation_kwargs", generation_kwargs, BlockDiffusionGenerationConfig)
-
-    def _check_task(
-        self,
-        image: Any,
-        mask_image: Any,
-        thinking: bool,
-        image_guidance_scale: float,
-        thinking_kwargs: dict[str, Any] | None,
-    ) -> None:
-        check_flag("thinking", thinking)
-        check_settings("thinking_kwargs", thinking_kwargs, BlockDiffusionGenerationConfig)
-        if thinking_kwargs and not thinking:
-            raise ValueError("`thinking_kwargs` are given, but `thinking` is False.")
-        if image is not None and thinking:
-            raise ValueError("`thinking` is for text-to-image; it cannot be combined with `image`.")
-        if image is None and mask_image is not None:
-            raise ValueError("`mask_image` needs the `image` it belongs to.")
-        if image is None and image_guidance_scale:
-            raise ValueError("`image_guidance_scale` needs an `image` to be guided by.")
-
-    def _grid(self, height: int | None, width: int | None, upscale: int) -> tuple[int, int]:
-        """The grid (H, W) of codes of a picture of so many pixels."""
-        side = self.processor.image_processor.patch_size * upscale
-        grid = []
-        for name, value in (("height", height), ("width", width)):
-            grid.append(check_side(name, DEFAULT_SIDE if value is None else value, multiple=side) // side)
-        return grid[0], grid[1]
+        return [part if isinstance(part, str) else next(images) for part in parts]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+
 PACKAGE = "diffusers_llada_uni"
 PIPELINES = ("LLaDAUniPipeline",)
 SUBMODULE = "pipelines.llada_uni"

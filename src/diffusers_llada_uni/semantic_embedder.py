@@ -11,8 +11,9 @@ class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):
     r"""
     Codebook embedding followed by Linear, SiLU, Linear (the release's `image_tokenizer/sigvq_embedding.pt`).
 
-    State dict: `prior_token_embedding.weight` (codebook_size, embedding_dim), `prior_projector.net.0.proj.{weight,bias}`
-    (hidden_dim, embedding_dim), `prior_projector.net.2.{weight,bias}` (out_dim, hidden_dim): the released names.
+    State dict, with the released names: `prior_token_embedding.weight` (codebook_size, embedding_dim),
+    `prior_projector.net.0.proj.{weight,bias}` (hidden_dim, embedding_dim) and `prior_projector.net.2.{weight,bias}`
+    (out_dim, hidden_dim).
 
     Args:
         codebook_size (`int`, defaults to 16384): Number of image codes.

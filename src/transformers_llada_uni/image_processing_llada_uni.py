@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -23,6 +24,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, is_torch_tensor
+
 
 RESIZE_MODES = ("understanding", "editing")
 URL_TIMEOUT = 60.0  # seconds
@@ -301,8 +303,6 @@ class LLaDAUniImageProcessor(PilBackend):
         text = os.fspath(source)
         try:
             if text.startswith(("http://", "https://")):
-                import httpx  # what transformers itself fetches with; only needed here
-
                 response = httpx.get(text, timeout=URL_TIMEOUT, follow_redirects=True)
                 response.raise_for_status()
                 return Image.open(BytesIO(response.content))

@@ -53,20 +53,20 @@ def create_block_causal_mask(
 
     if block_start is None and is_padded:
         block_start = attention_mask.to(torch.long).argmax(dim=-1)
-    if block_start is None:
+    visible = attention_mask.to(torch.bool) if is_padded else None
 
-        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
-            return kv_idx // block_length <= q_idx // block_length
-    else:
-
-        def in_earlier_or_same_block(batch_idx, head_idx, q_idx, kv_idx):
-            origin = block_start[batch_idx]
-            return (kv_idx - origin) // block_length <= (q_idx - origin) // block_length
+    def may_see(batch_idx, head_idx, q_idx, kv_idx):
+        origin = 0 if block_start is None else block_start[batch_idx]
+        earlier_or_same = (kv_idx - origin) // block_length <= (q_idx - origin) // block_length
+        if visible is None:
+            return earlier_or_same
+        # Padding sees itself: a query that sees nothing gives NaN in some implementations.
+        return earlier_or_same & (visible[batch_idx, kv_idx] | (kv_idx == q_idx))
 
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
+        attention_mask=None,
         past_key_values=past_key_values,
-        and_mask_function=in_earlier_or_same_block,
+        and_mask_function=may_see,
     )

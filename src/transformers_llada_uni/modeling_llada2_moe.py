@@ -217,6 +217,11 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     }
     _keep_in_fp32_modules_strict = ["expert_bias"]
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in the source of this file; ours is on the class that we import.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -5,7 +5,6 @@ import os
 import re
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BatchFeature
@@ -20,17 +19,24 @@ from .prompts import (
     TASKS,
     UNCONDITION,
     build_prompt,
+    codes_of_side,
+    cut_answer,
     deal_out,
     flat_text,
     has_picture,
+    left_pad,
     list_of_texts,
+    refuse_grid,
+    refuse_length,
     replace,
     replacements,
+    split_pictures,
+    to_lists,
 )
+
 
 IMAGE_START, IMAGE_END, BEGIN_OF_IMAGE = "<|image|>", "<|/image|>", "<boi>"
 GRID_TOKEN = "<|reserved_token_{}|>"
-DEFAULT_SIDE = 1024  # pixels of a generated picture
 UPSCALE = 2  # the decoder draws at twice the resolution of the image tokenizer
 
 # An `<|image|>` that a number follows has its header already.
@@ -107,7 +113,7 @@ class LLaDAUniProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
-    # Chat templates. The tokenizer's own and ours have the same file name, so ours is saved as the default and the
+    # Chat templates: the tokenizer's own and ours have the same file name, so ours is saved as the default and the
     # tokenizer's beside it; both get their own back when loaded.
 
     def _separate_chat_templates(self, chat_template: str | dict[str, str] | None) -> None:
@@ -353,8 +359,8 @@ class LLaDAUniProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or `None` for lists.
 
         Returns:
-            [`BatchFeature`]: `input_ids`, `attention_mask`, `negative_input_ids`, `negative_attention_mask`, `grid`, as
-            [`__call__`] does for `task="text_to_image"`.
+            [`BatchFeature`]: `input_ids`, `attention_mask`, `negative_input_ids`, `negative_attention_mask`, `grid`,
+            as [`__call__`] does for `task="text_to_image"`.
 
         Raises:
             TypeError, ValueError: as in [`__call__`]; also if a row of `input_ids` holds no `<role>ASSISTANT</role>`.
@@ -365,35 +371,26 @@ class LLaDAUniProcessor(ProcessorMixin):
         special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.tokenizer.mask_token_id]
         ends = {*special, self.begin_of_image_token_id, self._token_id("<|role_end|>", required=False)}
         rows = []
-        for number, row in enumerate(_to_lists(input_ids)):
+        for number, row in enumerate(to_lists(input_ids)):
             if attention_mask is None:
                 padding = next((i for i, token in enumerate(row) if token != self.tokenizer.pad_token_id), len(row))
             else:
-                mask = _to_lists(attention_mask)[number]
+                mask = to_lists(attention_mask)[number]
                 padding = mask.index(1) if 1 in mask else len(mask)
-            row = row[padding:]
-            starts = [i for i in range(len(row)) if row[i : i + len(answer)] == answer]
-            if not starts:
+            kept = cut_answer(row[padding:], answer, ends, self.image_start_token_id)
+            if kept is None:
                 raise ValueError(f"`input_ids`: row {number} holds no {ANSWER}, after which a model would think.")
-            start = starts[-1] + len(answer)
-            end = next((i for i in range(start, len(row)) if row[i] in ends), len(row))
-            begun = [i for i in range(start, end) if row[i] == self.image_start_token_id]
-            rows.append(row[: begun[-1] if begun else end] + header)
+            rows.append(kept + header)
         negative = [self._ids(build_prompt("thinking", UNCONDITION)) + header] * len(rows)
         self._check_length(max(map(len, rows)), wanted)
-        ids, mask = self._left_pad(rows)
-        data = {"input_ids": ids, "attention_mask": mask, "grid": wanted}
-        data["negative_input_ids"], data["negative_attention_mask"] = self._left_pad(negative)
+        data: dict[str, Any] = {"grid": wanted}
+        for prefix, sequences in (("", rows), ("negative_", negative)):
+            ids, mask = left_pad(sequences, self.tokenizer.pad_token_id)
+            data |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["grid"])
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _left_pad(self, rows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-        length = max(map(len, rows))
-        padding = [length - len(row) for row in rows]
-        ids = [[self.tokenizer.pad_token_id] * count + row for count, row in zip(padding, rows, strict=True)]
-        return ids, [[0] * count + [1] * (length - count) for count in padding]
 
     # Grids
 
@@ -420,25 +417,15 @@ class LLaDAUniProcessor(ProcessorMixin):
     ) -> list[tuple[int, int]]:
         """The grids of a sample's pictures; refuses those that no header could name."""
         largest = len(self.grid_token_ids) - 1
-        grids = []
-        for picture in sample:
-            height, width = picture.height, picture.width
-            grid = image_processor.get_grid(height, width, resize_mode, len(sample))
+
+        def grid_of(height: int, width: int) -> tuple[int, int]:
+            return image_processor.get_grid(height, width, resize_mode, len(sample))
+
+        grids = [grid_of(picture.height, picture.width) for picture in sample]
+        for picture, grid in zip(sample, grids, strict=True):
             if max(grid) > largest:
-                fitting = grid
-                while max(fitting) > largest and max(height, width) > image_processor.size_multiple:
-                    side = min(max(height, width) - 1, max(height, width) * largest // max(fitting))
-                    height, width = (side, width) if height >= width else (height, side)
-                    if resize_mode is None:  # this mode takes multiples only
-                        height, width = (side // image_processor.size_multiple for side in (height, width))
-                        height, width = (max(1, side) * image_processor.size_multiple for side in (height, width))
-                    fitting = image_processor.get_grid(height, width, resize_mode, len(sample))
-                raise ValueError(
-                    f"`images`: a picture of {picture.width} x {picture.height} pixels becomes a grid of {grid[0]} x "
-                    f"{grid[1]} codes, but the tokenizer has numbers up to {largest} only (no "
-                    f"{GRID_TOKEN.format(max(grid))}); cropped to {width} x {height} it would fit."
-                )
-            grids.append(grid)
+                step = image_processor.size_multiple if resize_mode is None else 1
+                refuse_grid(picture.height, picture.width, grid_of, largest, step)
         return grids
 
     def _wanted_grid(
@@ -455,53 +442,27 @@ class LLaDAUniProcessor(ProcessorMixin):
             raise ValueError("`height` and `width` must be given together.")
         if height is None and task == "editing":
             return None
-        unit = self.image_processor.patch_size * UPSCALE
-        largest = (len(self.grid_token_ids) - 1) * unit
-        grid = []
-        for name, side in (("height", height), ("width", width)):
-            side = DEFAULT_SIDE if side is None else side
-            if not isinstance(side, int) or isinstance(side, bool):
-                raise TypeError(f"`{name}` must be a whole number of pixels, got {side!r}.")
-            nearest = min(max(unit, round(side / unit) * unit), largest)
-            if side < 1 or side % unit:
-                raise ValueError(f"`{name}` must be a positive multiple of {unit}, got {side}; nearest is {nearest}.")
-            if side > largest:
-                raise ValueError(
-                    f"`{name}` may be at most {largest}, got {side}: the tokenizer has no "
-                    f"{GRID_TOKEN.format(side // unit)} for the header."
-                )
-            grid.append(side // unit)
-        return tuple(grid) if task != "thinking" or thinking_text is not None else None
+        unit, largest = self.image_processor.patch_size * UPSCALE, len(self.grid_token_ids) - 1
+        sides = {"height": height, "width": width} if height is not None else dict.fromkeys(("height", "width"), 1024)
+        grid = tuple(codes_of_side(name, side, unit, largest) for name, side in sides.items())
+        return grid if task != "thinking" or thinking_text is not None else None
 
     def _source_grid(self, grids: list[list[tuple[int, int]]]) -> tuple[int, int]:
         """The grid of the first picture of each sample, which must be the same."""
         first = {sample[0] for sample in grids}
         if len(first) > 1:
+            different = ", ".join(f"{height} x {width}" for height, width in sorted(first))
             raise ValueError(
-                f"`images`: the pictures to edit have different grids ({', '.join(map(str, sorted(first)))}), and "
-                "a batch has one; give `height` and `width`, or edit them one by one."
+                f"`images`: the pictures to edit have different grids ({different}), and a batch has one; give "
+                "`height` and `width`, or edit them one by one."
             )
         return first.pop()
 
     def _check_length(self, length: int, wanted: tuple[int, int] | None) -> None:
         """Refuses what would overrun the model's positions."""
         limit = self.max_position_embeddings
-        if limit is None or length + math.prod(wanted or (0,)) <= limit:
-            return
-        room = limit - length
-        if wanted is None or room < 1:
-            raise ValueError(
-                f"`text` and `images` make a prompt of {length} tokens, but the model has {limit} positions "
-                f"(`max_position_embeddings`); shorten it to at most {limit} tokens."
-            )
-        unit = self.image_processor.patch_size * UPSCALE
-        scale = math.sqrt(room / math.prod(wanted))
-        rows = min(max(1, math.floor(wanted[0] * scale)), room)
-        columns = min(max(1, math.floor(wanted[1] * scale)), room // rows)
-        raise ValueError(
-            f"`height` and `width`: a prompt of {length} tokens and {math.prod(wanted)} image codes overrun the "
-            f"model's {limit} positions (`max_position_embeddings`); height={rows * unit}, width={columns * unit} would fit."
-        )
+        if limit is not None and length + math.prod(wanted or (0,)) > limit:
+            refuse_length(length, limit, wanted, self.image_processor.patch_size * UPSCALE)
 
     # Ids to text and codes
 
@@ -524,38 +485,21 @@ class LLaDAUniProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is a picture and `image_token_offset` is None.
         """
-        rows = _to_lists(ids)
-        return [self._parts(row, skip_special_tokens, **kwargs) for row in rows]
+        return [self._parts(row, skip_special_tokens, **kwargs) for row in to_lists(ids)]
 
     def _parts(self, row: list[int], skip_special_tokens: bool, **kwargs: Any) -> list[str | torch.Tensor]:
         parts: list[str | torch.Tensor] = []
-        text: list[int] = []
-
-        def end_text() -> None:
-            kept = [token for token in text if not (skip_special_tokens and self._is_code(token))]
-            decoded = self.tokenizer.decode(kept, skip_special_tokens=skip_special_tokens, **kwargs) if kept else ""
-            if decoded:
-                parts.append(decoded)
-            text.clear()
-
-        position = 0
-        while position < len(row):
-            grid = self._grid_at(row, position)
-            start = position + 4
-            codes = row[start : start + math.prod(grid)] if grid else []
-            given_as_pixels = bool(codes) and all(token == self.image_token_id for token in codes)
-            if grid and self.image_token_offset is None and not given_as_pixels:
+        for grid, ids in split_pictures(row, self._grid_at, self.image_end_token_id):
+            if grid is not None and all(token == self.image_token_id for token in ids):
+                continue  # given as pixels
+            if grid is not None and self.image_token_offset is None:
                 raise ValueError("`image_token_offset` of the processor is None, so codes cannot be told from text.")
-            if not grid or not (given_as_pixels or all(map(self._is_code, codes))) or len(codes) < math.prod(grid):
-                text.append(row[position])
-                position += 1
-                continue
-            end_text()
-            if not given_as_pixels:
-                parts.append(torch.tensor(codes).view(grid) - self.image_token_offset)
-            position = start + len(codes)
-            position += position < len(row) and row[position] == self.image_end_token_id
-        end_text()
+            if grid is not None and len(ids) == math.prod(grid) and all(map(self._is_code, ids)):
+                parts.append(torch.tensor(ids).view(grid) - self.image_token_offset)
+            elif grid is None:
+                ids = [token for token in ids if not (skip_special_tokens and self._is_code(token))]
+                text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) if ids else ""
+                parts += [text] if text else []
         return parts
 
     def _is_code(self, token: int) -> bool:
@@ -577,11 +521,6 @@ class LLaDAUniProcessor(ProcessorMixin):
         """The text of each row, without its pictures; arguments as in [`post_process`]."""
         rows = self.post_process(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return ["".join(part for part in row if isinstance(part, str)) for row in rows]
-
-
-def _to_lists(ids: torch.Tensor | np.ndarray | list) -> list[list[int]]:
-    rows = ids.tolist() if hasattr(ids, "tolist") else [getattr(row, "tolist", lambda row=row: row)() for row in ids]
-    return rows if not rows or isinstance(rows[0], list) else [rows]
 
 
 __all__ = ["LLaDAUniProcessor"]

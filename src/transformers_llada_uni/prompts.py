@@ -1,6 +1,9 @@
 """The prompts LLaDA2.0-Uni was trained on, as text. Spaces matter: one stands on either side of the system's words."""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 
 SYSTEM_PROMPTS = {
     "understanding": "You are a multimodal understanding assistant.",
@@ -181,3 +184,143 @@ def flat_text(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, list | tuple) or any(part.get("type") != "text" for part in content):
         return message
     return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def codes_of_side(name: str, side: int, unit: int, largest: int) -> int:
+    """
+    The codes along a side of a picture to generate.
+
+    Args:
+        name (`str`): `"height"` or `"width"`, for the message.
+        side (`int`): Its length in pixels.
+        unit (`int`): Pixels per code.
+        largest (`int`): The largest number that a header can name.
+
+    Raises:
+        TypeError, ValueError: if `side` is no such length; with the nearest that is.
+    """
+    if not isinstance(side, int) or isinstance(side, bool):
+        raise TypeError(f"`{name}` must be a whole number of pixels, got {side!r}.")
+    if side < 1 or side % unit:
+        nearest = min(max(1, round(side / unit)), largest) * unit
+        raise ValueError(f"`{name}` must be a positive multiple of {unit}, got {side}; the nearest is {nearest}.")
+    if side > largest * unit:
+        raise ValueError(
+            f"`{name}` may be at most {largest * unit}, got {side}: the tokenizer has no "
+            f"<|reserved_token_{side // unit}|> for the header."
+        )
+    return side // unit
+
+
+def refuse_grid(
+    height: int, width: int, grid_of: Callable[[int, int], tuple[int, int]], largest: int, step: int
+) -> NoReturn:
+    """
+    Raises the error for a picture whose grid no header can name, with the size of a crop that one can.
+
+    Args:
+        height (`int`): Of the picture in pixels.
+        width (`int`): Of the picture in pixels.
+        grid_of: The grid (H, W) of a picture of that height and width.
+        largest (`int`): The largest number that a header can name.
+        step (`int`): Sides are cropped to multiples of this.
+    """
+    grid = fitting = grid_of(height, width)
+    sides = [height, width]
+    while max(fitting) > largest:
+        longer = sides.index(max(sides))
+        shrunk = min(sides[longer] - 1, sides[longer] * largest // max(fitting))
+        sides[longer] = max(step, shrunk // step * step)
+        fitting = grid_of(*sides)
+    raise ValueError(
+        f"`images`: a picture of {width} x {height} pixels becomes a grid of {grid[0]} x {grid[1]} codes, but the "
+        f"tokenizer has numbers up to {largest} only (no <|reserved_token_{max(grid)}|>); cropped to {sides[1]} x "
+        f"{sides[0]} it fits."
+    )
+
+
+def refuse_length(length: int, limit: int, grid: tuple[int, int] | None, unit: int) -> NoReturn:
+    """
+    Raises the error for a sequence that overruns the model's positions.
+
+    Args:
+        length (`int`): Tokens of the prompt.
+        limit (`int`): The model's positions.
+        grid (`tuple[int, int]`, *optional*): Of the picture to generate, in codes.
+        unit (`int`): Pixels of the generated picture per code.
+    """
+    room = limit - length
+    if grid is None or room < 1:
+        codes = math.prod(grid) if grid else 0
+        raise ValueError(
+            f"`text` and `images` make a prompt of {length} tokens, but the model has {limit} positions "
+            f"(`max_position_embeddings`); shorten it to at most {limit - (codes if codes < limit else 1)} tokens."
+        )
+    scale = math.sqrt(room / math.prod(grid))
+    rows = min(max(1, math.floor(grid[0] * scale)), room)
+    columns = min(max(1, math.floor(grid[1] * scale)), room // rows)
+    raise ValueError(
+        f"`height` and `width`: a prompt of {length} tokens and {math.prod(grid)} image codes overrun the model's "
+        f"{limit} positions (`max_position_embeddings`); height={rows * unit}, width={columns * unit} would fit."
+    )
+
+
+def cut_answer(row: list[int], answer: list[int], ends: set[int | None], image_start: int) -> list[int] | None:
+    """
+    A sequence without what the model wrote of a picture's header: up to the last `image_start` of its answer, or else
+    to the first of `ends` there. None if `answer`, with which the answer starts, is nowhere in it.
+    """
+    starts = [i for i in range(len(row)) if row[i : i + len(answer)] == answer]
+    if not starts:
+        return None
+    start = starts[-1] + len(answer)
+    end = next((i for i in range(start, len(row)) if row[i] in ends), len(row))
+    begun = [i for i in range(start, end) if row[i] == image_start]
+    return row[: begun[-1] if begun else end]
+
+
+def left_pad(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of one length, and their attention mask; raises ValueError if padding is needed and there is no token."""
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    if any(padding) and pad_token_id is None:
+        raise ValueError("`tokenizer` has no pad token, so rows of different lengths cannot be padded.")
+    ids = [[pad_token_id] * count + row for count, row in zip(padding, rows, strict=True)]
+    return ids, [[0] * count + [1] * (length - count) for count in padding]
+
+
+def to_lists(ids: Any) -> list[list[int]]:
+    """Ids in any form as a list of rows; one row on its own is a batch of one."""
+    rows = ids.tolist() if hasattr(ids, "tolist") else [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+    return rows if not rows or isinstance(rows[0], list | tuple) else [rows]
+
+
+def split_pictures(
+    row: list[int], grid_at: Callable[[list[int], int], tuple[int, int] | None], image_end: int
+) -> list[tuple[tuple[int, int] | None, list[int]]]:
+    """
+    Splits a sequence at its pictures.
+
+    Args:
+        row (`list[int]`): Token ids.
+        grid_at: Gives the grid (H, W) that the four tokens of a header at that position name, or None.
+        image_end (`int`): The token after a picture's codes.
+
+    Returns:
+        Pairs in order: None and the ids of a stretch of text, or the grid and what stands where its H*W codes should:
+        fewer ids where the sequence, or by its end token the picture, ends early.
+    """
+    pieces: list[tuple[tuple[int, int] | None, list[int]]] = []
+    position = last = 0
+    while position < len(row):
+        grid = grid_at(row, position)
+        if grid is None:
+            position += 1
+            continue
+        codes = row[position + 4 : position + 4 + math.prod(grid)]
+        codes = codes[: codes.index(image_end)] if image_end in codes else codes
+        pieces += [(None, row[last:position]), (grid, codes)]
+        position += 4 + len(codes)
+        position += position < len(row) and row[position] == image_end
+        last = position
+    return [*pieces, (None, row[last:])]

@@ -1,0 +1,157 @@
+"""What every model of the project must do, whatever it computes: the checks of transformers' and diffusers' testers
+that matter here (those testers are not in the wheels)."""
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+
+
+class ModelTesterMixin:
+    """
+    A test class that inherits this gives `model()`, a fresh small model in eval mode with fixed weights, and
+    `inputs()`, arguments of `forward` for a batch of two. `output(outputs)` picks the tensor to compare.
+    """
+
+    attention_implementations: tuple[str, ...] = ()
+    has_experts = False
+    splits_over_devices = False
+    supports_gradient_checkpointing = False
+
+    def model(self):
+        raise NotImplementedError
+
+    def inputs(self) -> dict:
+        raise NotImplementedError
+
+    def output(self, outputs) -> torch.Tensor:
+        raise NotImplementedError
+
+    def run(self, model, **inputs) -> torch.Tensor:
+        with torch.no_grad():
+            return self.output(model(**inputs))
+
+    def test_is_deterministic(self):
+        model = self.model()
+        assert torch.equal(self.run(model, **self.inputs()), self.run(model, **self.inputs()))
+
+    def test_save_and_load(self, tmp_path):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        state = model.state_dict()
+        assert loaded.state_dict().keys() == state.keys()
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
+
+    def test_saves_safetensors_only(self, tmp_path):
+        self.model().save_pretrained(tmp_path)
+        suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+        assert suffixes <= {".json", ".safetensors"}
+
+    def test_saves_in_shards(self, tmp_path):
+        model = self.model()
+        model.save_pretrained(tmp_path, max_shard_size="60KB")
+        shards = list(tmp_path.glob("*.safetensors"))
+        assert len(shards) > 1
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_loads_in_half_precision(self, tmp_path, dtype):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype).eval()
+        assert loaded.dtype == dtype
+        inputs = {
+            name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in self.inputs().items()
+        }
+        assert bool(self.run(loaded, **inputs).isfinite().all())
+
+    def test_device_map(self, tmp_path):
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, device_map="cpu").eval()
+        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
+
+    def test_offloads_to_disk(self, tmp_path):
+        if not self.splits_over_devices:
+            pytest.skip("has no layers to leave on the disk")
+        model = self.model()
+        model.save_pretrained(tmp_path / "model")
+        device_map = {name: "cpu" for name, _ in model.named_children()}
+        device_map.update(self.disk_map())
+        loaded = type(model).from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+        ).eval()
+        assert any(parameter.is_meta for parameter in loaded.parameters())
+        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
+
+    def disk_map(self) -> dict[str, str]:
+        """Modules to leave on the disk, with every child of the model placed."""
+        raise NotImplementedError
+
+    def test_batch_equals_single(self):
+        model, inputs = self.model(), self.inputs()
+        together = self.run(model, **inputs)
+        for row in range(2):
+            alone = {
+                name: value[row : row + 1] if torch.is_tensor(value) and value.shape[0] == 2 else value
+                for name, value in inputs.items()
+            }
+            torch.testing.assert_close(self.run(model, **alone)[0], together[row], rtol=1e-4, atol=1e-5)
+
+    def test_attention_implementations_agree(self):
+        model, inputs = self.model(), self.inputs()
+        for implementation in self.attention_implementations:
+            other = copy.deepcopy(model)
+            other.set_attn_implementation(implementation)
+            torch.testing.assert_close(self.run(other, **inputs), self.run(model, **inputs), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+    def test_experts_implementations_agree(self, implementation):
+        if not self.has_experts:
+            pytest.skip("has no experts")
+        model = self.model()
+        expected = self.run(model, **self.inputs())
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(self.run(model, **self.inputs()), expected, rtol=1e-4, atol=1e-4)
+
+    def test_training_step_reaches_every_parameter(self):
+        model = self.model().train()
+        self.output(model(**self.inputs())).float().pow(2).mean().backward()
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        without = {
+            name for name, parameter in model.named_parameters() if parameter.grad is None and name not in frozen
+        }
+        assert without <= self.parameters_without_gradient(model)
+
+    def parameters_without_gradient(self, model) -> set[str]:
+        return set()
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self):
+        if not self.supports_gradient_checkpointing:
+            pytest.skip("has no gradient checkpointing")
+        gradients = []
+        for checkpointing in (False, True):
+            model = self.model().train()
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                assert model.is_gradient_checkpointing
+            self.output(model(**self.inputs())).float().pow(2).mean().backward()
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def saved_tensors(folder) -> dict[str, torch.Tensor]:
+    """All tensors of a saved checkpoint, under the names they have on the disk."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
