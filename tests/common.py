@@ -139,8 +139,8 @@ class ModelTesterMixin:
         for checkpointing in (False, True):
             model = self.model().train()
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                assert model.is_gradient_checkpointing
+                model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+                assert model.is_activation_checkpointing
             self.output(model(**self.inputs())).float().pow(2).mean().backward()
             gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert gradients[0].keys() == gradients[1].keys()

@@ -15,6 +15,7 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from transformers_llada_uni import LLaDAUniImageProcessor
 
+
 RULES = {"understand_single": ("understanding", 1), "understand_multi": ("understanding", 2), "edit": ("editing", 1)}
 
 

@@ -242,7 +242,7 @@ class TestLoading:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.2 * losses[0]
 
     def test_loss_is_the_cross_entropy_of_labelled_positions(self, model, expected):

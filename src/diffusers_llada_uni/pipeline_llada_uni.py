@@ -93,11 +93,11 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         """As any pipeline's: weights wait on the CPU and come to the device module by module, as they are used."""
         super().enable_sequential_cpu_offload(gpu_id, device)
         if self.model is not None:
-            # The quantizer reads the weight of its codebook without calling it, so it must come as a whole.
-            quantizer = type(self.model.model.vqmodel.quantize).__name__
+            # These two read the weights of their submodules without calling them, so they must come whole.
+            readers = [self.model.model.visual.embeddings, self.model.model.vqmodel.quantize]
             device = self._execution_device
             remove_hook_from_module(self.model, recurse=True)
-            cpu_offload(self.model, device, preload_module_classes=[quantizer])
+            cpu_offload(self.model, device, preload_module_classes=[type(reader).__name__ for reader in readers])
 
     @torch.no_grad()
     def __call__(

@@ -325,7 +325,7 @@ class BlockDiffusionGenerationMixin:
         return config
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
-        if config.use_cache and self.training and self.is_gradient_checkpointing:
+        if config.use_cache and self.training and self.is_activation_checkpointing:
             logger.warning_once(
                 "Gradient checkpointing drops caches: generating without one. Call `model.eval()` first."
             )

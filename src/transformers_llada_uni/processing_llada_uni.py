@@ -324,7 +324,7 @@ class LLaDAUniProcessor(ProcessorMixin):
     ) -> dict[str, list[list[int]]]:
         if len(rows) > 1 and self.tokenizer.pad_token_id is None:
             raise ValueError("`tokenizer` has no pad token, so a batch of prompts cannot be padded.")
-        settings = {"padding": True, "add_special_tokens": False, **text_kwargs}
+        settings = {"padding": self.tokenizer.pad_token_id is not None, "add_special_tokens": False, **text_kwargs}
         settings |= {"padding_side": "left", "return_attention_mask": True, "return_token_type_ids": False}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             settings.pop(name, None)
