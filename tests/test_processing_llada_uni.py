@@ -219,10 +219,10 @@ def test_interleaved(processor):
     system = "<role>SYSTEM</role> You are a interleaved generation assistant. <role>HUMAN</role>"
     inputs = processor(images=picture(), text="go on", task="interleaved")
     assert inputs["input_ids"].tolist() == [ids_of(processor, f"{system}{block(8, 8)}go on<role>ASSISTANT</role>")]
-    assert inputs["negative_input_ids"].tolist() == [
-        ids_of(processor, f"{system}{block(8, 8)}<uncondition><role>ASSISTANT</role>")
-    ]
-    assert set(inputs) == {"input_ids", "attention_mask", "negative_input_ids", "pixel_values", "image_grid_thw"}
+    assert inputs["negative_input_ids"].tolist() == [ids_of(processor, f"{system}<uncondition><role>ASSISTANT</role>")]
+    assert inputs["uncondition_ids"].tolist() == [ids_of(processor, "<uncondition>")]
+    names = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw"}
+    assert set(inputs) == names | {"negative_input_ids", "negative_attention_mask", "uncondition_ids"}
 
 
 # Finished prompts

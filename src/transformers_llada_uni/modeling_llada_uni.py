@@ -63,8 +63,7 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
             raise ValueError(
                 f"`pixel_values` holds {pixel_values.shape[0]} patches, but `image_grid_thw` speaks of {sum(lengths)}."
             )
-        grid = image_grid_thw.to(self.visual.device)
-        features = self.visual(pixel_values.to(self.visual.device), grid_thw=grid).last_hidden_state
+        features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
         codes = []
         for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
             picture = picture.T.reshape(1, -1, height, width)

@@ -220,7 +220,9 @@ class LLaDAUniProcessor(ProcessorMixin):
             `pixel_values` (num_patches, 768) and `image_grid_thw` (num_images, 3). For text_to_image, editing, and
             thinking with `thinking_text`: `grid` (H, W) in codes, and the companions for guidance
             `negative_input_ids`, `negative_attention_mask` (no text) and for editing `negative_image_input_ids`,
-            `negative_image_attention_mask` (no picture). For interleaved: `negative_input_ids`.
+            `negative_image_attention_mask` (no picture). For interleaved: `negative_input_ids` and
+            `negative_attention_mask` (neither text nor picture), and `uncondition_ids` (1, n), the ids that stand for
+            no text.
 
         Raises:
             TypeError: if an argument has the wrong type.
@@ -279,8 +281,8 @@ class LLaDAUniProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         for prefix, rows in prompts.items():
             data |= {prefix + name: value for name, value in self._encode(rows, wanted, text_kwargs).items()}
-        if task == "interleaved":  # generated one sequence at a time, so there is no padding to mask
-            del data["negative_attention_mask"]
+        if task == "interleaved":
+            data["uncondition_ids"] = [self._ids(UNCONDITION)]
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if wanted is not None:
@@ -302,8 +304,10 @@ class LLaDAUniProcessor(ProcessorMixin):
         """The prompts of a task and of its companions, by the prefix of their names in the output."""
         sources = ["".join(sample) for sample in blocks]
         prompts = {"": [build_prompt(task, *row) for row in zip(texts, sources, strict=True)]}
-        if wanted is not None or task == "interleaved":
+        if wanted is not None:
             prompts["negative_"] = [build_prompt(task, UNCONDITION, source) for source in sources]
+        elif task == "interleaved":  # here also the start of the companion without picture
+            prompts["negative_"] = [build_prompt(task, UNCONDITION)] * len(texts)
         if task == "editing":
             lone = [IMAGE_START * len(sample) for sample in blocks]
             prompts["negative_image_"] = [build_prompt(task, *row) for row in zip(texts, lone, strict=True)]
