@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
@@ -41,6 +42,16 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
     def get_decoder(self) -> LLaDA2MoeModel:
         return self.language_model
 
+    @property
+    def _position_embedding(self) -> nn.Embedding:
+        return self.visual.embeddings.position_embedding
+
+    @property
+    def _codebook(self) -> nn.Embedding:
+        return self.vqmodel.quantize.embedding
+
+    # Upstream reads the weights of these two without calling them, so offloading would not bring them in by itself.
+    @force_accelerate_hooks(["_position_embedding", "_codebook"])
     @torch.no_grad()
     def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
         r"""
