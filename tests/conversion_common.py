@@ -1,0 +1,46 @@
+"""What the tests of the converter share."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARD = "model-00001-of-00002.safetensors"
+IMAGE_TOKENIZER = "image_tokenizer/image_tokenizer.safetensors"
+SIGVQ = "image_tokenizer/sigvq_embedding.pt"
+
+
+def read_tensors(folder: Path, released: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """File -> tensors of a folder. The index that points into another folder is no file of tensors."""
+    tensors = {str(file.relative_to(folder)): load_file(file) for file in sorted(folder.rglob("*.safetensors"))}
+    if released:
+        tensors[SIGVQ] = torch.load(folder / SIGVQ, weights_only=True)
+    return {file: content for file, content in tensors.items() if not file.startswith("expected")}
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def merged(files: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All tensors of several files; files outside a component's folder keep their names apart."""
+    return {name: tensor for content in files.values() for name, tensor in content.items()}
+
+
+def backbone_of(folder: Path) -> dict[str, torch.Tensor]:
+    return merged({file.name: load_file(file) for file in folder.glob("model*.safetensors")})
+
+
+def copy_released(official_tiny: Path, folder: Path) -> Path:
+    """A copy of the released layout to spoil."""
+    shutil.copytree(official_tiny, folder, ignore=shutil.ignore_patterns("expected", "images"))
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
