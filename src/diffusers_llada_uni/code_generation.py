@@ -1,7 +1,8 @@
 """Prompts and pictures -> image codes: the half of the pipeline that is the language model's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,17 @@ class PromptGroup:
     num_pictures: list[int] | None = None  # of each row
 
 
+@contextmanager
+def _sizes_at(upscale: int) -> Iterator[None]:
+    """Errors of the processor name sizes at `upscale` 2; at another they must say so."""
+    try:
+        yield
+    except ValueError as error:
+        if upscale == 2:
+            raise
+        raise ValueError(f"{error} (Sizes in this message are at `upscale` 2; at {upscale} they are half.)") from error
+
+
 class CodeGenerationMixin:
     """What a `DiffusionPipeline` with the components `model` and `processor` needs to generate image codes."""
 
@@ -99,12 +111,13 @@ class CodeGenerationMixin:
         columns = check_side("width", DEFAULT_SIDE if width is None else width, multiple=side) // side
         return rows, columns
 
-    def _write_prompts(self, texts: list[str], grid: tuple[int, int], thinking: bool) -> PromptGroup:
+    def _write_prompts(self, texts: list[str], grid: tuple[int, int], thinking: bool, upscale: int) -> PromptGroup:
         """Prompts of text-to-image; with thinking they end where the thoughts begin."""
         # The processor speaks of pixels at twice the resolution of the image tokenizer.
         side = 2 * self.processor.image_processor.patch_size
         task = "thinking" if thinking else "text_to_image"
-        inputs = self.processor(text=texts, task=task, height=side * grid[0], width=side * grid[1])
+        with _sizes_at(upscale):
+            inputs = self.processor(text=texts, task=task, height=side * grid[0], width=side * grid[1])
         return PromptGroup(list(range(len(texts))), inputs, grid)
 
     def _write_edit_prompts(
@@ -113,6 +126,7 @@ class CodeGenerationMixin:
         pictures: list[list[PIL.Image.Image]],
         masks: list[PIL.Image.Image] | None,
         grid: tuple[int, int] | None,
+        upscale: int,
     ) -> list[PromptGroup]:
         """Prompts of editing, those whose codes have the same grid together: the source's, if `grid` is None."""
         image_processor = self.processor.image_processor
@@ -124,9 +138,10 @@ class CodeGenerationMixin:
             of_grid.setdefault(row_grid, []).append(row)
         groups = []
         for group_grid, rows in of_grid.items():
-            inputs = self.processor(
-                images=[pictures[row] for row in rows], text=[texts[row] for row in rows], task="editing", **size
-            )
+            with _sizes_at(upscale):
+                inputs = self.processor(
+                    images=[pictures[row] for row in rows], text=[texts[row] for row in rows], task="editing", **size
+                )
             group = PromptGroup(rows, inputs, group_grid, num_pictures=[len(pictures[row]) for row in rows])
             if masks is not None:
                 touched = [touched_codes(masks[row], image_processor).flatten() for row in rows]

@@ -37,8 +37,8 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
     r"""
     Text-to-image (also with thinking), editing, infilling, interleaved generation and chat with LLaDA2.0-Uni.
 
-    Every component may be absent, that is `None`: `DiffusionPipeline.from_pretrained(path, model=None, processor=None)`
-    only decodes. A call that needs an absent one says so.
+    Every component may be absent, that is `None`: what `DiffusionPipeline.from_pretrained(path, model=None)` loads only
+    decodes. A call that needs an absent one says so.
 
     Args:
         model ([`LLaDAUniForConditionalGeneration`], *optional*): Reads and writes text and image codes.
@@ -206,14 +206,14 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt // images_per_row)]
         texts = [prompts[row] for row in rows]
         if image is None:
-            groups = [self._write_prompts(texts, grid, thinking)]
+            groups = [self._write_prompts(texts, grid, thinking, upscale)]
         else:
             image_processor, is_batch = self.processor.image_processor, isinstance(prompt, (list, tuple))
             pictures, masks = pictures_per_prompt(image, len(prompts), is_batch, image_processor), None
             if mask_image is not None:
                 masks = masks_per_prompt(mask_image, pictures, image_processor)
                 masks = [masks[row] for row in rows]
-            groups = self._write_edit_prompts(texts, [pictures[row] for row in rows], masks, grid)
+            groups = self._write_edit_prompts(texts, [pictures[row] for row in rows], masks, grid, upscale)
         if latents is not None and len(groups) > 1:
             raise ValueError("`latents` cannot be given for pictures of different sizes.")
         for group in groups:
