@@ -84,9 +84,11 @@ class ModelTesterMixin:
         model.save_pretrained(tmp_path / "model")
         device_map = {name: "cpu" for name, _ in model.named_children()}
         device_map.update(self.disk_map())
-        loaded = type(model).from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-        ).eval()
+        loaded = (
+            type(model)
+            .from_pretrained(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+            .eval()
+        )
         assert any(parameter.is_meta for parameter in loaded.parameters())
         torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
 

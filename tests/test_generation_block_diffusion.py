@@ -70,7 +70,9 @@ class TestAgreesWithTheRelease:
         assert sequence[0, prompt.shape[1] :].tolist() == case["output_ids"]
 
     @pytest.mark.parametrize("use_cache", [True, False])
-    @pytest.mark.parametrize("task, index", [("text_to_image", i) for i in range(3)] + [("image_edit", 0), ("image_edit", 1)])
+    @pytest.mark.parametrize(
+        "task, index", [("text_to_image", i) for i in range(3)] + [("image_edit", 0), ("image_edit", 1)]
+    )
     def test_image_codes(self, released, expected, task, index, use_cache):
         case = expected[task][index]
         codes = released.generate_image_codes(use_cache=use_cache, **image_arguments(case))
@@ -315,15 +317,18 @@ class TestSprint:
         assert lengths[1:] == [10 + 8] * 3
 
     def test_three_branches_fall_back_to_the_exact_cache(self, backbone):
-        method, arguments = "generate_image_codes", {
-            "input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]]),
-            "negative_input_ids": torch.tensor([[1, 2]]),
-            "negative_image_input_ids": torch.tensor([[3, 4, 5]]),
-            "grid": (4, 4),
-            "block_length": 8,
-            "guidance_scale": 2.0,
-            "image_guidance_scale": 1.0,
-        }
+        method, arguments = (
+            "generate_image_codes",
+            {
+                "input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]]),
+                "negative_input_ids": torch.tensor([[1, 2]]),
+                "negative_image_input_ids": torch.tensor([[3, 4, 5]]),
+                "grid": (4, 4),
+                "block_length": 8,
+                "guidance_scale": 2.0,
+                "image_guidance_scale": 1.0,
+            },
+        )
         exact = getattr(backbone, method)(**arguments)
         assert torch.equal(exact, getattr(backbone, method)(**arguments, cache_implementation="sprint"))
 

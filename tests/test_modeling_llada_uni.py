@@ -5,8 +5,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
-from transformers import AutoProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 
 from tests.common import ModelTesterMixin
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDAUniConfig, LLaDAUniForConditionalGeneration, LLaDAUniModel
@@ -244,7 +250,7 @@ class TestInterleaved:
         # what the model writes and what we write around it
         head = [1, 2, 3, 10, 11, 50, 42, 43, 52]
         assert sequence[: len(head)] == head and all(64 <= token < 96 for token in sequence[9:15])
-        assert sequence[15:] [:6] == [51, 12, 50, 41, 44, 52] and sequence[-3:] == [51, 13, 61]
+        assert sequence[15:][:6] == [51, 12, 50, 41, 44, 52] and sequence[-3:] == [51, 13, 61]
         # guidance: simple at first, then away from the context without text, and from the text without context
         assert first[0].tolist() == head
         assert first_settings["negative_input_ids"].tolist() == [[1, 9, 50, 42, 43, 52]]

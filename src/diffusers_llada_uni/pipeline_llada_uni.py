@@ -5,8 +5,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from transformers import PreTrainedModel
 
@@ -37,8 +35,8 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
     r"""
     Text-to-image (also with thinking), editing, infilling, interleaved generation and chat with LLaDA2.0-Uni.
 
-    Every component may be absent, that is `None`: what `DiffusionPipeline.from_pretrained(path, model=None)` loads only
-    decodes. A call that needs an absent one says so.
+    Every component may be absent, that is `None`: `DiffusionPipeline.from_pretrained(path, model=None)` loads what
+    decodes codes only. A call that needs an absent one says so.
 
     Args:
         model ([`LLaDAUniForConditionalGeneration`], *optional*): Reads and writes text and image codes.
@@ -86,18 +84,6 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             transformer_turbo=transformer_turbo,
             scheduler_turbo=scheduler_turbo,
         )
-
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """As any pipeline's: weights wait on the CPU and come to the device module by module, as they are used."""
-        super().enable_sequential_cpu_offload(gpu_id, device)
-        if self.model is not None:
-            # These two read the weights of their submodules without calling them, so they must come whole.
-            readers = [self.model.model.visual.embeddings, self.model.model.vqmodel.quantize]
-            device = self._execution_device
-            remove_hook_from_module(self.model, recurse=True)
-            cpu_offload(self.model, device, preload_module_classes=[type(reader).__name__ for reader in readers])
 
     @torch.no_grad()
     def __call__(
