@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(2)
 

@@ -280,7 +280,7 @@ class BlockDiffusionDecoder:
         """Guided logits of the allowed ids, `(masks, ids)`, from hidden states `(branches, masks, hidden)`."""
         low, high = self.allowed or (0, self.head.out_features)
         rescale = len(hidden_states) > 1 and self.guidance[2] > 0
-        if rescale or type(self.head) is not nn.Linear:
+        if rescale or not _is_plain_linear(self.head):
             # Rescaling measures the spread over the whole vocabulary.
             logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[:, low:high]
         else:
@@ -299,6 +299,12 @@ class BlockDiffusionDecoder:
             is_image = prefix >= self.image_token_offset
         confidence = canvas.confidence[self.rows, :start].repeat(num_branches, 1)
         cache.prune(sprint, confidence, is_image, self._visible(canvas, start))
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
+    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
