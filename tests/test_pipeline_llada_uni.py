@@ -433,9 +433,11 @@ def test_default_size(pipe, monkeypatch):
         pipe("a cat")
 
 
-def test_prompts_in_a_batch_equal_single_prompts(pipe):
+def test_prompts_in_a_batch_equal_single_prompts(pipe, calls):
     prompts = ["a cat", "a much longer prompt about a red apple on a table"]
-    batch = pipe(prompts, **SMALL, num_images_per_prompt=2, generator=[seeded(i) for i in range(4)], output_type="pt")
+    generators = [seeded(i) for i in range(4)]
+    batch = pipe(prompts, **SMALL, num_images_per_prompt=2, generator=generators, output_type="pt")
+    assert calls[0]["generator"] == generators[::2]
     assert batch.images.shape == (4, 3, 64, 96) and len(batch.codes) == 4
     assert torch.equal(batch.codes[0], batch.codes[1]) and not torch.allclose(batch.images[0], batch.images[1])
     for i in range(4):
@@ -561,7 +563,7 @@ def test_infilling_keeps_the_codes_outside_of_the_mask(pipe, calls):
 
 
 def test_infilling_a_batch(pipe):
-    pictures = [photo(), [photo(seed=1), photo(seed=2)], photo(60, 80, seed=3)]
+    pictures = [[photo(), photo(seed=2)], photo(seed=1), photo(60, 80, seed=3)]
     masks = [np.zeros((60, 80), bool), torch.zeros(60, 80), PIL.Image.new("RGB", (60, 80))]
     masks[0][30:] = True
     masks[1][:, 40:] = 1.0
@@ -569,7 +571,7 @@ def test_infilling_a_batch(pipe):
     output = pipe(["a", "b", "c"], image=pictures, mask_image=masks, **FEW)
     kept = [torch.ones(6, 8, dtype=torch.bool), torch.ones(6, 8, dtype=torch.bool), torch.ones(8, 6, dtype=torch.bool)]
     kept[0][3:], kept[1][:, 4:], kept[2][:1] = False, False, False
-    for i, source in enumerate([pictures[0], pictures[1][0], pictures[2]]):
+    for i, source in enumerate([pictures[0][0], pictures[1], pictures[2]]):
         assert torch.equal(output.codes[i][kept[i]], source_codes(pipe, source)[kept[i]]), i
 
 

@@ -208,6 +208,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
 
         codes: list[torch.LongTensor | None] = [None] * len(rows)
         thoughts = None
+        self._bring_in_model()
         for group in groups:
             group_generator = self._of_rows(generator, group.rows, images_per_row)
             # 3. With thinking: let the model write its thoughts.

@@ -7,11 +7,10 @@ module names lead to this package. `AutoConfig.register` and its siblings would 
 would import torch and every modeling file as soon as this package is imported.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
+
+from .import_hooks import after_import
 
 PACKAGE = "transformers_llada_uni"
 
@@ -40,34 +39,6 @@ def _add_names(module: ModuleType) -> None:
         getattr(module, table).update(entries)
 
 
-class _AddNamesAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Runs the ordinary import of one of the modules in `NAMES`, then adds our names to its tables."""
-
-    def __init__(self) -> None:
-        self._loaders: dict[str, importlib.abc.Loader] = {}
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in NAMES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            self._loaders[fullname] = spec.loader
-            spec.loader = self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loaders[spec.name].create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        loader = self._loaders[module.__name__]
-        # Whoever asks the module for its source (inspect, tracebacks) must find the real loader.
-        module.__spec__.loader = module.__loader__ = loader
-        loader.exec_module(module)
-        _add_names(module)
-
-
 def _add_configs_to_existing_mappings() -> None:
     """Mappings made before this package was imported have already turned the table of configs round."""
     auto_factory = sys.modules.get("transformers.models.auto.auto_factory")
@@ -86,9 +57,6 @@ def register() -> None:
     """Adds our classes to the Auto classes, now or, where transformers is not loaded yet, as soon as it is."""
     for model_type in CONFIGS:
         sys.modules.setdefault(f"transformers.models.{model_type}", sys.modules[PACKAGE])
-    if not any(isinstance(finder, _AddNamesAfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AddNamesAfterImport())
     for name in NAMES:
-        if name in sys.modules:
-            _add_names(sys.modules[name])
+        after_import(name, _add_names)
     _add_configs_to_existing_mappings()

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .input_checks import check_integer, check_number
+
 
 class BlockDiffusionLayer(CacheLayerMixin):
     """
@@ -115,17 +117,10 @@ class SprintConfig:
 
     def __post_init__(self) -> None:
         for name in ("keep_ratio", "image_keep_ratio", "text_keep_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"`{name}` of `cache_config` must be above 0 and at most 1, got {value}.")
-        if not isinstance(self.cache_warmup_steps, int) or self.cache_warmup_steps < 1:
-            raise ValueError(
-                f"`cache_warmup_steps` of `cache_config` must be a positive integer, got {self.cache_warmup_steps}."
-            )
-        if not 0 <= self.importance_alpha <= 1:
-            raise ValueError(
-                f"`importance_alpha` of `cache_config` must be between 0 and 1, got {self.importance_alpha}."
-            )
+            if name == "keep_ratio" or getattr(self, name) is not None:
+                check_number(f"{name}` of `cache_config", getattr(self, name), 0.0, 1.0, exclude_low=True)
+        check_integer("cache_warmup_steps` of `cache_config", self.cache_warmup_steps, minimum=1)
+        check_number("importance_alpha` of `cache_config", self.importance_alpha, 0.0, 1.0)
         choices = ("low_confidence", "top_k_margin", "neg_entropy")
         if self.confidence not in choices:
             raise ValueError(f"`confidence` of `cache_config` must be one of {choices}, got {self.confidence!r}.")

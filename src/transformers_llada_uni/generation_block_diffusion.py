@@ -1,7 +1,6 @@
 """Generation by block diffusion: text, image codes with guidance, and both interleaved."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,16 @@ from transformers.utils import ModelOutput, logging
 from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
 from .block_diffusion_sampling import Generators
 from .generation_configuration import BlockDiffusionGenerationConfig
+from .input_checks import (
+    check_generator,
+    check_grid,
+    check_guidance,
+    check_known_codes,
+    check_length,
+    check_streamer,
+    check_token_id,
+    split_rows,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -114,13 +123,13 @@ class BlockDiffusionGenerationMixin:
                     f"`max_length` is {config.max_length}, but `input_ids` have {input_ids.shape[1]} columns already."
                 )
         self._check_length("max_new_tokens", prompts, config.max_new_tokens)
-        self._check_generator(generator, len(prompts))
-        if streamer is not None and len(prompts) > 1:
-            raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {len(prompts)}.")
-        if config.max_new_tokens == 0 and not bool((input_ids == config.mask_token_id).any()):
+        check_generator(generator, len(prompts))
+        check_streamer(streamer, len(prompts))
+        if config.max_new_tokens == 0 and not any(bool((row == config.mask_token_id).any()) for row in prompts):
             raise ValueError(
                 "`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate."
             )
+        self._check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
         input_ids = self._place_image_codes(input_ids, self._encode_images(pixel_values, image_grid_thw))
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
 
@@ -223,15 +232,10 @@ class BlockDiffusionGenerationMixin:
         offset = text_config.image_token_offset
         if offset is None:
             raise ValueError("This checkpoint has no image codes (`image_token_offset` is None).")
-        num_codes = _check_grid(grid)
+        num_codes = check_grid(grid)
         if guidance_scale is None:
             guidance_scale = 1.0 if negative_input_ids is None else 2.0
-        guidance = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
-        for name, value in guidance.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-        if not isinstance(guidance_rescale, (int, float)) or not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"`guidance_rescale` must be between 0 and 1, got {guidance_rescale!r}.")
+        check_guidance(guidance_scale, image_guidance_scale, guidance_rescale)
         if negative_input_ids is None and guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but `negative_input_ids` are not given.")
         if image_guidance_scale != 0 and (negative_image_input_ids is None or negative_input_ids is None):
@@ -240,16 +244,35 @@ class BlockDiffusionGenerationMixin:
                 "`negative_image_input_ids` are not given."
             )
         named = [("input_ids", input_ids, attention_mask)]
-        if guidance_scale != 1.0 or image_guidance_scale != 0:
-            named.append(("negative_input_ids", negative_input_ids, negative_attention_mask))
-        if image_guidance_scale != 0:
-            named.append(("negative_image_input_ids", negative_image_input_ids, negative_image_attention_mask))
+        for name, ids, mask, is_used in (
+            (
+                "negative_input_ids",
+                negative_input_ids,
+                negative_attention_mask,
+                guidance_scale != 1.0 or image_guidance_scale != 0,
+            ),
+            (
+                "negative_image_input_ids",
+                negative_image_input_ids,
+                negative_image_attention_mask,
+                image_guidance_scale != 0,
+            ),
+        ):
+            if ids is None and mask is not None:
+                raise ValueError(f"The `attention_mask` of `{name}` is given without `{name}`.")
+            if ids is not None and is_used:
+                named.append((name, ids, mask))
         for name, ids, mask in named:
             self._check_length("grid", self._split_rows(name, ids, mask), num_codes)
             if ids.shape[0] != input_ids.shape[0]:
                 raise ValueError(f"`{name}` has {ids.shape[0]} rows, but `input_ids` has {input_ids.shape[0]}.")
-        self._check_generator(generator, input_ids.shape[0])
-        known = _check_known_codes(image_codes, image_codes_mask, (input_ids.shape[0], num_codes), text_config)
+        check_generator(generator, input_ids.shape[0])
+        if callback is not None and not callable(callback):
+            raise TypeError(f"`callback` must be callable, got {type(callback).__name__}.")
+        shape = (input_ids.shape[0], num_codes)
+        known = check_known_codes(image_codes, image_codes_mask, shape, text_config.vocab_size - offset)
+        with_pictures = {name: ids for name, ids, _ in named if name != "negative_image_input_ids"}
+        self._check_pictures(with_pictures, pixel_values, image_grid_thw)
 
         # 2. Lay out prompts, companions and room for the codes, aligned by block; put known codes in their places.
         picture_codes = self._encode_images(pixel_values, image_grid_thw)
@@ -322,6 +345,14 @@ class BlockDiffusionGenerationMixin:
             raise ValueError(
                 "`mask_token_id` is not known from the checkpoint; pass `mask_token_id=tokenizer.mask_token_id`."
             )
+        text_config = self.config.get_text_config()
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+            check_token_id(name, getattr(config, name), text_config.vocab_size)
+        if config.block_length > text_config.max_position_embeddings:
+            raise ValueError(
+                f"`block_length` ({config.block_length}) exceeds `max_position_embeddings` "
+                f"({text_config.max_position_embeddings})."
+            )
         return config
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
@@ -333,12 +364,21 @@ class BlockDiffusionGenerationMixin:
             config.use_cache, config.cache_implementation, config.cache_config = False, "exact", None
         return config
 
+    def _check_pictures(
+        self,
+        input_ids: dict[str, torch.LongTensor],
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.LongTensor | None,
+    ) -> None:
+        """Refuses pictures that do not fit the named `input_ids`. A backbone alone has no eyes."""
+        for name, value in (("pixel_values", pixel_values), ("image_grid_thw", image_grid_thw)):
+            if value is not None:
+                raise ValueError(f"`{name}` was given, but {type(self).__name__} has no vision tower.")
+
     def _encode_images(
         self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
     ) -> torch.LongTensor | None:
-        """The tokens of all pictures, one after the other. A backbone alone has no eyes."""
-        if pixel_values is not None:
-            raise ValueError(f"`pixel_values` were given, but {type(self).__name__} has no vision tower.")
+        """The tokens of all pictures, one after the other."""
         return None
 
     def _place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
@@ -348,48 +388,10 @@ class BlockDiffusionGenerationMixin:
     def _split_rows(
         self, name: str, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
     ) -> list[torch.LongTensor]:
-        """Rows without their padding, each `(length,)`."""
-        if not isinstance(input_ids, torch.Tensor):
-            raise TypeError(f"`{name}` must be a torch.LongTensor, got {type(input_ids).__name__}.")
-        if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
-            raise ValueError(
-                f"`{name}` must hold integers of shape (batch, length), got {input_ids.dtype} of shape "
-                f"{tuple(input_ids.shape)}."
-            )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` of `{name}` has shape {tuple(attention_mask.shape)}, but `{name}` has shape "
-                f"{tuple(input_ids.shape)}."
-            )
-        visible = attention_mask.to(torch.bool)
-        if bool((visible[:, :-1] & ~visible[:, 1:]).any()):
-            raise ValueError(
-                f"`{name}` must be padded on the left, but its `attention_mask` hides tokens after visible ones. Set "
-                "`padding_side='left'` in the tokenizer."
-            )
-        lengths = visible.sum(dim=-1).tolist()
-        if min(lengths) == 0:
-            raise ValueError(f"Row {lengths.index(0)} of `{name}` is empty.")
-        vocab_size = self.config.get_text_config().vocab_size
-        if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
-            raise ValueError(f"`{name}` holds ids outside of the vocabulary of {vocab_size} tokens.")
-        return [row[len(row) - length :] for row, length in zip(input_ids, lengths, strict=True)]
+        return split_rows(name, input_ids, attention_mask, self.config.get_text_config().vocab_size)
 
     def _check_length(self, name: str, prompts: list[torch.LongTensor], num_new_tokens: int) -> None:
-        limit = self.config.get_text_config().max_position_embeddings
-        longest = max(len(prompt) for prompt in prompts)
-        if longest + num_new_tokens > limit:
-            raise ValueError(
-                f"A prompt of {longest} tokens and {num_new_tokens} new ones (`{name}`) exceed "
-                f"`max_position_embeddings` ({limit}); at most {max(limit - longest, 0)} new tokens fit."
-            )
-
-    @staticmethod
-    def _check_generator(generator: Generators, num_rows: int) -> None:
-        if isinstance(generator, list) and len(generator) != num_rows:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but there are {num_rows} rows.")
+        check_length(name, prompts, num_new_tokens, self.config.get_text_config().max_position_embeddings)
 
     @staticmethod
     def _length_with_end(tokens: torch.Tensor, end_ids: torch.Tensor) -> int:
@@ -426,27 +428,6 @@ class BlockDiffusionGenerationMixin:
 
 def as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _check_grid(grid: tuple[int, int]) -> int:
-    is_pair = isinstance(grid, (tuple, list)) and len(grid) == 2
-    if not is_pair or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise ValueError(f"`grid` must be two positive integers (height, width in codes), got {grid!r}.")
-    return grid[0] * grid[1]
-
-
-def _check_known_codes(image_codes, image_codes_mask, shape, text_config) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if (image_codes is None) != (image_codes_mask is None):
-        raise ValueError("`image_codes` and `image_codes_mask` go together: give both or neither.")
-    if image_codes is None:
-        return None
-    for name, tensor in (("image_codes", image_codes), ("image_codes_mask", image_codes_mask)):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} (batch, H * W), got {tuple(tensor.shape)}.")
-    codebook_size = text_config.vocab_size - text_config.image_token_offset
-    if int(image_codes.min()) < 0 or int(image_codes.max()) >= codebook_size:
-        raise ValueError(f"`image_codes` must lie between 0 and {codebook_size - 1}.")
-    return image_codes, image_codes_mask.to(torch.bool)
 
 
 __all__ = ["BlockDiffusionGenerationConfig", "BlockDiffusionGenerationMixin", "BlockDiffusionOutput"]

@@ -1,11 +1,11 @@
 """The settings of block-diffusion generation, saved next to a model as `generation_config.json`."""
 
-import math
 from typing import Any
 
 from transformers import GenerationConfig
 
 from .block_diffusion_cache import SprintConfig
+from .input_checks import check_integer, check_number, check_token_id
 
 
 class BlockDiffusionGenerationConfig(GenerationConfig):
@@ -70,14 +70,19 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, **unused_kwargs: Any) -> None:
         """Raises ValueError that names the setting, if one is out of its range."""
-        for name in ("block_length", "num_steps_per_block"):
-            self._check_integer(name, minimum=1)
-        self._check_integer("max_new_tokens", minimum=0)
-        self._check_integer("max_length", minimum=1, optional=True)
-        self._check_integer("top_k", minimum=1, optional=True)
-        self._check_number("threshold", 0.0, 1.0)
-        self._check_number("top_p", 0.0, 1.0, optional=True, exclude_low=True)
-        self._check_number("temperature", 0.0, math.inf, exclude_low=True)
+        for name, minimum in (("block_length", 1), ("num_steps_per_block", 1), ("max_new_tokens", 0)):
+            check_integer(name, getattr(self, name), minimum)
+        for name in ("max_length", "top_k"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum=1)
+        check_number("threshold", self.threshold, 0.0, 1.0)
+        check_number("temperature", self.temperature, 0.0, exclude_low=True)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
+            if isinstance(getattr(self, name), list) and name != "eos_token_id":
+                raise ValueError(f"`{name}` must be one id, got {getattr(self, name)!r}.")
+            check_token_id(name, getattr(self, name))
         for name in ("do_sample", "use_cache", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
@@ -92,32 +97,15 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
     def sprint_config(self) -> SprintConfig:
         """The settings of SPRINT. Raises ValueError for an unknown name or a value out of range."""
-        settings = self.cache_config or {}
-        if unknown := sorted(set(settings) - set(SprintConfig.__dataclass_fields__)):
+        settings = {} if self.cache_config is None else self.cache_config
+        if not isinstance(settings, dict):
+            raise ValueError(f"`cache_config` must be a dict, got {settings!r}.")
+        if unknown := sorted(map(str, set(settings) - set(SprintConfig.__dataclass_fields__))):
             raise ValueError(
                 f"`cache_config` has no {', '.join(f'`{name}`' for name in unknown)}; it knows "
                 f"{', '.join(SprintConfig.__dataclass_fields__)}."
             )
         return SprintConfig(**settings)
-
-    def _check_integer(self, name: str, minimum: int, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-
-    def _check_number(
-        self, name: str, low: float, high: float, optional: bool = False, exclude_low: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not low <= value <= high or (exclude_low and value == low):
-            lower = f"above {low:g}" if exclude_low else f"at least {low:g}"
-            upper = "finite" if math.isinf(high) else f"at most {high:g}"
-            raise ValueError(f"`{name}` must be a number, {lower} and {upper}, got {value!r}.")
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BlockDiffusionGenerationConfig":

@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .generation_block_diffusion import BlockDiffusionGenerationMixin, as_list
 from .generation_configuration import BlockDiffusionGenerationConfig
+from .input_checks import check_generator, check_grid, check_guidance, check_integer
 
 logger = logging.get_logger(__name__)
 
@@ -68,20 +69,30 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         config = self._settle_generation_config(generation_config, kwargs)
-        if len(self._split_rows("input_ids", input_ids, attention_mask)) != 1:
+        prompts = self._split_rows("input_ids", input_ids, attention_mask)
+        if len(prompts) != 1:
             raise ValueError(
                 f"Interleaved generation takes one prompt, but `input_ids` has {input_ids.shape[0]} rows."
             )
-        if isinstance(max_images, bool) or not isinstance(max_images, int) or max_images < 1:
-            raise ValueError(f"`max_images` must be a positive integer, got {max_images!r}.")
+        check_integer("max_images", max_images, minimum=1)
+        check_integer("num_image_steps_per_block", num_image_steps_per_block, minimum=1)
         if guidance_scale is None:
             guidance_scale = 1.0 if negative_input_ids is None else 2.0
-        if guidance_scale != 1.0 or image_guidance_scale != 0:
-            for name, ids in (("negative_input_ids", negative_input_ids), ("uncondition_ids", uncondition_ids)):
-                if ids is None:
-                    raise ValueError(f"Guidance (`guidance_scale`, `image_guidance_scale`) needs `{name}`.")
+        check_guidance(guidance_scale, image_guidance_scale, guidance_rescale)
+        companions = (("negative_input_ids", negative_input_ids), ("uncondition_ids", uncondition_ids))
+        for name, ids in companions:
+            if ids is None and (guidance_scale != 1.0 or image_guidance_scale != 0):
+                raise ValueError(f"Guidance (`guidance_scale`, `image_guidance_scale`) needs `{name}`.")
+            mask = negative_attention_mask if name == "negative_input_ids" else None
+            if ids is not None and len(self._split_rows(name, ids, mask)) != 1:
+                raise ValueError(f"`{name}` must have one row, as `input_ids` has, but it has {ids.shape[0]}.")
+        check_generator(generator, 1)
+        check_integer("max_new_tokens", config.max_new_tokens, minimum=1)
+        num_new_tokens = 1  # text until `<boi>`
         if grid is not None:
-            self._image_header(grid)  # refuses a grid the tokenizer has no tokens for
+            num_new_tokens = check_grid(grid) + len(self._image_header(grid)) + 1
+        self._check_length("max_new_tokens" if grid is None else "grid", prompts, num_new_tokens)
+        self._check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
 
         codes = self._encode_images(pixel_values, image_grid_thw)
         sequence = self._split_rows("input_ids", self._place_image_codes(input_ids, codes), attention_mask)[0]

@@ -66,14 +66,9 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         Raises:
             ValueError: if patches and grids do not fit together.
         """
-        if image_grid_thw is None or image_grid_thw.ndim != 2 or image_grid_thw.shape[-1] != 3:
-            shape = None if image_grid_thw is None else tuple(image_grid_thw.shape)
-            raise ValueError(f"`image_grid_thw` must have shape (pictures, 3), got {shape}.")
-        lengths = image_grid_thw.prod(dim=-1).tolist()
-        if sum(lengths) != pixel_values.shape[0]:
-            raise ValueError(
-                f"`pixel_values` holds {pixel_values.shape[0]} patches, but `image_grid_thw` speaks of {sum(lengths)}."
-            )
+        vision_config = self.config.vision_config
+        patch_width = vision_config.in_channels * vision_config.patch_size**2
+        lengths = check_pictures(pixel_values, image_grid_thw, patch_width)
         features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
         codes = []
         for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
