@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(2)
+# Two workers (see pyproject.toml) share two cores, and the models are tiny.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

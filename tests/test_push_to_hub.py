@@ -412,10 +412,6 @@ def test_pushed_model_and_processor_load_again(pushed, server, converted_dir, tm
     run(PULL_MODEL, server, tmp_path / "home", converted_dir)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="diffusers downloads only components whose module stands in LOADABLE_CLASSES; registration must add ours",
-)
 def test_pushed_pipeline_loads_again(pushed, server, converted_dir, tmp_path):
     run(PULL_PIPELINE, server, tmp_path / "home", converted_dir)
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers_llada_uni import modeling_llada_uni
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
-from transformers_llada_uni.prompts import UNCONDITION
 
 from .code_decoding import Callback, CodeDecodingMixin, CodeDecodingSettings, Generator
 from .code_generation import (
@@ -340,8 +339,6 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             pictures = pictures_per_prompt(image, 1, False, self.processor.image_processor)[0]
 
         inputs = self.processor(images=pictures, text=prompt, task="interleaved")
-        uncondition = self.processor.tokenizer(UNCONDITION, add_special_tokens=False, return_tensors="pt")
-        inputs.setdefault("uncondition_ids", uncondition["input_ids"])
         self._bring_in_model()
         ids = self.model.generate_interleaved(
             **inputs.to(self._execution_device),

@@ -103,7 +103,7 @@ class BlockDiffusionDecoder:
         backbone: Ids to hidden states, with block-causal attention.
         head: Hidden states to logits.
         config: The settings.
-        mask_token_id: Never predicted.
+        never_predicted: Ids that are not predicted: the mask, and the placeholder of codes that pixels will give.
         allowed: First and last-plus-one id that may be predicted. `None`: all.
         is_image: Use the rule for image codes, see [`select_positions`].
         guidance: `guidance_scale`, `image_guidance_scale`, `guidance_rescale`.
@@ -117,7 +117,7 @@ class BlockDiffusionDecoder:
         backbone: nn.Module,
         head: nn.Module,
         config: BlockDiffusionGenerationConfig,
-        mask_token_id: int,
+        never_predicted: list[int],
         allowed: tuple[int, int] | None = None,
         is_image: bool = False,
         guidance: tuple[float, float, float] = (1.0, 0.0, 0.0),
@@ -126,7 +126,7 @@ class BlockDiffusionDecoder:
         image_token_offset: int | None = None,
     ):
         self.backbone, self.head, self.config = backbone, head, config
-        self.mask_token_id, self.allowed, self.is_image, self.guidance = mask_token_id, allowed, is_image, guidance
+        self.never_predicted, self.allowed, self.is_image, self.guidance = never_predicted, allowed, is_image, guidance
         self.generator, self.is_done, self.image_token_offset = generator, is_done, image_token_offset
         self.block_length = config.block_length
         self.warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
@@ -287,8 +287,9 @@ class BlockDiffusionDecoder:
             logits = guided_logits(
                 _at_least_float32(F.linear(hidden_states, self.head.weight[low:high])), *self.guidance
             )
-        if low <= self.mask_token_id < high:
-            logits[:, self.mask_token_id - low] = float("-inf")
+        for token_id in self.never_predicted:
+            if low <= token_id < high:
+                logits[:, token_id - low] = float("-inf")
         return logits
 
     def _prune(self, canvas: Canvas, start: int, cache: SprintCache, sprint: SprintConfig) -> None:

@@ -1,14 +1,56 @@
 """Configuration of the LLaDA2 mixture-of-experts backbone."""
 
+import functools
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+from .input_checks import check_integer, check_number
 
 
+def raises_builtin_errors(config_class: type) -> type:
+    """`@strict` wraps what its checks raise in errors that are no ValueError or TypeError: this unwraps them."""
+    strict_init = config_class.__init__
+
+    @functools.wraps(strict_init)
+    def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        try:
+            strict_init(self, *args, **kwargs)
+        except (StrictDataclassClassValidationError, StrictDataclassFieldValidationError) as error:
+            raise type(error.__cause__)(str(error)) from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+class CheckedFileMixin:
+    """Refuses a folder without a `config.json`, or with that of another model, instead of taking the defaults."""
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json, or an empty one.")
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"config.json of {pretrained_model_name_or_path} must hold an object, got a list.")
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} has the `model_type` {config_dict['model_type']!r}; "
+                f"{cls.__name__} reads {cls.model_type!r}."
+            )
+        return config_dict, kwargs
+
+
+@raises_builtin_errors
 @strict
-class LLaDA2MoeConfig(PreTrainedConfig):
+class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
     r"""
     Configuration of [`LLaDA2MoeModel`]. The defaults are those of the released LLaDA2.0-Uni backbone; text-only
     LLaDA2.0 and LLaDA2.1 checkpoints use the same class with `image_token_offset=None`.
@@ -35,7 +77,8 @@ class LLaDA2MoeConfig(PreTrainedConfig):
         output_router_logits (`bool`, defaults to `False`): Whether `forward` returns the router logits.
 
     Raises:
-        ValueError: if the sizes do not fit together (heads, experts and groups, image codes).
+        ValueError: if a value is out of its range, or the sizes do not fit together (heads, experts and groups, image
+            codes). TypeError: for a value of the wrong type.
     """
 
     model_type = "llada2_moe"
@@ -113,14 +156,39 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         kwargs.setdefault("partial_rotary_factor", 0.5)
         super().__post_init__(**kwargs)
-        # A smaller vocabulary than the released one has no such token; `generate` then asks for it by name.
+        # A smaller vocabulary than the released one has no such token, and -1 says so too in some checkpoints;
+        # `generate` then asks for it by name.
         for name in ("mask_token_id", "pad_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if isinstance(value, int) and value >= self.vocab_size:
+            if isinstance(value, int) and not 0 <= value < self.vocab_size:
                 setattr(self, name, None)
 
     def validate_architecture(self) -> None:
-        """Called by `@strict` after initialisation: the sizes must fit together."""
+        """Called by `@strict` after initialisation: the sizes must be possible and fit together."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "num_experts",
+            "n_group",
+            "max_position_embeddings",
+            "block_length",
+        ):
+            check_integer(name, getattr(self, name), minimum=1)
+        for name in ("num_shared_experts", "first_k_dense_replace"):
+            check_integer(name, getattr(self, name), minimum=0)
+        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, exclude_low=True)
+        check_number("rms_norm_eps", self.rms_norm_eps, 0.0)
+        check_number("initializer_range", self.initializer_range, 0.0)
+        check_number("attention_dropout", self.attention_dropout, 0.0, 1.0)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be an activation function of transformers, got {self.hidden_act!r}.")
+        self._check_rope()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -146,8 +214,22 @@ class LLaDA2MoeConfig(PreTrainedConfig):
                 f"`image_token_offset` must lie between 1 and `vocab_size` - 1 ({self.vocab_size - 1}), got "
                 f"{self.image_token_offset}."
             )
-        if self.block_length < 1:
-            raise ValueError(f"`block_length` must be at least 1, got {self.block_length}.")
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"`rope_type` of `rope_parameters` must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got "
+                f"{rope['rope_type']!r}."
+            )
+        check_number("rope_theta` of `rope_parameters", rope["rope_theta"], 0.0, exclude_low=True)
+        check_number("partial_rotary_factor", rope["partial_rotary_factor"], 0.0, 1.0, exclude_low=True)
+        rotated = int(self.head_dim * rope["partial_rotary_factor"])
+        if rotated == 0 or rotated % 2:
+            raise ValueError(
+                f"`partial_rotary_factor` ({rope['partial_rotary_factor']}) must leave an even number of `head_dim` "
+                f"({self.head_dim}) channels to rotate, got {rotated}."
+            )
 
 
 __all__ = ["LLaDA2MoeConfig"]

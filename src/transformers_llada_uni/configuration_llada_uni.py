@@ -4,11 +4,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 
-from .configuration_llada2_moe import LLaDA2MoeConfig
+from .configuration_llada2_moe import CheckedFileMixin, LLaDA2MoeConfig, raises_builtin_errors
+from .input_checks import check_token_id
 
 
+@raises_builtin_errors
 @strict
-class LLaDAUniConfig(PreTrainedConfig):
+class LLaDAUniConfig(CheckedFileMixin, PreTrainedConfig):
     r"""
     Configuration of [`LLaDAUniForConditionalGeneration`].
 
@@ -27,7 +29,8 @@ class LLaDAUniConfig(PreTrainedConfig):
         grid_token_ids (`list[int]`): The id of `<|reserved_token_n|>` stands at index n.
 
     Raises:
-        ValueError: if the backbone's image codes and the codebook differ in number.
+        ValueError: if the backbone's image codes and the codebook differ in number, or an id is no text token.
+            TypeError: for a value of the wrong type.
     """
 
     model_type = "llada_uni"
@@ -48,17 +51,37 @@ class LLaDAUniConfig(PreTrainedConfig):
     grid_token_ids: list[int] | None = None
     tie_word_embeddings: bool = False
 
-    def validate_codebook(self) -> None:
+    def validate_architecture(self) -> None:
         """Called by `@strict` after initialisation."""
+        for name, config_class in self.sub_configs.items():
+            if not isinstance(getattr(self, name), config_class):
+                raise TypeError(
+                    f"`{name}` must be a {config_class.__name__}, got {type(getattr(self, name)).__name__}."
+                )
         offset = self.text_config.image_token_offset
-        if offset is None:
-            return
-        num_codes = self.text_config.vocab_size - offset
-        if num_codes != self.vq_config.num_embeddings:
+        num_codes = self.text_config.vocab_size - (offset or 0)
+        if offset is not None and num_codes != self.vq_config.num_embeddings:
             raise ValueError(
                 f"`vq_config.num_embeddings` is {self.vq_config.num_embeddings}, but the backbone's vocabulary has "
                 f"{num_codes} image codes (`text_config.vocab_size` - `text_config.image_token_offset`)."
             )
+        if self.vq_config.latent_channels != self.vision_config.hidden_size:
+            raise ValueError(
+                f"`vq_config.latent_channels` ({self.vq_config.latent_channels}) must equal "
+                f"`vision_config.hidden_size` ({self.vision_config.hidden_size})."
+            )
+        self._check_picture_tokens(offset or self.text_config.vocab_size)
+
+    def _check_picture_tokens(self, num_text_ids: int) -> None:
+        framing_names = ("image_start_token_id", "image_end_token_id", "begin_of_image_token_id")
+        for name in ("image_token_id", *framing_names, "grid_token_ids"):
+            check_token_id(name, getattr(self, name), num_text_ids)
+        framing = {getattr(self, name) for name in framing_names} - {None}
+        if self.image_token_id in framing:
+            raise ValueError(f"`image_token_id` ({self.image_token_id}) is one of the tokens that frame a picture.")
+        sizes = self.grid_token_ids or []
+        if len(set(sizes)) != len(sizes) or set(sizes) & framing:
+            raise ValueError("`grid_token_ids` must differ from each other and from the tokens that frame a picture.")
 
 
 __all__ = ["LLaDAUniConfig"]

@@ -1,6 +1,7 @@
 """Generation by block diffusion: text, image codes with guidance, and both interleaved."""
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,10 @@ from .input_checks import (
     check_length,
     check_streamer,
     check_token_id,
+    refuse_settings,
     split_rows,
 )
+
 
 logger = logging.get_logger(__name__)
 
@@ -65,10 +68,19 @@ class BlockDiffusionGenerationMixin:
                 pretrained_model_name_or_path, **location
             )
         except OSError:
-            pass  # There is no such file: the settings that follow from the model's configuration stay.
+            # There is no such file: the settings that follow from the model's configuration stay.
+            if os.path.isfile(
+                os.path.join(pretrained_model_name_or_path, location.get("subfolder", ""), "generation_config.json")
+            ):
+                raise
         except TypeError as error:
             # The file was written for autoregressive generation; what it says of special tokens holds here too.
-            foreign = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
+            try:
+                foreign = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
+            except ValueError:
+                foreign = None
+            if foreign is None or hasattr(foreign, "block_length"):
+                raise  # It was written for block diffusion, and holds what is unknown.
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 if getattr(foreign, name) is not None:
                     setattr(self.generation_config, name, getattr(foreign, name))
@@ -140,7 +152,7 @@ class BlockDiffusionGenerationMixin:
             self.get_decoder(),
             self.lm_head,
             self._usable_cache(config),
-            config.mask_token_id,
+            self._never_predicted(config),
             generator=generator,
             is_done=lambda tokens, is_new: (torch.isin(tokens, end_ids) & is_new).any(dim=-1),
             image_token_offset=self.config.get_text_config().image_token_offset,
@@ -225,6 +237,7 @@ class BlockDiffusionGenerationMixin:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
+        refuse_settings("generate_image_codes", kwargs, {"max_new_tokens": "grid", "max_length": "grid"})
         config = self._settle_generation_config(
             generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block}
         )
@@ -293,7 +306,7 @@ class BlockDiffusionGenerationMixin:
             self.get_decoder(),
             self.lm_head,
             self._usable_cache(config),
-            config.mask_token_id,
+            self._never_predicted(config),
             allowed=(offset, text_config.vocab_size),
             is_image=True,
             guidance=(guidance_scale, image_guidance_scale, guidance_rescale),
@@ -363,6 +376,11 @@ class BlockDiffusionGenerationMixin:
             config = copy.deepcopy(config)
             config.use_cache, config.cache_implementation, config.cache_config = False, "exact", None
         return config
+
+    def _never_predicted(self, config: BlockDiffusionGenerationConfig) -> list[int]:
+        # Pixels fill in placeholders: one that the model wrote would be taken for the place of a missing picture.
+        placeholder = getattr(self.config, "image_token_id", None)
+        return [config.mask_token_id, *([] if placeholder is None else [placeholder])]
 
     def _check_pictures(
         self,

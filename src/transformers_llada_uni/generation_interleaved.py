@@ -7,7 +7,8 @@ from transformers.utils import logging
 
 from .generation_block_diffusion import BlockDiffusionGenerationMixin, as_list
 from .generation_configuration import BlockDiffusionGenerationConfig
-from .input_checks import check_generator, check_grid, check_guidance, check_integer
+from .input_checks import check_generator, check_grid, check_guidance, check_integer, refuse_settings
+
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +69,13 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         Raises:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
+        refuse_settings("generate_interleaved", kwargs, {"max_length": "max_new_tokens"})
         config = self._settle_generation_config(generation_config, kwargs)
+        for name in ("image_start_token_id", "image_end_token_id", "begin_of_image_token_id", "grid_token_ids"):
+            if getattr(self.config, name) is None:
+                raise ValueError(
+                    f"Interleaved generation needs `{name}`, which the model's configuration does not know."
+                )
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
         if len(prompts) != 1:
             raise ValueError(
@@ -103,6 +110,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         end_ids = as_list(config.eos_token_id)
         limit = ids.get_text_config().max_position_embeddings
         settings = {name: getattr(config, name) for name in config._DEFAULTS} | {"return_dict_in_generate": False}
+        of_text = ("num_steps_per_block", "max_new_tokens", "max_length", "eos_token_id")
         text_start, last_image_end = len(sequence), None
 
         for _ in range(max_images):
@@ -150,7 +158,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
                 generator=generator,
                 show_progress_bar=show_progress_bar,
                 **companions,
-                **{name: value for name, value in settings.items() if name != "num_steps_per_block"},
+                **{name: value for name, value in settings.items() if name not in of_text},
             )[0]
             end = codes.new_tensor([ids.image_end_token_id])
             sequence = torch.cat([sequence, codes + ids.get_text_config().image_token_offset, end])

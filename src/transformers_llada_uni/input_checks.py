@@ -38,6 +38,13 @@ def check_tensor(name: str, value: Any, dtypes: Iterable[torch.dtype] | None = N
         raise ValueError(f"`{name}` must be a tensor{wanted}{dims}, got {value.dtype} of shape {tuple(value.shape)}.")
 
 
+def refuse_settings(method: str, settings: dict[str, Any], instead: dict[str, str]) -> None:
+    """Refuses settings that a method would have to ignore; `instead` says what it goes by."""
+    for name in settings:
+        if name in instead:
+            raise TypeError(f"`{method}` goes by `{instead[name]}`: it takes no `{name}`.")
+
+
 def check_ids(name: str, ids: Any) -> None:
     """Token ids `(batch, length)`."""
     check_tensor(name, ids, (torch.long, torch.int), ndim=2)

@@ -1,9 +1,12 @@
 """The LLaDA2 backbone: a mixture-of-experts transformer with block-causal attention that fills in masked tokens."""
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -28,7 +31,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig
+from .input_checks import check_forward_inputs, check_labels
 from .masking_block_causal import create_block_causal_mask
+
 
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
 register_checkpoint_conversion_mapping(
@@ -222,6 +227,61 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
         # transformers looks for the decorator in the source of this file; ours is on the class that we import.
         return True
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> "LLaDA2MoePreTrainedModel | tuple[LLaDA2MoePreTrainedModel, dict]":
+        """
+        As any model's; errors name what does not fit.
+
+        Raises:
+            OSError: if a file is missing or damaged. ValueError: if the tensors do not fit the configuration.
+            TypeError: for a `generation_config` that is not a [`BlockDiffusionGenerationConfig`].
+        """
+        generation_config = kwargs.get("generation_config")
+        if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
+            raise TypeError(
+                "`generation_config` must be a BlockDiffusionGenerationConfig, got "
+                f"{type(generation_config).__name__}."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            # transformers would only log which tensors are misshapen, and raise an error that does not say.
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"A weights file in {pretrained_model_name_or_path} is truncated or damaged: {error}"
+            ) from error
+        except KeyError as error:
+            if error.args != ("weight_map",):
+                raise
+            raise ValueError(
+                f"The index of the weights in {pretrained_model_name_or_path} has no `weight_map`."
+            ) from error
+        except RuntimeError as error:
+            if "conversion of the weights" not in str(error):
+                raise
+            raise ValueError(
+                f"Experts in {pretrained_model_name_or_path} are missing or misshapen; the report above names them."
+            ) from error
+        if info["mismatched_keys"] and not may_mismatch:
+            misshapen = [
+                f"{name} is {list(found)} instead of {list(wanted)}"
+                for name, found, wanted in sorted(info["mismatched_keys"])[:4]
+            ]
+            raise ValueError(
+                f"{len(info['mismatched_keys'])} tensors in {pretrained_model_name_or_path} do not fit the "
+                f"configuration: {'; '.join(misshapen)}."
+            )
+        return (model, info) if wants_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -283,19 +343,21 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
             `last_hidden_state` `(batch, length, hidden_size)`, after the final norm.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if `block_length` is below 1.
+            ValueError, TypeError: unless exactly one of `input_ids` and `inputs_embeds` is given; for a shape that
+                does not fit the others, or a `block_length` below 1.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         block_length = self.config.block_length if block_length is None else block_length
-        if block_length < 1:
-            raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        check_forward_inputs(
+            input_ids, inputs_embeds, attention_mask, position_ids, block_length, self.config.hidden_size, start
+        )
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + start
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 padding = attention_mask.to(torch.long).argmax(dim=-1, keepdim=True)
@@ -361,6 +423,7 @@ class LLaDA2MoeForBlockDiffusion(LLaDA2MoePreTrainedModel, BlockDiffusionGenerat
         Returns:
             `logits` `(batch, positions, vocab_size)` and, with `labels`, the mean cross-entropy as `loss`.
         """
+        check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -13,6 +13,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_llada_uni import LLaDAUniConfig
 from .generation_interleaved import InterleavedGenerationMixin
+from .input_checks import check_ids, check_labels, check_pictures
 from .modeling_llada2_moe import LLaDA2MoeModel, LLaDA2MoePreTrainedModel
 
 
@@ -50,6 +51,10 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
     def _codebook(self) -> nn.Embedding:
         return self.vqmodel.quantize.embedding
 
+    @property
+    def _patch_width(self) -> int:
+        return self.config.vision_config.in_channels * self.config.vision_config.patch_size**2
+
     # Upstream reads the weights of these two without calling them, so offloading would not bring them in by itself.
     @force_accelerate_hooks(["_position_embedding", "_codebook"])
     @torch.no_grad()
@@ -64,17 +69,47 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
             For each picture its codes, `(height, width)`.
 
         Raises:
-            ValueError: if patches and grids do not fit together.
+            ValueError, TypeError: if patches and grids do not fit together.
         """
-        vision_config = self.config.vision_config
-        patch_width = vision_config.in_channels * vision_config.patch_size**2
-        lengths = check_pictures(pixel_values, image_grid_thw, patch_width)
+        lengths = check_pictures(pixel_values, image_grid_thw, self._patch_width)
         features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
         codes = []
         for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
             picture = picture.T.reshape(1, -1, height, width)
             codes.append(self.vqmodel.encode(picture).image_tokens.view(height, width))
         return codes
+
+    def check_pictures(
+        self,
+        input_ids: dict[str, torch.LongTensor],
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.LongTensor | None,
+    ) -> None:
+        r"""
+        Args:
+            input_ids: By name, ids that all hold places open for the same pictures.
+
+        Raises:
+            ValueError, TypeError: if pictures and ids do not fit together; nothing is computed before.
+        """
+        num_codes = 0
+        if pixel_values is not None:
+            if self.config.text_config.image_token_offset is None or self.config.image_token_id is None:
+                raise ValueError(
+                    "`pixel_values` were given, but the configuration lacks `image_token_offset` or `image_token_id`: "
+                    "this checkpoint reads no pictures."
+                )
+            num_codes = sum(check_pictures(pixel_values, image_grid_thw, self._patch_width))
+        elif image_grid_thw is not None:
+            raise ValueError("`image_grid_thw` was given without `pixel_values`.")
+        for name, ids in input_ids.items():
+            check_ids(name, ids)
+            num_places = 0 if self.config.image_token_id is None else int((ids == self.config.image_token_id).sum())
+            if num_places != num_codes:
+                raise ValueError(
+                    f"`{name}` holds {num_places} places for image codes, but `pixel_values` has {num_codes} patches. "
+                    "Let the processor make both, and do not cut its `input_ids`."
+                )
 
     def encode_images(
         self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
@@ -86,22 +121,10 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         return codes + self.config.text_config.image_token_offset
 
     def place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
-        r"""
-        Puts the tokens of pictures where `input_ids` holds their places open (`config.image_token_id`).
-
-        Raises:
-            ValueError: if places and codes differ in number.
-        """
-        open_places = input_ids == self.config.image_token_id
-        num_places, num_codes = int(open_places.sum()), 0 if codes is None else len(codes)
-        if num_places != num_codes:
-            raise ValueError(
-                f"`input_ids` holds {num_places} places for image codes, but `pixel_values` has {num_codes} patches. "
-                "Let the processor make both, and do not cut its `input_ids`."
-            )
+        """Puts the tokens of pictures where `input_ids` holds their places open (`config.image_token_id`)."""
         if codes is None:
             return input_ids
-        return input_ids.masked_scatter(open_places, codes.to(input_ids))
+        return input_ids.masked_scatter(input_ids == self.config.image_token_id, codes.to(input_ids))
 
     @can_return_tuple
     def forward(
@@ -119,6 +142,7 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         See [`LLaDA2MoeModel.forward`] and, for `pixel_values` and `image_grid_thw`, [`LLaDAUniModel.get_image_codes`].
         """
         if input_ids is not None:
+            self.check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
             input_ids = self.place_image_codes(input_ids, self.encode_images(pixel_values, image_grid_thw))
         elif pixel_values is not None:
             raise ValueError("`pixel_values` need `input_ids` that hold their places open, got `inputs_embeds`.")
@@ -154,6 +178,14 @@ class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGener
         """See [`LLaDAUniModel.get_image_codes`]."""
         return self.model.get_image_codes(pixel_values, image_grid_thw)
 
+    def _check_pictures(
+        self,
+        input_ids: dict[str, torch.LongTensor],
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.LongTensor | None,
+    ) -> None:
+        self.model.check_pictures(input_ids, pixel_values, image_grid_thw)
+
     def _encode_images(
         self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
     ) -> torch.LongTensor | None:
@@ -181,6 +213,7 @@ class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGener
         See [`LLaDA2MoeForBlockDiffusion.forward`] and, for `pixel_values` and `image_grid_thw`,
         [`LLaDAUniModel.get_image_codes`].
         """
+        check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
