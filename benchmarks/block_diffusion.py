@@ -96,7 +96,7 @@ def main() -> None:
     model = make_model(arguments.hidden_size, arguments.layers, arguments.experts)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{parameters / 1e6:.0f}M parameters, {model.config.num_hidden_layers} layers, {model.config.num_experts} experts, "
+        f"{parameters / 1e6:.0f}M parameters, {arguments.layers} layers, {model.config.num_experts} experts, "
         f"float32, {torch.get_num_threads()} threads, blocks of 32, 8 steps a block, prompt of {PROMPT_LENGTH}\n"
     )
     print("| task | new tokens | method | seconds | tokens/s | forwards | tokens/forward | cache MB | speed-up |")

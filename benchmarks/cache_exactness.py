@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.property_cases import random_case, tiny_backbone  # noqa: E402
+from tests.property_cases import random_case, tiny_backbone
 
 
 def main() -> None:

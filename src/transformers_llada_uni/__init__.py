@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .auto_registration import register
 
+
 __version__ = "0.1.0"
 
 _EXPORTS = {

@@ -12,6 +12,7 @@ from types import ModuleType
 
 from .import_hooks import after_import
 
+
 PACKAGE = "transformers_llada_uni"
 
 CONFIGS = {"llada2_moe": "LLaDA2MoeConfig", "llada_uni": "LLaDAUniConfig"}

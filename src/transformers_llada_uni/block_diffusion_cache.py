@@ -100,7 +100,7 @@ class SprintConfig:
         cache_warmup_steps (`int`, defaults to 1): Steps of each block that see the whole prefix.
         importance_alpha (`float`, defaults to 0.5): Importance of a prefix token is
             `alpha * confidence + (1 - alpha) * attention`: the probability it was committed with (1 for tokens of the
-            prompt), and how much the block looks at its key, over all heads and layers, relative to the most looked-at.
+            prompt), and how much the block looks at its key, over all heads and layers, relative to the largest.
         confidence (`str`, defaults to `"low_confidence"`): What ranks the masked positions: the token's probability,
             `"top_k_margin"` (lead over the second best) or `"neg_entropy"`.
 
@@ -185,7 +185,7 @@ class SprintCache(BlockDiffusionCache):
         self.kept_is_real: torch.Tensor | None = None  # (rows, kept), false where a row keeps fewer than another
 
     def observe(self, visible: torch.Tensor, block_length: int) -> None:
-        """From the next step on measure the attention of the last `block_length` columns; `visible` `(rows, columns)`."""
+        """From the next step on measure the attention of the last `block_length` columns; `visible`: (rows, all)."""
         for layer in self.layers:
             layer.observe(visible, block_length)
 

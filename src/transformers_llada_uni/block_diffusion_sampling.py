@@ -3,6 +3,7 @@
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -16,7 +17,7 @@ def guided_logits(
     branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float, guidance_rescale: float
 ) -> torch.Tensor:
     """
-    Classifier-free guidance (arXiv 2207.12598) on logits, rescaled to the spread of the conditional (arXiv 2305.08891).
+    Classifier-free guidance (arXiv 2207.12598) on logits, rescaled to the conditional's spread (arXiv 2305.08891).
 
     Args:
         branches: `(branches, masks, vocabulary)`: conditional, without text and, with three branches, without image.

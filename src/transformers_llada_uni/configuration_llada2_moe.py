@@ -60,7 +60,7 @@ class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
         image_token_offset (`int`, *optional*): Image code `c` is token `image_token_offset + c`. `None` for a
             text-only checkpoint.
         hidden_size (`int`, defaults to 2048): Width of the residual stream.
-        intermediate_size (`int`, defaults to 5120): Width of the dense MLPs (the first `first_k_dense_replace` layers).
+        intermediate_size (`int`, defaults to 5120): Width of the dense MLPs (first `first_k_dense_replace` layers).
         moe_intermediate_size (`int`, defaults to 512): Width of one routed expert.
         num_experts (`int`, defaults to 256): Routed experts of a layer.
         num_shared_experts (`int`, defaults to 1): The shared expert is `moe_intermediate_size` times this wide.

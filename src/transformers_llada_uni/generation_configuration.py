@@ -27,7 +27,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         cache_implementation (`str`, defaults to `"exact"`): `"exact"` or `"sprint"`, an approximation.
         cache_config (`dict`, *optional*): Fields of [`SprintConfig`], for `cache_implementation="sprint"`.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`BlockDiffusionOutput`] with counts.
-        mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; those not given are
+        mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; others are
             taken from the model's configuration. `eos_token_id` may be a list: any of them ends a row.
 
     Raises:
