@@ -266,6 +266,7 @@ def convert_to_diffusers(
     """
     source, destination = _check_folders(source, destination)
     _check_decoder(decoder)
+    _check_dtype(dtype)
     plan = Plan()
     config, tokenizer = _plan_model(plan, source, dtype)
     available = [kind for kind, (folder, *_) in layout.DECODERS.items() if (source / folder).is_dir()]
@@ -396,6 +397,7 @@ def convert_to_released(
     """
     source, destination = _check_folders(source, destination)
     _check_decoder(decoder)
+    _check_dtype(dtype)
     plan = Plan()
     is_pipeline = (source / "model_index.json").is_file()
     config = _plan_released_model(plan, source / "model" if is_pipeline else source, dtype)
@@ -418,6 +420,11 @@ def _check_folders(source: str | os.PathLike, destination: str | os.PathLike) ->
     if os.path.lexists(destination):
         raise FileExistsError(f"The destination {destination} exists already; remove it or name another.")
     return source, destination
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"`dtype` must be a floating-point torch.dtype or None, got {dtype!r}.")
 
 
 def _check_decoder(decoder: str | None) -> None:
