@@ -90,11 +90,9 @@ ROWS: list[Row] = []
 
 def rows(prefix: str, call: Callable[..., Any], *cases: tuple[dict[str, Any], type[Exception], list[str]]) -> None:
     """A row for each case: `call(settings, **arguments)`."""
-    for arguments, error, words in cases:
+    for number, (arguments, error, words) in enumerate(cases):
         name = ", ".join(f"{key}={str(value)[:28]}" for key, value in arguments.items())
-        if any(torch.is_tensor(value) for value in arguments.values()):
-            name = f"{', '.join(arguments)} {' '.join(words)}"  # what a tensor prints does not tell it from another
-        ROWS.append((f"{prefix}: {name}", lambda s, a=arguments: call(s, **a), error, words))
+        ROWS.append((f"{prefix} {number}: {name}", lambda s, a=arguments: call(s, **a), error, words))
 
 
 # ------------------------------------------------------------------------------------------------- configurations

@@ -63,18 +63,6 @@ class TestCommon(ModelTesterMixin):
         placed = {name: "cpu" for name in ("model.word_embeddings", "model.norm", "model.rotary_emb", "lm_head")}
         return {**layers, **placed}
 
-    def test_offloads_to_disk(self, tmp_path):
-        model = self.model()
-        model.save_pretrained(tmp_path / "model")
-        loaded = type(model).from_pretrained(
-            tmp_path / "model", device_map=self.disk_map(), offload_folder=tmp_path / "offload"
-        )
-        assert any(parameter.is_meta for parameter in loaded.parameters())
-        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
-
-    def parameters_without_gradient(self, model):
-        return set()
-
 
 class TestAgreesWithTheRelease:
     @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

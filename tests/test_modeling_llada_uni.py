@@ -84,14 +84,12 @@ class TestCommon(ModelTesterMixin):
         placed = {f"model.language_model.{name}": "cpu" for name in names}
         return {**backbone, **placed, "model.visual": "disk", "model.vqmodel": "cpu", "lm_head": "cpu"}
 
-    def test_offloads_to_disk(self, tmp_path):
+    def test_pictures_are_read_from_offloaded_weights(self, tmp_path):
         model = self.model()
         model.save_pretrained(tmp_path / "model")
         loaded = type(model).from_pretrained(
             tmp_path / "model", device_map=self.disk_map(), offload_folder=tmp_path / "offload"
         )
-        assert any(parameter.is_meta for parameter in loaded.parameters())
-        torch.testing.assert_close(self.run(loaded, **self.inputs()), self.run(model, **self.inputs()))
         pixels, grid = torch.randn(6, 48, generator=torch.Generator().manual_seed(0)), torch.tensor([[1, 2, 3]])
         assert torch.equal(loaded.get_image_codes(pixels, grid)[0], model.get_image_codes(pixels, grid)[0])
 
