@@ -527,7 +527,6 @@ broken(
     ("no config", remove("config.json"), OSError, ["no config.json"]),
     ("config of another", edit_json("config.json", model_type="bert"), ValueError, ["`model_type` 'bert'"]),
 )
-broken("semantic_embedder", LLaDAUniSemanticEmbedder.from_pretrained)
 broken(
     "semantic_embedder",
     LLaDAUniSemanticEmbedder.from_pretrained,
