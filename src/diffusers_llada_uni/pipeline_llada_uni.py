@@ -6,10 +6,8 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from transformers import PreTrainedModel
 
 # DiffusionPipeline.from_pretrained finds the components' classes only in modules that are imported already.
-from transformers_llada_uni import modeling_llada_uni
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
 
@@ -24,10 +22,6 @@ from .input_checks import check_generator, check_integer, check_prompt, require_
 from .picture_inputs import masks_per_prompt, pictures_per_prompt
 from .pipeline_output import LLaDAUniPipelineOutput
 from .semantic_embedder import LLaDAUniSemanticEmbedder
-
-
-# It also tells how to load a component by the base class that the component's module names.
-modeling_llada_uni.PreTrainedModel = PreTrainedModel
 
 
 class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline):

@@ -181,8 +181,8 @@ class SprintCache(BlockDiffusionCache):
 
     def __init__(self, num_layers: int, max_length: int):
         super().__init__(num_layers, max_length)
-        self.kept_columns: torch.Tensor | None = None  # (rows, kept), while the prefix is pruned
-        self.kept_is_real: torch.Tensor | None = None  # (rows, kept), false where a row keeps fewer than another
+        # (rows, kept) while the prefix is pruned, false where a row keeps fewer columns than another
+        self.kept_is_real: torch.Tensor | None = None
 
     def observe(self, visible: torch.Tensor, block_length: int) -> None:
         """From the next step on measure the attention of the last `block_length` columns; `visible`: (rows, all)."""
@@ -217,11 +217,11 @@ class SprintCache(BlockDiffusionCache):
         columns = keep.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :kept]
         for layer in self.layers:
             layer.keep(columns.to(layer.keys.device))
-        self.kept_columns, self.kept_is_real = columns, keep.gather(-1, columns)
+        self.kept_is_real = keep.gather(-1, columns)
 
     def restore(self) -> None:
         """The next step sees the whole prefix again."""
-        self.kept_columns = self.kept_is_real = None
+        self.kept_is_real = None
         for layer in self.layers:
             layer.restore()
 

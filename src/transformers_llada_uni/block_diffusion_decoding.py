@@ -88,11 +88,10 @@ class Canvas:
 
 @dataclass
 class FinishedBlock:
-    """What the loop yields after each block: its columns, and the number of forward passes so far."""
+    """What the loop yields after each block: its columns."""
 
     start: int
     stop: int
-    num_forward_passes: int
 
 
 class BlockDiffusionDecoder:
@@ -148,6 +147,7 @@ class BlockDiffusionDecoder:
             cache_class = BlockDiffusionCache if sprint is None else SprintCache
             cache = cache_class(len(self.backbone.layers), num_columns)
         self.rows = torch.arange(num_rows, device=canvas.ids.device)
+        self._is_padded, self._mask, self._mask_columns = bool(canvas.padding.any()), None, None
 
         # 2. Walk the blocks.
         first_masked = int(canvas.masked.to(torch.long).argmax(dim=-1).min()) if bool(canvas.masked.any()) else 0
@@ -162,7 +162,7 @@ class BlockDiffusionDecoder:
                 columns = torch.arange(start, stop, device=self.rows.device)
                 is_new = (columns >= canvas.prompt_end[self.rows, None]) & (columns < canvas.end[self.rows, None])
                 ended |= self.is_done(canvas.ids[0, self.rows, start:stop], is_new)
-            yield FinishedBlock(start, stop, self.num_forward_passes)
+            yield FinishedBlock(start, stop)
             if bool(ended.all()):
                 return
             if bool(ended.any()):
@@ -256,9 +256,17 @@ class BlockDiffusionDecoder:
         return outputs.last_hidden_state
 
     def _attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None):
-        """`None` where the backbone's own block-causal mask will do."""
+        """`None` where the backbone's own block-causal mask will do. Most steps of a block share one."""
+        is_pruned = isinstance(cache, SprintCache) and cache.kept_is_real is not None
+        if not self._is_padded and not is_pruned:
+            return None
+        if self._mask_columns != (first, stop, is_pruned):
+            self._mask = self._make_attention_mask(canvas, first, stop, cache, is_pruned)
+            self._mask_columns = (first, stop, is_pruned)
+        return self._mask
+
+    def _make_attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None, is_pruned: bool):
         visible = self._visible(canvas, stop)
-        is_pruned = isinstance(cache, SprintCache) and cache.kept_columns is not None
         if is_pruned:
             visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
         if bool(visible.all()):

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
 from .block_diffusion_sampling import Generators
-from .generation_configuration import BlockDiffusionGenerationConfig
+from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import (
     check_generator,
     check_grid,
@@ -336,11 +336,7 @@ class BlockDiffusionGenerationMixin:
     def _settle_generation_config(
         self, generation_config: BlockDiffusionGenerationConfig | None, kwargs: dict[str, Any]
     ) -> BlockDiffusionGenerationConfig:
-        if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
-            raise TypeError(
-                "`generation_config` must be a BlockDiffusionGenerationConfig, got "
-                f"{type(generation_config).__name__}."
-            )
+        check_generation_config(generation_config)
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         if "max_new_tokens" in kwargs:
             config.max_length = None  # the later word counts

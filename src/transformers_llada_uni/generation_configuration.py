@@ -119,4 +119,12 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         raise NotImplementedError("Block diffusion has one mode of generation.")
 
 
+def check_generation_config(generation_config: Any) -> None:
+    """`None` stands for the model's own."""
+    if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
+        raise TypeError(
+            f"`generation_config` must be a BlockDiffusionGenerationConfig, got {type(generation_config).__name__}."
+        )
+
+
 __all__ = ["BlockDiffusionGenerationConfig"]

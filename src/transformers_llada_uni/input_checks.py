@@ -157,8 +157,7 @@ def check_grid(grid: Any) -> int:
 
 def check_guidance(guidance_scale: Any, image_guidance_scale: Any, guidance_rescale: Any) -> None:
     for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        check_number(name, value, 0.0)
     is_number = isinstance(guidance_rescale, (int, float)) and not isinstance(guidance_rescale, bool)
     if not is_number or not 0 <= guidance_rescale <= 1:
         raise ValueError(f"`guidance_rescale` must be between 0 and 1, got {guidance_rescale!r}.")

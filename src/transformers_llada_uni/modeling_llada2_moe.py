@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
-from .generation_configuration import BlockDiffusionGenerationConfig
+from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_forward_inputs, check_labels
 from .masking_block_causal import create_block_causal_mask
 
@@ -238,12 +238,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
             OSError: if a file is missing or damaged. ValueError: if the tensors do not fit the configuration.
             TypeError: for a `generation_config` that is not a [`BlockDiffusionGenerationConfig`].
         """
-        generation_config = kwargs.get("generation_config")
-        if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
-            raise TypeError(
-                "`generation_config` must be a BlockDiffusionGenerationConfig, got "
-                f"{type(generation_config).__name__}."
-            )
+        check_generation_config(kwargs.get("generation_config"))
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         try:

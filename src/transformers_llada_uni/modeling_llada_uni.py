@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel  # noqa: F401  diffusers reads here how a component is loaded
 from transformers.cache_utils import Cache
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
