@@ -1,0 +1,52 @@
+"""
+Training of the language model and of the image tokenizer, on trl and transformers' Trainer (`pip install
+llada-uni[train]`). See docs/training.md.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+_EXPORTS = {
+    "data": ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"],
+    "dpo_config": ["LLaDAUniDPOConfig"],
+    "dpo_trainer": ["LLaDAUniDPOTrainer"],
+    "grpo_config": ["LLaDAUniGRPOConfig"],
+    "grpo_trainer": ["LLaDAUniGRPOTrainer"],
+    "image_codes": ["encode_images"],
+    "image_tokenizer_config": ["LLaDAUniImageTokenizerConfig"],
+    "image_tokenizer_trainer": ["LLaDAUniImageTokenizerTrainer"],
+    "noise": ["BlockDiffusionNoise"],
+    "objective": ["add_block_diffusion_head"],
+    "sft_config": ["LLaDAUniSFTConfig"],
+    "sft_trainer": ["LLaDAUniSFTTrainer"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from .data import *
+    from .dpo_config import *
+    from .dpo_trainer import *
+    from .grpo_config import *
+    from .grpo_trainer import *
+    from .image_codes import *
+    from .image_tokenizer_config import *
+    from .image_tokenizer_trainer import *
+    from .noise import *
+    from .objective import *
+    from .sft_config import *
+    from .sft_trainer import *
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,76 @@
+"""The attention mask under which noisy copies of documents and the documents themselves share one forward pass."""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+
+
+def positions_of(document_ids: torch.LongTensor) -> torch.LongTensor:
+    """Each token's place in its document, `(batch, length)`, from the documents' numbers `(batch, length)`."""
+    columns = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return columns - (columns * begins).cummax(dim=1).values
+
+
+def block_ids_of(positions: torch.LongTensor, block_length: int) -> torch.LongTensor:
+    """The number of each token's block in its document."""
+    return positions.div(block_length, rounding_mode="floor")
+
+
+def running_block_ids(positions: torch.LongTensor, block_length: int) -> torch.LongTensor:
+    """The number of each token's block, counted through its whole row of documents."""
+    return (positions % block_length == 0).cumsum(dim=1) - 1
+
+
+def create_noisy_clean_mask(
+    config: PreTrainedConfig,
+    copy_ids: torch.LongTensor,
+    block_ids: torch.LongTensor,
+    document_ids: torch.LongTensor,
+    clean_copy: int,
+    dtype: torch.dtype,
+):
+    r"""
+    The mask of block-diffusion training (BD3-LM, arXiv 2503.09573, section 4.1) for a row `[noisy copies ; clean]`.
+    Token i sees token j of the same document where
+
+    - `copy_i == copy_j and block_i == block_j`: its own block of its own copy (the block-diagonal piece), or
+    - `copy_j == clean and block_j < block_i`: earlier clean blocks. For a noisy i this is the offset block-causal
+      piece, and for a clean i, together with the first line, the block-causal one.
+
+    A noisy block so sees what `generate` shows it: finished blocks and itself. Copies do not see one another.
+
+    Args:
+        config: The backbone's configuration; names the attention implementation.
+        copy_ids, block_ids, document_ids: `(batch, length)`; of each token the copy, the block within the document,
+            and the document. Padding has a document number of its own, and so sees itself.
+        clean_copy: The number of the clean copy.
+        dtype: Of the model's hidden states.
+
+    Returns:
+        What the attention implementation takes: a boolean mask, a float mask, or a compiled `BlockMask`.
+
+    Raises:
+        ValueError: for flash attention, which knows no such mask.
+    """
+    if "flash" in config._attn_implementation:
+        raise ValueError(
+            f"`attn_implementation={config._attn_implementation!r}` has no block-diffusion mask. Load the model with "
+            "'flex_attention' (GPU) or 'sdpa' for training."
+        )
+
+    def may_see(batch_idx, head_idx, q_idx, kv_idx):
+        same_document = document_ids[batch_idx, q_idx] == document_ids[batch_idx, kv_idx]
+        same_copy = copy_ids[batch_idx, q_idx] == copy_ids[batch_idx, kv_idx]
+        query_block, key_block = block_ids[batch_idx, q_idx], block_ids[batch_idx, kv_idx]
+        own_block = same_copy & (query_block == key_block)
+        earlier_clean = (copy_ids[batch_idx, kv_idx] == clean_copy) & (key_block < query_block)
+        return same_document & (own_block | earlier_clean)
+
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=torch.empty((*copy_ids.shape, 0), dtype=dtype, device=copy_ids.device),  # for its shape
+        attention_mask=None,
+        and_mask_function=may_see,
+    )
