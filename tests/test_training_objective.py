@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.training.masking import create_noisy_clean_mask, positions_of
@@ -179,37 +178,54 @@ def test_bad_noise_is_refused(settings, name):
         BlockDiffusionNoise(**settings)
 
 
-class FakeTrainer:
-    def __init__(self, seed=1, step=0, process=0, training=True):
-        self.args = SimpleNamespace(seed=seed, process_index=process)
-        self.state = SimpleNamespace(global_step=step)
-        self.model = SimpleNamespace(training=training)
+def test_a_rows_noise_does_not_depend_on_companions_or_padding():
+    _, labels = batch()
+    noise = BlockDiffusionNoise(complementary=True, num_noise_samples=2)
+    generators = lambda rows: [torch.Generator().manual_seed(row) for row in rows]  # noqa: E731
+    masked, weights = noise.sample(labels, DOCUMENTS, BLOCK, generators([0, 1]))
+    own_masked, own_weights = noise.sample(labels[:1, :20], DOCUMENTS[:1, :20], BLOCK, generators([0]))
+    assert torch.equal(own_masked[0], masked[0, :, :20]) and torch.equal(own_weights[0], weights[0, :, :20])
 
-    def get_tp_size(self):
-        return 1
+
+def trainer(seed=1, step=0, process=0, num_processes=1, is_training=True):
+    """What [`NoiseStream`] looks at."""
+    return SimpleNamespace(
+        args=SimpleNamespace(seed=seed, process_index=process, world_size=num_processes),
+        state=SimpleNamespace(global_step=step),
+        model=SimpleNamespace(training=is_training),
+        get_tp_size=lambda: 1,
+    )
 
 
-def test_noise_stream_depends_on_seed_step_draw_process_and_mode_only():
-    def draws(stream, trainer, num_draws=2):
-        stream.on_step_begin(None, None, None)
-        return [torch.rand(3, generator=stream.generator(trainer)).tolist() for _ in range(num_draws)]
+def draws(stream, *calls):
+    """The first number of every row's generator; `calls` are pairs of a trainer and a number of rows."""
+    stream.on_step_begin(None, None, None)
+    generators = [generator for one, num_rows in calls for generator in stream.generators(one, num_rows)]
+    return [torch.rand((), generator=generator).item() for generator in generators]
 
+
+def test_noise_stream_depends_on_seed_step_row_and_mode_only():
     stream = NoiseStream()
-    first = draws(stream, FakeTrainer())
-    assert first[0] != first[1]
-    assert draws(stream, FakeTrainer()) == first == draws(NoiseStream(), FakeTrainer())
-    others = [FakeTrainer(seed=2), FakeTrainer(step=1), FakeTrainer(process=1), FakeTrainer(training=False)]
-    results = [tuple(map(tuple, draws(stream, trainer))) for trainer in others]
-    assert len(set(results)) == 4 and tuple(map(tuple, first)) not in results
+    first = draws(stream, (trainer(), 4))
+    assert len(set(first)) == 4
+    assert draws(stream, (trainer(), 4)) == first == draws(NoiseStream(), (trainer(), 4))
+    others = [trainer(seed=2), trainer(step=1), trainer(is_training=False)]
+    assert len({*first, *(number for other in others for number in draws(stream, (other, 4)))}) == 16
+
+
+def test_noise_stream_is_the_same_however_a_step_is_split():
+    whole = draws(NoiseStream(), (trainer(), 8))
+    assert draws(NoiseStream(), (trainer(), 4), (trainer(), 4)) == whole
+    first, second = (draws(NoiseStream(), *[(trainer(process=p, num_processes=2), 2)] * 2) for p in (0, 1))
+    assert [*first[:2], *second[:2], *first[2:], *second[2:]] == whole
 
 
 def test_evaluation_draws_the_same_noise_every_time():
     stream = NoiseStream()
     results = []
     for step in (3, 9):
-        trainer = FakeTrainer(step=step, training=False)
-        results.append([torch.rand(3, generator=stream.generator(trainer)).tolist() for _ in range(2)])
-        stream.on_evaluate(TrainingArguments, None, None)
+        results.append(draws(stream, (trainer(step=step, is_training=False), 2)))
+        stream.on_evaluate(None, None, None)
     assert results[0] == results[1]
 
 

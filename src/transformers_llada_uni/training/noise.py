@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..input_checks import check_integer, check_number, check_shape, check_tensor
-from .masking import positions_of, running_block_ids
+from .masking import positions_of
 
 
 NOISE_LEVELS = ("block", "sample")
@@ -64,7 +64,7 @@ class BlockDiffusionNoise:
         labels: torch.LongTensor,
         document_ids: torch.LongTensor | None,
         block_length: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
     ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
         """
         Draws the noise of one batch.
@@ -74,7 +74,8 @@ class BlockDiffusionNoise:
             document_ids: `(batch, length)`, the number of each token's document in its row, -1 for padding; `None`
                 for one document a row.
             block_length: Tokens of a block, counted from each document's begin.
-            generator: Draws on its own device; the result lies where `labels` lie.
+            generator: One for all rows or one per row. They draw on their own device; the result lies where `labels`
+                lie. With one per row, a row's noise depends neither on its companions nor on its padding.
 
         Returns:
             `masked` and `weights`, both `(batch, copies, length)`. `weights` is 0 where `masked` is false, and divided
@@ -89,20 +90,24 @@ class BlockDiffusionNoise:
         num_samples, device = self.num_noise_samples, labels.device
 
         # 1. One uniform number per block or document, and from it num_samples stratified levels
-        if self.noise_level == "block":
-            unit_ids = running_block_ids(positions_of(document_ids), block_length)
-        else:
-            unit_ids = document_ids.clamp(min=0)
-        uniform = torch.rand(batch_size, length, generator=generator, device=generator.device).to(device)
-        uniform = uniform.gather(1, unit_ids)[:, None]  # [b, 1, l]
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if len(generators) != batch_size:
+            raise ValueError(f"`generator` must hold one generator per row, {batch_size}, got {len(generators)}.")
+        # A token's numbers stand together, so that a longer row begins with the numbers of a shorter one.
+        numbers = [torch.rand(length, 1 + num_samples, generator=one, device=one.device) for one in generators]
+        numbers = torch.stack(numbers).to(device).transpose(1, 2)  # [b, 1 + s, l]
+        columns = torch.arange(length, device=device)
+        positions = positions_of(document_ids)
+        unit_length = block_length if self.noise_level == "block" else length
+        begins = columns - positions % unit_length  # [b, l], where each token's block or document begins
+        uniform = numbers[:, :1].gather(2, begins[:, None])  # [b, 1, l]: the number at the unit's first token
         strata = torch.arange(num_samples, device=device)[:, None]
         low, high = self.noise_range
         levels = low + (high - low) * ((uniform + strata) / num_samples)  # [b, s, l]
 
         # 2. The masks
-        drawn = torch.rand(batch_size, num_samples, length, generator=generator, device=generator.device).to(device)
         target = (labels != -100)[:, None]  # [b, 1, l]
-        masked = (drawn < levels) & target
+        masked = (numbers[:, 1:] < levels) & target
         if self.weighting == "inverse":
             weights = masked / levels.clamp(min=torch.finfo(levels.dtype).tiny)
         else:
@@ -122,41 +127,52 @@ class BlockDiffusionNoise:
 
 class NoiseStream(TrainerCallback):
     """
-    Counts a trainer's draws of noise, so that each has its own seed, made of the run's seed, the optimiser step, the
-    draw's number within the step, and the process. A run resumed at any step therefore draws what the
-    uninterrupted run draws. Evaluation draws the same noise every time: its losses can be compared.
+    Seeds the noise of every row that a trainer sees by the run's seed, the optimiser step, and the row's number in
+    that step, counted over all processes and accumulated batches. So a resumed run draws what the uninterrupted run
+    draws, and the split of a step's rows over processes and batches changes nothing. Evaluation draws the same noise
+    every time: its losses can be compared.
     """
 
     def __init__(self):
-        self.num_draws = {"train": 0, "eval": 0}
+        self.num_rows = {"train": 0, "eval": 0}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.num_draws["train"] = 0
+        self.num_rows["train"] = 0
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.num_draws["eval"] = 0
+        self.num_rows["eval"] = 0
 
     on_predict = on_evaluate
 
-    def generator(self, trainer: Trainer) -> torch.Generator:
+    def generators(self, trainer: Trainer, num_rows: int) -> list[torch.Generator]:
         mode = "train" if trainer.model.training else "eval"
         step = trainer.state.global_step if mode == "train" else 0
         # Tensor-parallel processes work on one batch together and need the same noise.
-        process = trainer.args.process_index // trainer.get_tp_size()
-        parts = [trainer.args.seed, ("train", "eval").index(mode), step, self.num_draws[mode], process]
-        self.num_draws[mode] += 1
-        seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(seed) >> 1)
+        tp_size = trainer.get_tp_size()
+        process, num_processes = trainer.args.process_index // tp_size, trainer.args.world_size // tp_size
+        first = self.num_rows[mode] * num_processes + process * num_rows
+        self.num_rows[mode] += num_rows
+        generators = []
+        for row in range(first, first + num_rows):
+            parts = [trainer.args.seed, ("train", "eval").index(mode), step, row]
+            seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+            generators.append(torch.Generator().manual_seed(int(seed) >> 1))
+        return generators
 
 
-def step_generator(trainer: Trainer) -> torch.Generator:
-    """The generator for the next draw of `trainer`, on the CPU; see [`NoiseStream`]."""
+def step_generators(trainer: Trainer, num_rows: int) -> list[torch.Generator]:
+    """A generator, on the CPU, for each of the next `num_rows` rows of `trainer`; see [`NoiseStream`]."""
     callbacks = trainer.callback_handler.callbacks
     stream = next((callback for callback in callbacks if isinstance(callback, NoiseStream)), None)
     if stream is None:
         stream = NoiseStream()
         trainer.add_callback(stream)
-    return stream.generator(trainer)
+    return stream.generators(trainer, num_rows)
+
+
+def step_generator(trainer: Trainer) -> torch.Generator:
+    """One generator, on the CPU, for a draw of `trainer` that does not belong to a row."""
+    return step_generators(trainer, 1)[0]
 
 
 __all__ = ["BlockDiffusionNoise"]
