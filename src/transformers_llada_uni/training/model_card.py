@@ -1,0 +1,105 @@
+"""The model card of a training run: what was trained on what, with which settings, and what came out."""
+
+import dataclasses
+import importlib.resources
+import os
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
+
+
+TEMPLATE = "model_card_template.md"
+# Settings that say where and how a run is watched, not what it computes.
+UNTOLD_SETTINGS = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_token",
+    "hub_private_repo",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "local_rank",
+    "model_init_kwargs",
+}
+
+
+def changed_settings(args: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that differ from their defaults, in their order."""
+    changed = {}
+    for field in dataclasses.fields(args):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        value = getattr(args, field.name)
+        if field.init and value != default and field.name not in UNTOLD_SETTINGS:
+            changed[field.name] = getattr(value, "value", value)  # an enum by its value
+    return changed
+
+
+def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """The last value that each number was logged with."""
+    metrics = {}
+    for entry in log_history:
+        metrics |= {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+    for name in ("step", "epoch"):
+        metrics.pop(name, None)
+    return metrics
+
+
+class TrainingCardMixin:
+    """Gives a trainer a `create_model_card` that fills `model_card_template.md`. `_stage` names what it does."""
+
+    _stage = "training"
+
+    def create_model_card(
+        self: Trainer,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes `README.md` into the output folder.
+
+        Args:
+            model_name: Default: the Hub repository's name, else the folder's.
+            dataset_name: Name or path of the data.
+            tags: Added to the card's tags.
+            kwargs: Further fields of [`~huggingface_hub.ModelCardData`], such as `language` or `license`.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir = self.args.output_dir
+        base_model = getattr(getattr(self.model, "config", None), "name_or_path", None) or None
+        own_tags = [tags] if isinstance(tags, str) else list(tags or [])
+        card_data = ModelCardData(
+            # A local folder is no model of the Hub.
+            base_model=None if base_model is None or os.path.isdir(base_model) else base_model,
+            datasets=None if dataset_name is None or os.path.exists(dataset_name) else dataset_name,
+            library_name="transformers",
+            tags=["llada-uni", "block-diffusion", "generated_from_trainer", *own_tags],
+            **kwargs,
+        )
+        libraries = ("llada-uni", "transformers", "trl", "peft", "datasets", "torch")
+        card = ModelCard.from_template(
+            card_data,
+            template_str=importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+            model_name=model_name or self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
+            base_model=base_model,
+            dataset_name=dataset_name,
+            stage=self._stage,
+            trainer=type(self).__name__,
+            num_steps=self.state.global_step,
+            settings=changed_settings(self.args),
+            metrics=last_metrics(self.state.log_history),
+            versions={library: version(library) for library in libraries},
+        )
+        path = os.path.join(output_dir, "README.md")
+        os.makedirs(output_dir, exist_ok=True)
+        card.save(path + ".part")
+        os.replace(path + ".part", path)
