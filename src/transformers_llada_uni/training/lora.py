@@ -1,0 +1,62 @@
+"""Low-rank adapters for the language model (LoRA, arXiv 2106.09685), and how to leave them behind."""
+
+from typing import Any
+
+from peft import LoraConfig
+
+from ..input_checks import check_integer, check_number
+
+
+# Linear layers by the end of their name: attention, and the dense MLPs and shared experts.
+ATTENTION = ("query_key_value", "dense")
+MLPS = ("gate_proj", "up_proj", "down_proj")
+# The routed experts of a layer are two tensors, no modules.
+FUSED_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def lora_config(
+    r: int = 16,
+    lora_alpha: float = 32,
+    *,
+    attention: bool = True,
+    mlps: bool = True,
+    experts: bool = True,
+    **kwargs: Any,
+) -> LoraConfig:
+    """
+    The [`~peft.LoraConfig`] that reaches all of the language model's layers; peft's `"all-linear"` misses the routed
+    experts and takes in the vision tower. Give it to a trainer as `peft_config`, then
+
+        merged = trainer.model.merge_and_unload()
+        merged.save_pretrained(folder)                # one tensor per expert, as in the release
+
+    and, with `folder` in the place of a pipeline's `model/`, `conversion/convert_llada_uni_checkpoint.py PIPELINE DST
+    --to-released` writes the released layout.
+
+    Args:
+        r (`int`, defaults to 16): Rank. Every expert has its own adapter of this rank.
+        lora_alpha (`float`, defaults to 32): The update is scaled by `lora_alpha / r`.
+        attention (`bool`, defaults to `True`): Adapt queries, keys, values and the projection after them.
+        mlps (`bool`, defaults to `True`): Adapt dense MLPs and shared experts.
+        experts (`bool`, defaults to `True`): Adapt the routed experts: most of the adapter's memory. Not for a
+            quantised model whose experts are no longer plain tensors.
+        **kwargs: Further settings of [`~peft.LoraConfig`]. `lora_dropout` has to stay 0 with `experts`: peft cannot
+            drop out the input of a tensor.
+
+    Raises:
+        ValueError: if nothing is adapted, or for `lora_dropout` with `experts`.
+    """
+    check_integer("r", r, 1)
+    check_number("lora_alpha", lora_alpha, 0.0, exclude_low=True)
+    if not (attention or mlps or experts):
+        raise ValueError("`attention`, `mlps` and `experts` are all False: there is nothing to adapt.")
+    if experts and kwargs.get("lora_dropout"):
+        raise ValueError(f"`lora_dropout` must be 0 with `experts=True`, got {kwargs['lora_dropout']!r}.")
+    layers = "|".join((*ATTENTION * attention, *MLPS * mlps))
+    settings: dict[str, Any] = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.0}
+    settings["target_modules"] = rf".*layers\.\d+\.(attention|mlp|mlp\.shared_experts)\.({layers})" if layers else []
+    settings["target_parameters"] = list(FUSED_EXPERTS) if experts else None
+    return LoraConfig(**settings | kwargs)
+
+
+__all__ = ["lora_config"]

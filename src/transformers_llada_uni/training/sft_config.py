@@ -1,0 +1,208 @@
+"""Settings of supervised training by block diffusion, for all three stages."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from ..input_checks import check_integer, check_number
+from .noise import NOISE_LEVELS, WEIGHTINGS, BlockDiffusionNoise
+from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
+
+
+# Settings of trl that block diffusion has no use for, the only value they may have, and what to do instead.
+WITHOUT_MEANING = {
+    "loss_type": ("nll", "the loss is that of block diffusion"),
+    "label_smoothing_factor": (0.0, "the loss is a bound on the likelihood"),
+    "completion_only_loss": (None, "the loss is taken on completions and answers, for plain text on all of it"),
+    "assistant_only_loss": (False, "the loss is taken on completions and answers, for plain text on all of it"),
+    "packing_strategy": ("bfd", "other strategies cut documents inside a block"),
+    "truncation_mode": ("keep_start", "an answer needs its prompt"),
+    "router_aux_loss_coef": (None, "loads are balanced by `expert_bias_update_rate`"),
+    "chat_template_path": (None, "set the template of the processor"),
+    "eos_token": (None, "set the token of the tokenizer"),
+}
+
+
+@dataclass
+class LLaDAUniSFTConfig(SFTConfig):
+    r"""
+    Configuration of [`LLaDAUniSFTTrainer`]. Only what differs from [`~trl.SFTConfig`] is described here.
+
+    Where a default is "the stage's", `None` stands for the value in `STAGES[stage]`.
+
+    Parameters:
+        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"` or
+            `"supervised_finetuning"`; see `stages.py`.
+        trained_parts (`list[str]`, *optional*): Parts of the model to train, among `embeddings`, `head`,
+            `attention`, `router`, `experts`, `dense_mlp` and `norms`. Default: the stage's. Not with LoRA, which says
+            itself what it trains.
+        task_mix (`dict[str, float]`, *optional*): Shares of the tasks, if `train_dataset` is a dict of datasets by
+            task. Default: the stage's, for the tasks that are there.
+
+        > Objective
+
+        block_length (`int`, *optional*): Tokens of a block. Default: the model's. The trained model is saved with it.
+        block_length_warmup_steps (`float`, *optional*): Steps over which blocks grow from one token to
+            `block_length`, by doubling; below 1 a share of all steps. Default: the stage's.
+        noise_range, noise_level, weighting, complementary, num_noise_samples: See [`BlockDiffusionNoise`].
+            `complementary` defaults to the stage's.
+        text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
+            picture has a thousand codes, its caption ten words: their numbers say what the mean is made of.
+
+        > Routers
+
+        expert_bias_update_rate (`float`, *optional*): Step of the auxiliary-loss-free load balancing, 0 for none; see
+            [`RouterBalancing`]. Default: the stage's; with LoRA 0, as adapters hold no bias.
+        router_z_loss_coefficient (`float`, defaults to 0.0): Weight of the z-loss on the routers' logits.
+
+        > Data
+
+        max_length (`int`, defaults to 4096): A picture of 1024 x 1024 takes 1029 tokens.
+        packing (`bool`, *optional*): Default: the stage's.
+        caption_dropout, image_dropout (`float`, default to 0.1): How often the caption of a picture to generate, or
+            the source picture of an edit, is left out, for guidance. Drawn once, when the data are prepared.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` (the stage's), `bf16`
+    > (`False` on a CPU), `ddp_find_unused_parameters` (`False`: all that is trained takes part in each step),
+    > `prediction_loss_only` (`True`: logits of whole sequences are never made).
+
+    Raises:
+        ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["task_mix"]
+
+    # Overridden defaults
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "The initial learning rate for AdamW. Default: the stage's."}
+    )
+    max_length: int | None = field(
+        default=4096, metadata={"help": "Longest row in tokens; a picture of 1024 x 1024 takes 1029."}
+    )
+    packing: bool | None = field(
+        default=None, metadata={"help": "Whether documents share rows of `max_length` tokens. Default: the stage's."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; here all have one."}
+    )
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluation returns losses only: logits of whole sequences are never made."}
+    )
+
+    # What is trained
+    stage: str = field(
+        default="supervised_finetuning",
+        metadata={"help": "Preset of what is trained on what mix of tasks.", "choices": list(STAGES)},
+    )
+    trained_parts: list[str] | None = field(
+        default=None, metadata={"help": f"Parts to train, among {', '.join(LANGUAGE_MODEL)}. Default: the stage's."}
+    )
+    task_mix: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Share of each task in a dict of datasets. Default: the stage's."}
+    )
+
+    # Objective
+    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
+    block_length_warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps over which blocks grow from one token to `block_length`, by doubling; below 1 a share of "
+            "all steps. Default: the stage's."
+        },
+    )
+    noise_range: list[float] = field(
+        default_factory=lambda: [1e-3, 1.0],
+        metadata={"help": "Lowest and highest noise level: the share of tokens that is masked."},
+    )
+    noise_level: str = field(
+        default="block",
+        metadata={"help": "One noise level for each block or for each sample.", "choices": list(NOISE_LEVELS)},
+    )
+    weighting: str = field(
+        default="inverse",
+        metadata={"help": "Weight of a masked token: 1/t (a likelihood bound) or 1.", "choices": list(WEIGHTINGS)},
+    )
+    complementary: bool | None = field(
+        default=None,
+        metadata={"help": "Whether each noisy copy comes with its complement. Default: the stage's."},
+    )
+    num_noise_samples: int = field(default=1, metadata={"help": "Noisy copies (or complementary pairs) of each row."})
+    text_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of text tokens."})
+    image_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of image codes."})
+
+    # Routers
+    expert_bias_update_rate: float | None = field(
+        default=None,
+        metadata={"help": "Step of the auxiliary-loss-free load balancing; 0 for none. Default: the stage's."},
+    )
+    router_z_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+
+    # Data
+    caption_dropout: float = field(
+        default=0.1, metadata={"help": "How often the text of a picture to generate is left out, for guidance."}
+    )
+    image_dropout: float = field(
+        default=0.1, metadata={"help": "How often the source picture of an edit is left out, for guidance."}
+    )
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        preset = STAGES[self.stage]
+        for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(preset, name))
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu and torch.accelerator.is_available()
+        super().__post_init__()
+
+        for name, (value, reason) in WITHOUT_MEANING.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` must stay {value!r}, got {getattr(self, name)!r}: {reason}.")
+        if self.trained_parts is not None:
+            check_parts("trained_parts", self.trained_parts)
+        self._check_task_mix()
+        if self.block_length is not None:
+            check_integer("block_length", self.block_length, 1)
+            check_warmup("block_length_warmup_steps", self.block_length_warmup_steps, self.block_length)
+        check_number("block_length_warmup_steps", self.block_length_warmup_steps, 0.0)
+        self.make_noise()  # checks its fields
+        for name in ("text_weight", "image_weight", "router_z_loss_coefficient"):
+            check_number(name, getattr(self, name), 0.0)
+        if self.text_weight == self.image_weight == 0:
+            raise ValueError("`text_weight` and `image_weight` are both 0: there is nothing to learn.")
+        if self.expert_bias_update_rate is not None:
+            check_number("expert_bias_update_rate", self.expert_bias_update_rate, 0.0)
+        for name in ("caption_dropout", "image_dropout"):
+            check_number(name, getattr(self, name), 0.0, 1.0)
+        if self.router_z_loss_coefficient and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`router_z_loss_coefficient` must be 0 with `gradient_checkpointing_kwargs={'use_reentrant': True}`, "
+                f"which cuts the routers' logits off from the gradient, got {self.router_z_loss_coefficient!r}."
+            )
+
+    def _check_task_mix(self) -> None:
+        if self.task_mix is None:
+            return
+        if not isinstance(self.task_mix, dict) or not self.task_mix:
+            raise ValueError(f"`task_mix` must be a dict of shares by task, got {self.task_mix!r}.")
+        for task, share in self.task_mix.items():
+            check_number(f"task_mix[{task!r}]", share, 0.0)
+        if not any(self.task_mix.values()):
+            raise ValueError(f"`task_mix` gives every task the share 0: {self.task_mix!r}.")
+
+    def make_noise(self) -> BlockDiffusionNoise:
+        """The noise that the fields describe."""
+        return BlockDiffusionNoise(
+            noise_range=tuple(self.noise_range) if isinstance(self.noise_range, list) else self.noise_range,
+            noise_level=self.noise_level,
+            weighting=self.weighting,
+            complementary=self.complementary,
+            num_noise_samples=self.num_noise_samples,
+        )
+
+
+__all__ = ["LLaDAUniSFTConfig"]

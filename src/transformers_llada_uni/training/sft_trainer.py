@@ -1,0 +1,274 @@
+"""Supervised training of the language model by block diffusion: pre-training, alignment, fine-tuning."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import create_model_from_path, global_then_local_main_first
+
+from .checkpointing import ResumableTrainerMixin
+from .data import mix_datasets, prepare_dataset
+from .model_card import TrainingCardMixin
+from .noise import step_generators
+from .objective import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of
+from .router_balancing import RouterBalancing, tokens_of_pass
+from .sft_config import LLaDAUniSFTConfig
+from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
+
+
+AnyDataset = Dataset | IterableDataset
+# Arguments of trl's trainer that would put another loss, or logits of whole sequences, in the place of ours.
+REFUSED_ARGUMENTS = {
+    "compute_loss_func": "override `compute_loss`",
+    "compute_metrics": "see `transformers_llada_uni.evaluation`",
+    "preprocess_logits_for_metrics": "see `transformers_llada_uni.evaluation`",
+    "formatting_func": "give the dataset one of the formats of `prepare_dataset`",
+}
+
+
+class LLaDAUniSFTTrainer(TrainingCardMixin, ResumableTrainerMixin, SFTTrainer):
+    r"""
+    trl's [`~trl.SFTTrainer`] with the objective of block diffusion (`objective.py`). Data, noise and forward differ;
+    collators, packing, the normalisation of the loss, checkpoints, LoRA and logging are trl's. With the modality's
+    weight a (`text_weight`, `image_weight`) the loss is
+
+        L = - sum_i a_i * log_probs_i / num_items,
+
+    where log_probs_i is the weighted log-probability of token i over its noisy copies
+    ([`add_block_diffusion_head`]), and num_items the number of tokens with a label: in all accumulated batches and on
+    all processes.
+
+    Logged are, besides trl's numbers: `text_loss` and `image_loss`, the same mean for each modality without a_i;
+    `text_accuracy` and `image_accuracy`, the share of masked tokens whose likeliest prediction is right;
+    `block_length`; `max_load_violation` and `router_z_loss`, see [`RouterBalancing`].
+
+    Args:
+        model: A model or the name of one.
+        args ([`LLaDAUniSFTConfig`], *optional*): Settings.
+        train_dataset, eval_dataset: In any format of [`prepare_dataset`], or prepared. A dict of training datasets by
+            task is mixed by `args.task_mix`.
+        processing_class ([`LLaDAUniProcessor`], or a tokenizer for a text-only model, *optional*): Default: from where
+            the model came. Saved with each checkpoint.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; see [`lora_config`].
+        **kwargs: Further arguments of [`~trl.SFTTrainer`].
+
+    Raises:
+        ValueError, TypeError: for settings that do not fit the model, or rows that do not fit a format.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: LLaDAUniSFTConfig | None = None,
+        train_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        peft_config: Any | None = None,
+        **kwargs: Any,
+    ):
+        # 1. Check what can be checked before any work
+        args = LLaDAUniSFTConfig("llada-uni-sft") if args is None else args
+        if not isinstance(args, LLaDAUniSFTConfig):
+            raise TypeError(f"`args` must be a LLaDAUniSFTConfig, got {type(args).__name__}.")
+        for name, instead in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` has no meaning in {type(self).__name__}; {instead}.")
+        if not train_dataset:
+            raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
+
+        # 2. The model
+        if isinstance(model, str):
+            model, processing_class = self._load(model, args, processing_class, kwargs.pop("quantization_config", None))
+        elif processing_class is None:
+            processing_class = self._load_processing_class(model.config.name_or_path)
+        text_config = model.config.get_text_config()
+        self.block_length = text_config.block_length if args.block_length is None else args.block_length
+        check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
+        if args.packing and args.max_length is not None and args.max_length % self.block_length:
+            raise ValueError(
+                f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
+                "`packing`: documents are made of whole blocks."
+            )
+        # What it is trained with is what it generates with.
+        text_config.block_length = model.generation_config.block_length = self.block_length
+        trains_adapter = peft_config is not None or hasattr(model, "peft_config")
+        self._choose_trained_parameters(model, args, trains_adapter)
+
+        # 3. The data. trl would leave rows with pictures to a collator.
+        self._image_token_offset = text_config.image_token_offset
+        self._data_model = model
+        self.noise = args.make_noise()
+        train_dataset = self._prepare_training_data(train_dataset, processing_class, args)
+
+        # 4. trl's trainer, with the objective as the model's forward
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._stage = args.stage.replace("_", " ")
+        add_block_diffusion_head(self._base_model)
+        preset_rate = 0.0 if trains_adapter else STAGES[args.stage].expert_bias_update_rate
+        update_rate = preset_rate if args.expert_bias_update_rate is None else args.expert_bias_update_rate
+        self.router_balancing = RouterBalancing(self._base_model, update_rate, self.accelerator, self._report)
+        self.add_callback(self.router_balancing)
+
+    # Model
+
+    @staticmethod
+    def _load_processing_class(name_or_path: str) -> ProcessorMixin | PreTrainedTokenizerBase:
+        is_text_only = AutoConfig.from_pretrained(name_or_path).model_type == "llada2_moe"
+        return (AutoTokenizer if is_text_only else AutoProcessor).from_pretrained(name_or_path)
+
+    @classmethod
+    def _load(cls, name_or_path: str, args: LLaDAUniSFTConfig, processing_class: Any, quantization_config: Any):
+        is_text_only = AutoConfig.from_pretrained(name_or_path).model_type == "llada2_moe"
+        settings = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            settings["quantization_config"] = quantization_config
+        architecture = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
+        model = create_model_from_path(name_or_path, architecture, **settings)
+        args.model_init_kwargs = None  # used up
+        return model, processing_class or cls._load_processing_class(name_or_path)
+
+    @staticmethod
+    def _choose_trained_parameters(model: nn.Module, args: LLaDAUniSFTConfig, trains_adapter: bool) -> None:
+        if not trains_adapter:
+            freeze_all_but(model, args.trained_parts or STAGES[args.stage].trained_parts)
+            return
+        if args.trained_parts is not None:
+            raise ValueError(
+                f"`trained_parts` ({args.trained_parts}) cannot be given with an adapter: `peft_config` says what is "
+                "trained."
+            )
+        if args.expert_bias_update_rate:
+            raise ValueError(
+                f"`expert_bias_update_rate` must be 0 with an adapter, got {args.expert_bias_update_rate}: the bias "
+                "belongs to the frozen model and would not be saved."
+            )
+
+    @property
+    def _base_model(self) -> PreTrainedModel:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    # Data
+
+    def _prepare_training_data(self, dataset: Any, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
+        if not isinstance(dataset, dict):
+            return self._tokenize(dataset, processing_class, args)
+        mix = args.task_mix or STAGES[args.stage].task_mix
+        missing = sorted(set(dataset) - set(mix))
+        if missing:
+            raise ValueError(f"`task_mix` must give a share for each task of `train_dataset`; it has none for {missing}.")
+        parts = {task: self._tokenize(part, processing_class, args) for task, part in dataset.items()}
+        return mix_datasets(parts, {task: mix[task] for task in parts}, seed=args.seed)
+
+    def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
+        """Rows of any format to `input_ids` and `labels`."""
+        if "input_ids" in get_dataset_column_names(dataset):
+            return dataset
+        with global_then_local_main_first():
+            return prepare_dataset(
+                dataset,
+                processing_class,
+                block_length=self.block_length,
+                max_length=args.max_length,
+                caption_dropout=args.caption_dropout,
+                image_dropout=args.image_dropout,
+                seed=args.seed,
+                model=self._data_model,
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        # Data for evaluation come here as they are, also through `evaluate`.
+        dataset = self._tokenize(dataset, processing_class, args)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    # Loss
+
+    def current_block_length(self) -> int:
+        """Of the next training step; evaluation always has the final one."""
+        if not self.model.training:
+            return self.block_length
+        warmup_steps = self.args.block_length_warmup_steps
+        return block_length_at(self.state.global_step, self.state.max_steps, warmup_steps, self.block_length)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # 1. The noise of this batch
+        labels, block_length = inputs["labels"], self.current_block_length()
+        document_ids = document_ids_of(labels, inputs.get("attention_mask"), inputs.get("position_ids"))
+        generators = step_generators(self, labels.shape[0])
+        masked, weights = self.noise.sample(labels, document_ids, block_length, generators)
+
+        # 2. trl's loss is the mean of -log_probs; ours is the same of other log_probs. It also asks for the counts of
+        #    tokens in `attention_mask` or `position_ids`.
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        noised = {"masked": masked, "weights": weights, "document_ids": document_ids, "block_length": block_length}
+        statistics = torch.zeros(2, 5, device=labels.device)
+        is_image = torch.zeros_like(labels, dtype=torch.bool)
+        if self._image_token_offset is not None:
+            is_image = labels >= self._image_token_offset
+        modality_weights = torch.where(is_image, self.args.image_weight, self.args.text_weight)
+
+        def forward(**kwargs: Any) -> BlockDiffusionTerms:
+            outputs = model(**kwargs)
+            seen = masked.any(dim=1)
+            terms = (-outputs.log_probs, outputs.is_top1, outputs.entropy, seen, outputs.label_mask)
+            for row, modality in zip(statistics, (~is_image, is_image), strict=True):
+                row += torch.stack([term.detach()[modality].float().sum() for term in terms])
+            outputs.log_probs = outputs.log_probs * modality_weights
+            return outputs
+
+        if self.model.training:
+            is_token = tokens_of_pass(labels, document_ids, masked.shape[1], block_length)
+            keep_logits = self.args.router_z_loss_coefficient > 0
+            with self.router_balancing.recording(is_token, keep_logits):
+                loss = super().compute_loss(
+                    forward, {**kept, "labels": labels, **noised}, num_items_in_batch=num_items_in_batch
+                )
+            if keep_logits:
+                loss = loss + self._weighted_z_loss(is_token, num_items_in_batch)
+        else:
+            loss = super().compute_loss(forward, {**kept, "labels": labels, **noised})
+        self._report_statistics(statistics, block_length)
+        return (loss, {}) if return_outputs else loss
+
+    def _weighted_z_loss(self, is_token: torch.BoolTensor, num_items_in_batch: Any) -> torch.Tensor:
+        z_loss = self.router_balancing.z_loss(is_token)
+        self._report("router_z_loss", self.accelerator.reduce(z_loss.detach(), reduction="mean").item())
+        # A mean of each micro-batch. Where the loss is normalised by a count, Trainer leaves the accumulation to it.
+        num_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        return self.args.router_z_loss_coefficient * z_loss / num_batches
+
+    # Reports
+
+    def _report(self, name: str, value: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def _report_statistics(self, statistics: torch.Tensor, block_length: int) -> None:
+        statistics = self.accelerator.reduce(statistics, reduction="sum")
+        for name, (loss, correct, _, num_masked, num_labels) in zip(
+            ("text", "image"), statistics.tolist(), strict=True
+        ):
+            if num_labels:
+                self._report(f"{name}_loss", loss / num_labels)
+            if num_masked:
+                self._report(f"{name}_accuracy", correct / num_masked)
+        self._report("block_length", block_length)
+        # trl takes these two over all labels, of which some are not masked.
+        _, correct, entropy, num_masked, _ = statistics.sum(dim=0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"][-1] = entropy / max(num_masked, 1)
+        metrics["mean_token_accuracy"][-1] = correct / max(num_masked, 1)
+
+
+__all__ = ["LLaDAUniSFTTrainer"]
