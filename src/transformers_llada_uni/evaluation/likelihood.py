@@ -214,10 +214,10 @@ def _generator(seed: int, prompt: torch.Tensor) -> torch.Generator:
 def _as_rows(name: str, rows: Sequence[TokenIds], config: Any) -> list[torch.Tensor]:
     tensors = []
     for number, row in enumerate(rows):
-        tensor = torch.as_tensor(row, device="cpu")
-        if tensor.ndim != 1 or (tensor.numel() and tensor.is_floating_point()):
+        is_tensor = isinstance(row, torch.Tensor) and row.ndim == 1 and not row.is_floating_point()
+        if not is_tensor and not (isinstance(row, Sequence) and all(isinstance(token, int) for token in row)):
             raise ValueError(f"`{name}` must hold sequences of token ids, got {row!r} in row {number}.")
-        tensor = tensor.long()
+        tensor = torch.as_tensor(row, dtype=torch.long, device="cpu")
         if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < config.vocab_size:
             raise ValueError(f"Row {number} of `{name}` holds ids outside of the vocabulary of {config.vocab_size}.")
         tensors.append(tensor)

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..generation_block_diffusion import as_list
 from ..input_checks import check_integer
+from ..processing_llada_uni import _TEXT_CHAT as TEXT_CHAT
 from ..prompts import left_pad
 from .likelihood import completion_likelihood, unwrap
 from .lm_eval_registration import MODEL_NAME
@@ -36,7 +37,7 @@ class LLaDAUniLM(HFLM):
 
     Args:
         pretrained (`str` or `PreTrainedModel`): A released or converted checkpoint; of a pipeline's local folder, its
-            `model` and `processor` are taken.
+            `model` and `processor` are taken. With a loaded model, give `tokenizer` (or the processor) as well.
         num_samples (`int`, defaults to 32): Noisy copies per completion.
         seed (`int`, defaults to 0): Of the noise, and of sampled text.
         copies_per_forward (`int`, defaults to 8): See [`completion_likelihood`].
@@ -94,6 +95,15 @@ class LLaDAUniLM(HFLM):
         if config.model_type == "llada_uni":
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         super()._get_backend(config, *args, **{**kwargs, "backend": "causal"})
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        if isinstance(tokenizer, transformers.ProcessorMixin):
+            tokenizer = tokenizer.tokenizer
+        super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        # A processor's folder holds two templates, and its default is the one for chats with pictures.
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict) and TEXT_CHAT in templates:
+            self.tokenizer.chat_template = templates[TEXT_CHAT]
 
     @property
     def max_length(self) -> int:

@@ -13,6 +13,7 @@ from trl.trainer.utils import create_model_from_path, global_then_local_main_fir
 
 from .checkpointing import ResumableTrainerMixin
 from .data import mix_datasets, prepare_dataset
+from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
 from .noise import step_generators
 from .objective import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of
@@ -31,7 +32,7 @@ REFUSED_ARGUMENTS = {
 }
 
 
-class LLaDAUniSFTTrainer(TrainingCardMixin, ResumableTrainerMixin, SFTTrainer):
+class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerMixin, SFTTrainer):
     r"""
     trl's [`~trl.SFTTrainer`] with the objective of block diffusion (`objective.py`). Data, noise and forward differ;
     collators, packing, the normalisation of the loss, checkpoints, LoRA and logging are trl's. With the modality's
@@ -83,7 +84,9 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, ResumableTrainerMixin, SFTTrainer):
 
         # 2. The model
         if isinstance(model, str):
-            model, processing_class = self._load(model, args, processing_class, kwargs.pop("quantization_config", None))
+            model, processing_class = self._load(
+                model, args, processing_class, kwargs.pop("quantization_config", None)
+            )
         elif processing_class is None:
             processing_class = self._load_processing_class(model.config.name_or_path)
         text_config = model.config.get_text_config()
@@ -168,8 +171,12 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, ResumableTrainerMixin, SFTTrainer):
         mix = args.task_mix or STAGES[args.stage].task_mix
         missing = sorted(set(dataset) - set(mix))
         if missing:
-            raise ValueError(f"`task_mix` must give a share for each task of `train_dataset`; it has none for {missing}.")
-        parts = {task: self._tokenize(part, processing_class, args) for task, part in dataset.items()}
+            raise ValueError(
+                f"`task_mix` must give a share for each task of `train_dataset`; it has none for {missing}."
+            )
+        parts = {task: self._tokenize(part, processing_class, args) for task, part in dataset.items() if mix[task]}
+        if not parts:
+            raise ValueError(f"`task_mix` gives every task of `train_dataset` the share 0: {sorted(dataset)}.")
         return mix_datasets(parts, {task: mix[task] for task in parts}, seed=args.seed)
 
     def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
