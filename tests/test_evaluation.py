@@ -407,6 +407,13 @@ class TestLMEval:
                 expected
             ]
 
+    def test_stop_string_of_one_token_ends_the_work(self, lm, tokenizer):
+        context = torch.tensor([tokenizer.encode(TEXTS[2][0])])
+        (end,) = tokenizer.encode("Q", add_special_tokens=False)
+        assert lm._end_ids(["Q", "\n\n"]) == sorted({end, tokenizer.eos_token_id})
+        new = lm._model_generate(context, context.shape[1] + 16, ["Q"])[0, context.shape[1] :]
+        assert int(new[-1]) == end
+
     def test_samples_with_a_seed(self, harness, fitted, tokenizer):
         options = {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 100.0}
         runs = []

@@ -6,43 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from tests.training_common import BLOCK, tiny_model
+from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.training.masking import create_noisy_clean_mask, positions_of
 from transformers_llada_uni.training.noise import BlockDiffusionNoise, NoiseStream
 from transformers_llada_uni.training.objective import add_block_diffusion_head, document_ids_of, noisy_columns
 
 
-BLOCK = 4
 # Two documents and padding; prompts of 5 and 3 tokens.
 DOCUMENTS = torch.tensor([[0] * 12 + [1] * 8 + [-1] * 4, [0] * 8 + [1] * 16])
 TARGETS = torch.zeros(2, 24, dtype=torch.bool)
 TARGETS[0, 5:12] = TARGETS[0, 15:20] = TARGETS[1, 6:8] = TARGETS[1, 17:24] = True
 
 
-def tiny_model(attn_implementation="sdpa"):
-    torch.manual_seed(0)
-    config = LLaDA2MoeConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        block_length=BLOCK,
-        mask_token_id=60,
-        eos_token_id=59,
-        pad_token_id=59,
-        image_token_offset=None,
-        max_position_embeddings=128,
-    )
-    config._attn_implementation = attn_implementation
-    model = LLaDA2MoeForBlockDiffusion(config).eval()
+def headed_model(attn_implementation="sdpa"):
+    model = tiny_model(attn_implementation=attn_implementation)
     add_block_diffusion_head(model)
     return model
 
@@ -311,7 +289,7 @@ def test_only_blocks_with_labels_are_noised():
     ],
 )
 def test_log_probs_equal_single_forwards(noise, attn_implementation):
-    model = tiny_model(attn_implementation)
+    model = headed_model(attn_implementation)
     input_ids, labels = batch()
     masked, weights = draw(noise, labels)
     with torch.no_grad():
@@ -334,7 +312,7 @@ def test_gradient_equals_that_of_single_forwards():
     masked, weights = draw(BlockDiffusionNoise(complementary=True), labels)
     gradients = []
     for by_hand in (False, True):
-        model = tiny_model()
+        model = headed_model()
         if by_hand:
             log_probs = log_probs_by_hand(model, input_ids, labels, DOCUMENTS, masked, weights)
         else:
@@ -359,7 +337,7 @@ def test_flex_attention_gives_the_loss_of_sdpa():
     results = []
     for attn_implementation in ("sdpa", "flex_attention"):
         with torch.no_grad():
-            outputs = tiny_model(attn_implementation)(
+            outputs = headed_model(attn_implementation)(
                 input_ids=input_ids,
                 labels=labels,
                 document_ids=DOCUMENTS,
@@ -372,7 +350,7 @@ def test_flex_attention_gives_the_loss_of_sdpa():
 
 
 def test_packed_documents_equal_documents_alone():
-    model = tiny_model()
+    model = headed_model()
     input_ids, labels = batch()
     masked, weights = draw(BlockDiffusionNoise(), labels)
     terms = {"masked": masked, "weights": weights, "fused_lm_head": True}
@@ -391,7 +369,7 @@ def test_packed_documents_equal_documents_alone():
 
 
 def test_accuracy_and_entropy_are_those_of_the_predictions():
-    model = tiny_model()
+    model = headed_model()
     input_ids, labels = batch()
     masked, weights = TARGETS[:, None].repeat(1, 2, 1), TARGETS[:, None].repeat(1, 2, 1) / 2
     with torch.no_grad():
@@ -408,7 +386,7 @@ def test_accuracy_and_entropy_are_those_of_the_predictions():
 
 
 def test_nothing_masked_gives_a_zero_that_can_be_differentiated():
-    model = tiny_model()
+    model = headed_model()
     input_ids, labels = batch()
     nothing = torch.zeros(2, 1, 24, dtype=torch.bool)
     outputs = model(input_ids=input_ids, labels=labels, masked=nothing, weights=nothing.float(), fused_lm_head=True)
@@ -422,7 +400,7 @@ def test_gradient_checkpointing_changes_nothing():
     masked, weights = draw(BlockDiffusionNoise(), labels)
     norms = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model = headed_model().train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         outputs = model(input_ids=input_ids, labels=labels, masked=masked, weights=weights, fused_lm_head=True)
@@ -432,7 +410,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_the_plain_forward_is_left_alone():
-    model = tiny_model()
+    model = headed_model()
     input_ids, labels = batch()
     outputs = model(input_ids=input_ids, labels=labels)
     assert outputs.logits.shape == (2, 24, 61) and outputs.loss.ndim == 0
@@ -456,4 +434,4 @@ def test_bad_input_is_refused(change, name):
     masked, weights = draw(BlockDiffusionNoise(), labels)
     call = {"input_ids": input_ids, "labels": labels, "masked": masked, "weights": weights, **change}
     with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
-        tiny_model()(**call, fused_lm_head=True)
+        headed_model()(**call, fused_lm_head=True)

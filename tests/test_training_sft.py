@@ -8,12 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from trl import SFTConfig
+from trl import SFTConfig, TrlParser
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
 from transformers_llada_uni.training.lora import lora_config
-from transformers_llada_uni.training.noise import step_generators
+from transformers_llada_uni.training.noise import BlockDiffusionNoise, step_generators
 from transformers_llada_uni.training.router_balancing import RouterBalancing
 from transformers_llada_uni.training.sft_config import LLaDAUniSFTConfig
 from transformers_llada_uni.training.sft_trainer import LLaDAUniSFTTrainer
@@ -167,7 +167,10 @@ def test_reports_each_modality(make_trainer):
     losses, hits = {"text": [], "image": []}, {"text": [], "image": []}
     for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
         for begin in range(0, length, BLOCK):
-            ids, labels = inputs["input_ids"][row, : begin + BLOCK].clone(), inputs["labels"][row, begin : begin + BLOCK]
+            ids, labels = (
+                inputs["input_ids"][row, : begin + BLOCK].clone(),
+                inputs["labels"][row, begin : begin + BLOCK],
+            )
             ids[begin:][labels != -100] = 441
             with torch.no_grad():
                 log_probs = trainer.model(input_ids=ids[None]).logits[0, begin:].log_softmax(dim=-1)
@@ -275,6 +278,17 @@ def test_stage_sets_what_the_user_does_not(tmp_path):
     assert (preset.learning_rate, preset.packing) == (1e-4, True)
     own = LLaDAUniSFTConfig(str(tmp_path), stage="pretraining", learning_rate=5e-5, packing=False)
     assert (own.learning_rate, own.packing) == (5e-5, False)
+
+
+def test_config_is_read_from_the_command_line(tmp_path):
+    options = "--stage alignment --noise_range 0.1 0.9 --trained_parts head norms --complementary true"
+    mix = '{"text": 1, "editing": 2}'
+    (args,) = TrlParser(LLaDAUniSFTConfig).parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--task_mix", mix, *options.split()]
+    )
+    assert args.make_noise() == BlockDiffusionNoise((0.1, 0.9), complementary=True)
+    assert (args.trained_parts, args.learning_rate) == (["head", "norms"], 1e-3)
+    assert args.task_mix == {"text": 1, "editing": 2}
 
 
 # Routers

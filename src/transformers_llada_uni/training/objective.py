@@ -30,6 +30,7 @@ from .masking import block_ids_of, create_noisy_clean_mask, positions_of, runnin
 
 # Columns of the vocabulary whose logits exist at one time.
 VOCABULARY_TILE = 32768
+STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
 def document_ids_of(
@@ -85,8 +86,8 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
 
     Returns of the call:
         [`trl.trainer.utils.FusedCausalLMOutput`] with `log_probs` `(batch, length)`, the sum over the copies of
-        weight times log-probability of the label; `entropy` and `is_top1` `(batch, length)`, their means over the
-        copies that mask the token; `label_mask`; and `router_logits` if they were asked for.
+        weight times log-probability of the label; `entropy`, `mean_logits` and `is_top1`, of the same shape, their
+        means over the copies that mask the token; `label_mask`; and `router_logits` if they were asked for.
 
     Raises:
         ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
@@ -173,7 +174,7 @@ def _forward_objective(
     # 3. The head, on hidden tokens only
     row, copy, place = is_hidden.nonzero(as_tuple=True)
     column = columns[row, place]
-    log_probs, entropy, is_top1 = _score(model, hidden_states[row, copy, place], labels[row, column])
+    log_probs, *statistics = _score(model, hidden_states[row, copy, place], labels[row, column])
 
     # 4. Back to where the tokens stand, summed over the copies
     flat = row * length + column
@@ -182,10 +183,12 @@ def _forward_objective(
         return values.new_zeros(batch_size * length).index_add(0, flat, values).view(batch_size, length)
 
     times_masked = masked.sum(dim=1).clamp(min=1)
+    entropy, mean_logits, is_top1 = (sum_over_copies(values) / times_masked for values in statistics)
     return BlockDiffusionTerms(
         log_probs=sum_over_copies(log_probs * weights[row, copy, column].to(log_probs.dtype)),
-        entropy=sum_over_copies(entropy) / times_masked,
-        is_top1=sum_over_copies(is_top1.to(log_probs.dtype)) / times_masked,
+        entropy=entropy,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
         label_mask=labels != -100,
         router_logits=outputs.router_logits,
     )
@@ -193,20 +196,20 @@ def _forward_objective(
 
 def _score(
     model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of `targets` `(tokens,)`, entropy, and whether the target is the likeliest token."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
     weight = model.get_output_embeddings().weight
     if isinstance(weight, DTensor):
         weight = weight.full_tensor()
     if targets.numel() == 0:
         # No token is masked: zero-sized results that still hang on the model, so that `backward` works.
         nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
-        return nothing, nothing.detach(), nothing.detach()
+        return nothing, nothing.detach(), nothing.detach(), nothing.detach()
     with maybe_gather_lm_head_ctx(weight):
-        log_probs, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
-            hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, ("entropy", "is_top1")
+        log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+            hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
         )
-    return log_probs, entropy.detach(), is_top1
+    return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 
 def _check_inputs(input_ids, labels, masked, weights, block_length) -> None:

@@ -1,11 +1,12 @@
 """
 The three stages a lab walks through, as presets: what is trained, from which mix of tasks, with which blocks.
 
-| stage | trained | learns from | blocks |
-|---|---|---|---|
-| `"alignment"` | embeddings and head: the new image codes find their place beside the words | pictures with captions, text | 1 to 32 |
-| `"pretraining"` | the whole language model | text, captions in both directions, edits, interleaved documents | 1 to 32 |
-| `"supervised_finetuning"` | the whole language model except the router | conversations, text-to-image, edits | 32 |
+- `"alignment"` trains embeddings and head, so that the new image codes find their place beside the words; from pictures
+  with captions and some text. Blocks grow from 1 token to 32.
+- `"pretraining"` trains the whole language model; from text, captions in both directions, edits and interleaved
+  documents. Blocks grow here too.
+- `"supervised_finetuning"` trains the whole language model except its routers; from conversations, text-to-image and
+  edits, with complementary masks.
 
 The order is the release's (arXiv 2604.20796). Its numbers are not public: learning rates and shares below are
 starting points of ours. The growth of the blocks from autoregression (a block of one token) is that of LLaDA2.0

@@ -1,0 +1,47 @@
+"""Settings of preference training by block diffusion."""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from .noise_settings import NoiseSettings
+
+
+# Settings of trl that have no meaning for a likelihood bound, the only value they may have, and why.
+WITHOUT_MEANING = {
+    "precompute_ref_log_probs": (False, "policy and reference must be compared under the same noise, drawn each step"),
+    "use_weighting": (False, "it needs the probabilities of a whole answer, of which there is only a bound"),
+    "truncation_mode": ("keep_start", "an answer needs its prompt"),
+    "padding_free": (False, "trl has no such data for preferences"),
+}
+
+
+@dataclass
+class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
+    """
+    Configuration of [`LLaDAUniDPOTrainer`]: that of [`~trl.DPOConfig`] and of [`NoiseSettings`].
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DPOConfig`]: `max_length` (4096; longer pairs are left
+    > out, not cut) and `prediction_loss_only` (`True`: logits of whole sequences are never made).
+
+    Raises:
+        ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
+    """
+
+    max_length: int | None = field(
+        default=4096, metadata={"help": "Longest prompt with answer in tokens; longer pairs are left out."}
+    )
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluation returns losses only: logits of whole sequences are never made."}
+    )
+
+    def __post_init__(self):
+        NoiseSettings.__post_init__(self)
+        for name, (value, reason) in WITHOUT_MEANING.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` must be {value!r}, got {getattr(self, name)!r}: {reason}.")
+        DPOConfig.__post_init__(self)
+
+
+__all__ = ["LLaDAUniDPOConfig"]

@@ -1,0 +1,132 @@
+"""Preference training: DPO with a likelihood bound in the place of the likelihood."""
+
+import copy
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import global_then_local_main_first
+
+from .checkpointing import ResumableTrainerMixin
+from .data import prepare_preference_dataset
+from .dpo_config import LLaDAUniDPOConfig
+from .expert_checkpoints import FusedExpertsMixin
+from .model_card import TrainingCardMixin
+from .model_loading import load_model, load_processor
+from .noise import step_generators
+from .objective import add_block_diffusion_head, document_ids_of
+
+
+AnyDataset = Dataset | IterableDataset
+
+
+class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsMixin, DPOTrainer):
+    r"""
+    trl's [`~trl.DPOTrainer`], in which log p(answer | prompt) is replaced by its block-diffusion bound
+
+        B(y | x) = sum_i w_i log p(y_i | noisy copies of y, x)
+
+    ([`add_block_diffusion_head`]), an average over `num_noise_samples` noisy copies. As in VRPO (LLaDA 1.5, arXiv
+    2505.19223) the noise levels and masks are drawn once a step and shared by policy and reference: B_policy - B_ref,
+    from which the loss is made, then varies far less, and is exactly 0 before the first step. All losses of trl's
+    `loss_type` work on it.
+
+    Args:
+        model: A model or the name of one.
+        ref_model ([`PreTrainedModel`], *optional*): The reference. Default: a copy of `model`; with an adapter, the
+            model without it.
+        args ([`LLaDAUniDPOConfig`], *optional*): Settings.
+        train_dataset, eval_dataset: Rows with `prompt`, `chosen` and `rejected`, see [`prepare_preference_dataset`].
+        processing_class ([`LLaDAUniProcessor`], or a tokenizer for a text-only model, *optional*): Default: from where
+            the model came.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; see [`lora_config`].
+        **kwargs: Further arguments of [`~trl.DPOTrainer`].
+
+    Raises:
+        ValueError, TypeError: for settings that do not fit, or rows that are no preferences.
+    """
+
+    _stage = "preference training (DPO)"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: LLaDAUniDPOConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        peft_config: Any | None = None,
+        **kwargs: Any,
+    ):
+        args = LLaDAUniDPOConfig("llada-uni-dpo") if args is None else args
+        if not isinstance(args, LLaDAUniDPOConfig):
+            raise TypeError(f"`args` must be a LLaDAUniDPOConfig, got {type(args).__name__}.")
+        if not train_dataset:
+            raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
+        if isinstance(model, str):
+            processing_class = processing_class or load_processor(model)
+            model = load_model(model, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None  # used up
+        processing_class = processing_class or load_processor(model.config.name_or_path)
+        trains_adapter = peft_config is not None or hasattr(model, "peft_config")
+        if ref_model is None and not trains_adapter:
+            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+
+        text_config = model.config.get_text_config()
+        self.block_length = text_config.block_length if args.block_length is None else args.block_length
+        text_config.block_length = model.generation_config.block_length = self.block_length
+        self.noise = args.make_noise()
+        self._data_model = model
+        # Rows with pictures would take trl's path for them.
+        train_dataset = self._tokenize(train_dataset, processing_class, args)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        add_block_diffusion_head(self.model.get_base_model() if trains_adapter else self.model)
+        if self.ref_model is not None:
+            add_block_diffusion_head(self.accelerator.unwrap_model(self.ref_model))
+
+    def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniDPOConfig) -> AnyDataset:
+        if "chosen_ids" in get_dataset_column_names(dataset):
+            return dataset
+        with global_then_local_main_first():
+            return prepare_preference_dataset(
+                dataset,
+                processing_class,
+                block_length=self.block_length,
+                max_length=args.max_length,
+                model=self._data_model,
+            )
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return self._tokenize(dataset, processing_class, args)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        # 1. One draw of noise, which trl hands on to both models
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        document_ids = document_ids_of(labels, inputs["attention_mask"])
+        generators = step_generators(self, labels.shape[0])
+        masked, weights = self.noise.sample(labels, document_ids, self.block_length, generators)
+        noised = {"masked": masked, "weights": weights, "block_length": self.block_length}
+
+        # 2. trl counts tokens that are predicted right; a token in several copies is, if it is so in most
+        def forward(**kwargs: Any):
+            outputs = model(**kwargs)
+            outputs.is_top1 = outputs.is_top1 > 0.5
+            return outputs
+
+        loss = super()._compute_loss(forward, {**inputs, **noised}, return_outputs=False)
+        return (loss, {}) if return_outputs else loss
+
+
+__all__ = ["LLaDAUniDPOTrainer"]

@@ -1,0 +1,89 @@
+"""Settings of reward training by block diffusion."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..input_checks import check_integer, check_number
+from .noise import BlockDiffusionNoise
+
+
+ESTIMATES = ("full_mask", "complementary")
+# Settings of trl that have no meaning here, the only value they may have, and why.
+WITHOUT_MEANING = {
+    "use_vllm": (False, "vLLM does not run this model"),
+    "use_transformers_continuous_batching": (False, "blocks are decoded by `generate`"),
+    "use_transformers_paged": (False, "blocks are decoded by `generate`"),
+    "min_p": (None, "`generate` samples with `temperature`, `top_k` and `top_p`"),
+    "repetition_penalty": (1.0, "`generate` samples with `temperature`, `top_k` and `top_p`"),
+    "generation_kwargs": (None, "set the fields of this config"),
+    "cache_implementation": (None, "the exact cache is used"),
+    "sync_ref_model": (False, "the reference is the model at the begin of the run"),
+    "cast_lm_head_to_fp32": (False, "log-probabilities are summed in float32 anyway"),
+}
+
+
+@dataclass
+class LLaDAUniGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`LLaDAUniGRPOTrainer`]. Only what differs from [`~trl.GRPOConfig`] is described here.
+
+    Parameters:
+        block_length (`int`, *optional*): Tokens of a block. Default: the model's.
+        num_steps_per_block (`int`, defaults to 32): Steps a block of a rollout may take.
+        threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
+        guidance_scale (`float`, defaults to 1.0): Of text-to-image rollouts; 1.0 is without guidance, so that the
+            pictures come from the distribution that is trained.
+        log_probability_estimate (`str`, defaults to `"full_mask"`): How a token's log-probability is estimated, see
+            [`LLaDAUniGRPOTrainer`]: `"full_mask"` or `"complementary"`.
+        num_noise_samples (`int`, defaults to 1): Pairs of masks for `"complementary"`.
+
+    > [!NOTE]
+    > `temperature` and `top_p`, `top_k` shape the sampling of rollouts only; log-probabilities are those of the model.
+
+    Raises:
+        ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
+    """
+
+    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
+    num_steps_per_block: int = field(default=32, metadata={"help": "Steps a block of a rollout may take."})
+    threshold: float = field(
+        default=0.95, metadata={"help": "Tokens predicted with a higher probability are committed at once."}
+    )
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of text-to-image rollouts; 1.0 for none."})
+    log_probability_estimate: str = field(
+        default="full_mask",
+        metadata={
+            "help": "How a token's log-probability is estimated: with its whole block masked, or averaged over pairs of "
+            "complementary masks.",
+            "choices": list(ESTIMATES),
+        },
+    )
+    num_noise_samples: int = field(default=1, metadata={"help": "Pairs of masks for 'complementary'."})
+
+    def __post_init__(self):
+        for name, (value, reason) in WITHOUT_MEANING.items():
+            if getattr(self, name) not in (value, None):
+                raise ValueError(f"`{name}` must be {value!r}, got {getattr(self, name)!r}: {reason}.")
+        if self.block_length is not None:
+            check_integer("block_length", self.block_length, 1)
+        check_integer("num_steps_per_block", self.num_steps_per_block, 1)
+        check_number("threshold", self.threshold, 0, 1)
+        check_number("guidance_scale", self.guidance_scale, 0)
+        if self.log_probability_estimate not in ESTIMATES:
+            raise ValueError(
+                f"`log_probability_estimate` must be one of {ESTIMATES}, got {self.log_probability_estimate!r}."
+            )
+        check_integer("num_noise_samples", self.num_noise_samples, 1)
+        super().__post_init__()
+
+    def make_noise(self) -> BlockDiffusionNoise:
+        if self.log_probability_estimate == "full_mask":
+            # All of a block is masked, since every number that is drawn lies below 1.
+            return BlockDiffusionNoise(noise_range=(1 - 1e-12, 1.0), weighting="inverse")
+        return BlockDiffusionNoise(
+            noise_range=(0.0, 1.0), weighting="none", complementary=True, num_noise_samples=self.num_noise_samples
+        )
+
+
+__all__ = ["LLaDAUniGRPOConfig"]
