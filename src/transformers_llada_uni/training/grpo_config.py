@@ -54,8 +54,8 @@ class LLaDAUniGRPOConfig(GRPOConfig):
     log_probability_estimate: str = field(
         default="full_mask",
         metadata={
-            "help": "How a token's log-probability is estimated: with its whole block masked, or averaged over pairs of "
-            "complementary masks.",
+            "help": "How a token's log-probability is estimated: with its whole block masked, or averaged over pairs "
+            "of complementary masks.",
             "choices": list(ESTIMATES),
         },
     )

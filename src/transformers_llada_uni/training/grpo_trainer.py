@@ -29,8 +29,8 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     r"""
     trl's [`~trl.GRPOTrainer`] with two differences.
 
-    **Rollouts** come from the block-diffusion `generate` with its cache, or, for rows with a column `grid` (H, W), from
-    `generate_image_codes`; the prompt is then the caption.
+    **Rollouts** come from the block-diffusion `generate` with its cache, or, for rows with a column `grid` (H, W),
+    from `generate_image_codes`; the prompt is then the caption.
 
     **Log-probabilities** of a token are estimated, as a masked-diffusion model has no exact ones: given the clean
     blocks before it,
@@ -40,9 +40,9 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     - `"complementary"`: the mean over `num_noise_samples` pairs of complementary masks, as coupled-GRPO (DiffuCoder,
       arXiv 2506.20639): a token is predicted from a part of its block, and once in each pair.
 
-    The masks follow from the row's tokens and the seed: the policy that made a rollout, the one that learns from it and
-    the reference are compared under the same noise, and their ratio is exactly 1 before the first update. What comes
-    after an answer in its last block stays masked.
+    The masks follow from the row's tokens and the seed: the policy that made a rollout, the one that learns from it
+    and the reference are compared under the same noise, and their ratio is exactly 1 before the first update. What
+    comes after an answer in its last block stays masked.
 
     Rewards are trl's: callables (or reward models) that get `prompts`, `completions`, `completion_ids` and the columns
     of the data. For pictures they also get `image_codes`, tensors (H, W), and with `decode_images` `generated_images`.
@@ -277,7 +277,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         Rows without padding in front, extended by masks to whole blocks, and their noise.
 
         Returns:
-            Inputs of the objective; `columns` `(batch, logits_to_keep)`, where each answer token went, and `is_answer`.
+            Inputs of the objective; `columns` `(batch, logits_to_keep)`, where each answer token went; `is_answer`.
         """
         is_token = attention_mask.bool()
         num_tokens = is_token.sum(dim=1)
