@@ -137,7 +137,11 @@ def train_language_model(trainer_name: str, script_args, training_args, model_ar
 def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., None]]]:
     """Per stage the dataclasses of its options and what to do with them."""
     language_model = {}
-    for stage, script_arguments in {"sft": ScriptArguments, "dpo": ScriptArguments, "grpo": GRPOScriptArguments}.items():
+    for stage, script_arguments in {
+        "sft": ScriptArguments,
+        "dpo": ScriptArguments,
+        "grpo": GRPOScriptArguments,
+    }.items():
         name = f"LLaDAUni{stage.upper()}"
         options = (script_arguments, getattr(training, f"{name}Config"), ModelConfig, DatasetMixtureConfig)
         language_model[stage] = (options, functools.partial(train_language_model, f"{name}Trainer"))

@@ -24,7 +24,9 @@ def consolidate_checkpoint(checkpoint: str | Path, output: str | Path, max_shard
     """
     checkpoint, output = Path(checkpoint), Path(output)
     if not is_sharded_checkpoint(checkpoint):
-        raise ValueError(f"`checkpoint` {str(checkpoint)!r} holds no shards of a distributed run; it can be used as it is.")
+        raise ValueError(
+            f"`checkpoint` {str(checkpoint)!r} holds no shards of a distributed run; it can be used as it is."
+        )
     if output.exists():
         raise FileExistsError(f"`output` {str(output)!r} exists already.")
     config = AutoConfig.from_pretrained(checkpoint)

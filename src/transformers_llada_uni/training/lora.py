@@ -33,13 +33,17 @@ def lora_config(
     and, with `folder` in the place of a pipeline's `model/`, `conversion/convert_llada_uni_checkpoint.py PIPELINE DST
     --to-released` writes the released layout.
 
+    On a quantised base model (QLoRA, arXiv 2305.14314) steps run with bitsandbytes (8 bits, and 4 where widths are
+    multiples of 64) and torchao (int8). That was tried on a CPU for 30 steps of a tiny model: how well it learns is
+    untested. Both quantise linear layers only: the routed experts, most of the model's weights, keep their precision.
+    Merge such an adapter into the model as it was before quantisation; merging into 4 bits moves the outputs.
+
     Args:
         r (`int`, defaults to 16): Rank. Every expert has its own adapter of this rank.
         lora_alpha (`float`, defaults to 32): The update is scaled by `lora_alpha / r`.
         attention (`bool`, defaults to `True`): Adapt queries, keys, values and the projection after them.
         mlps (`bool`, defaults to `True`): Adapt dense MLPs and shared experts.
-        experts (`bool`, defaults to `True`): Adapt the routed experts: most of the adapter's memory. Not for a
-            quantised model whose experts are no longer plain tensors.
+        experts (`bool`, defaults to `True`): Adapt the routed experts: most of the adapter's memory.
         **kwargs: Further settings of [`~peft.LoraConfig`]. `lora_dropout` has to stay 0 with `experts`: peft cannot
             drop out the input of a tensor.
 

@@ -1,13 +1,15 @@
 """Settings of supervised training by block diffusion, for all three stages."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from ..input_checks import check_integer, check_number
-from .noise import NOISE_LEVELS, WEIGHTINGS, BlockDiffusionNoise
+from ..input_checks import check_number
+from .noise import WEIGHTINGS, BlockDiffusionNoise
+from .noise_settings import NoiseSettings
 from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
 
 
@@ -26,9 +28,10 @@ WITHOUT_MEANING = {
 
 
 @dataclass
-class LLaDAUniSFTConfig(SFTConfig):
+class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     r"""
-    Configuration of [`LLaDAUniSFTTrainer`]. Only what differs from [`~trl.SFTConfig`] is described here.
+    Configuration of [`LLaDAUniSFTTrainer`]: that of [`~trl.SFTConfig`] and of [`NoiseSettings`]. Only what differs
+    from both is described here.
 
     Where a default is "the stage's", `None` stands for the value in `STAGES[stage]`.
 
@@ -43,11 +46,12 @@ class LLaDAUniSFTConfig(SFTConfig):
 
         > Objective
 
-        block_length (`int`, *optional*): Tokens of a block. Default: the model's. The trained model is saved with it.
+        block_length (`int`, *optional*): Default: the model's. The trained model is saved with it.
         block_length_warmup_steps (`float`, *optional*): Steps over which blocks grow from one token to
             `block_length`, by doubling; below 1 a share of all steps. Default: the stage's.
-        noise_range, noise_level, weighting, complementary, num_noise_samples: See [`BlockDiffusionNoise`].
-            `complementary` defaults to the stage's.
+        weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
+        complementary (`bool`, *optional*): Default: the stage's.
+        num_noise_samples (`int`, defaults to 1).
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
             picture has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
@@ -105,21 +109,12 @@ class LLaDAUniSFTConfig(SFTConfig):
     )
 
     # Objective
-    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
     block_length_warmup_steps: float | None = field(
         default=None,
         metadata={
             "help": "Steps over which blocks grow from one token to `block_length`, by doubling; below 1 a share of "
             "all steps. Default: the stage's."
         },
-    )
-    noise_range: list[float] = field(
-        default_factory=lambda: [1e-3, 1.0],
-        metadata={"help": "Lowest and highest noise level: the share of tokens that is masked."},
-    )
-    noise_level: str = field(
-        default="block",
-        metadata={"help": "One noise level for each block or for each sample.", "choices": list(NOISE_LEVELS)},
     )
     weighting: str = field(
         default="inverse",
@@ -157,7 +152,7 @@ class LLaDAUniSFTConfig(SFTConfig):
                 setattr(self, name, getattr(preset, name))
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu and torch.accelerator.is_available()
-        super().__post_init__()
+        SFTConfig.__post_init__(self)
 
         for name, (value, reason) in WITHOUT_MEANING.items():
             if getattr(self, name) != value:
@@ -165,11 +160,10 @@ class LLaDAUniSFTConfig(SFTConfig):
         if self.trained_parts is not None:
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
+        NoiseSettings.__post_init__(self)
         if self.block_length is not None:
-            check_integer("block_length", self.block_length, 1)
             check_warmup("block_length_warmup_steps", self.block_length_warmup_steps, self.block_length)
         check_number("block_length_warmup_steps", self.block_length_warmup_steps, 0.0)
-        self.make_noise()  # checks its fields
         for name in ("text_weight", "image_weight", "router_z_loss_coefficient"):
             check_number(name, getattr(self, name), 0.0)
         if self.text_weight == self.image_weight == 0:
@@ -195,14 +189,7 @@ class LLaDAUniSFTConfig(SFTConfig):
             raise ValueError(f"`task_mix` gives every task the share 0: {self.task_mix!r}.")
 
     def make_noise(self) -> BlockDiffusionNoise:
-        """The noise that the fields describe."""
-        return BlockDiffusionNoise(
-            noise_range=tuple(self.noise_range) if isinstance(self.noise_range, list) else self.noise_range,
-            noise_level=self.noise_level,
-            weighting=self.weighting,
-            complementary=self.complementary,
-            num_noise_samples=self.num_noise_samples,
-        )
+        return dataclasses.replace(super().make_noise(), weighting=self.weighting)
 
 
 __all__ = ["LLaDAUniSFTConfig"]

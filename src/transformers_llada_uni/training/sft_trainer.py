@@ -3,26 +3,19 @@
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import create_model_from_path, global_then_local_main_first
+from trl.trainer.utils import global_then_local_main_first
 
 from .checkpointing import ResumableTrainerMixin
 from .data import mix_datasets, prepare_dataset
 from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
+from .model_loading import load_model, load_processor
 from .noise import step_generators
 from .objective import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of
 from .router_balancing import RouterBalancing, tokens_of_pass
@@ -38,6 +31,10 @@ REFUSED_ARGUMENTS = {
     "preprocess_logits_for_metrics": "see `transformers_llada_uni.evaluation`",
     "formatting_func": "give the dataset one of the formats of `prepare_dataset`",
 }
+
+
+def _base_of(model: nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerMixin, SFTTrainer):
@@ -91,13 +88,18 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
 
         # 2. The model
+        quantization_config = kwargs.pop("quantization_config", None)
+        if processing_class is None:
+            processing_class = load_processor(model if isinstance(model, str) else model.config.name_or_path)
         if isinstance(model, str):
-            model, processing_class = self._load(
-                model, args, processing_class, kwargs.pop("quantization_config", None)
-            )
-        elif processing_class is None:
-            processing_class = self._load_processing_class(model.config.name_or_path)
+            quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+            model = load_model(model, **(args.model_init_kwargs or {}), **quantization)
+            args.model_init_kwargs = None  # used up
         text_config = model.config.get_text_config()
+        if text_config.mask_token_id is None:
+            text_config.mask_token_id = getattr(processing_class, "tokenizer", processing_class).mask_token_id
+        if text_config.mask_token_id is None:
+            raise ValueError("`mask_token_id` is known neither to the model's configuration nor to the tokenizer.")
         self.block_length = text_config.block_length if args.block_length is None else args.block_length
         check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
         if args.packing and args.max_length is not None and args.max_length % self.block_length:
@@ -112,7 +114,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
 
         # 3. The data. trl would leave rows with pictures to a collator.
         self._image_token_offset = text_config.image_token_offset
-        self._data_model = model
+        self._data_model = _base_of(model)
         self.noise = args.make_noise()
         train_dataset = self._prepare_training_data(train_dataset, processing_class, args)
 
@@ -127,29 +129,14 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             **kwargs,
         )
         self._stage = args.stage.replace("_", " ")
-        add_block_diffusion_head(self._base_model)
+        base_model = _base_of(self.model)
+        add_block_diffusion_head(base_model)
         preset_rate = 0.0 if trains_adapter else STAGES[args.stage].expert_bias_update_rate
         update_rate = preset_rate if args.expert_bias_update_rate is None else args.expert_bias_update_rate
-        self.router_balancing = RouterBalancing(self._base_model, update_rate, self.accelerator, self._report)
+        self.router_balancing = RouterBalancing(base_model, update_rate, self.accelerator, self._report)
         self.add_callback(self.router_balancing)
 
     # Model
-
-    @staticmethod
-    def _load_processing_class(name_or_path: str) -> ProcessorMixin | PreTrainedTokenizerBase:
-        is_text_only = AutoConfig.from_pretrained(name_or_path).model_type == "llada2_moe"
-        return (AutoTokenizer if is_text_only else AutoProcessor).from_pretrained(name_or_path)
-
-    @classmethod
-    def _load(cls, name_or_path: str, args: LLaDAUniSFTConfig, processing_class: Any, quantization_config: Any):
-        is_text_only = AutoConfig.from_pretrained(name_or_path).model_type == "llada2_moe"
-        settings = dict(args.model_init_kwargs or {})
-        if quantization_config is not None:
-            settings["quantization_config"] = quantization_config
-        architecture = AutoModelForCausalLM if is_text_only else AutoModelForImageTextToText
-        model = create_model_from_path(name_or_path, architecture, **settings)
-        args.model_init_kwargs = None  # used up
-        return model, processing_class or cls._load_processing_class(name_or_path)
 
     @staticmethod
     def _choose_trained_parameters(model: nn.Module, args: LLaDAUniSFTConfig, trains_adapter: bool) -> None:
@@ -166,10 +153,6 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
                 f"`expert_bias_update_rate` must be 0 with an adapter, got {args.expert_bias_update_rate}: the bias "
                 "belongs to the frozen model and would not be saved."
             )
-
-    @property
-    def _base_model(self) -> PreTrainedModel:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     # Data
 

@@ -1,0 +1,164 @@
+"""A few-step decoder from the many-step one."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from transformers import Trainer
+
+from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
+from transformers_llada_uni.training.model_card import TrainingCardMixin
+from transformers_llada_uni.training.noise import step_generators
+
+from ..code_decoding import decoder_sigmas, guided_velocity
+from ..semantic_embedder import LLaDAUniSemanticEmbedder
+from .component_saving import ComponentSavingMixin
+from .decoder_data import UPSCALE, collate
+from .decoder_model import CodeDecoder
+from .distillation_config import LLaDAUniDistillationConfig
+
+
+class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableTrainerMixin, Trainer):
+    r"""
+    Trains a student to say at once where the teacher's trajectory ends. From noise, the teacher walks its guided ODE
+    to x_0. Its Euler steps are straight lines, so that the trajectory has a point x_sigma at every noise level sigma.
+    For levels 1 - i/n of the samplers with n = `min_student_steps` .. `max_student_steps` steps the student learns
+
+        L = mean | v(x_sigma, 1 - sigma, codes) - (x_0 - x_sigma) / sigma |^2,
+
+    the velocity that leads from x_sigma straight to x_0: a consistency function (arXiv 2303.01469) learnt from its
+    values. The few-step sampler asks for nothing else: it goes to x_0, adds new noise, and goes again.
+
+    One trajectory gives `pairs_per_trajectory` pairs. Codes are all the data that is needed, no pictures: such as
+    those that the language model generates. Guidance is baked in; the student runs once a step.
+
+    Saved are the folders `transformer_turbo/` and `scheduler_turbo/` of a pipeline.
+
+    Args:
+        teacher ([`~diffusers.ZImageTransformer2DModel`]): The many-step decoder; not changed.
+        semantic_embedder ([`LLaDAUniSemanticEmbedder`]): Codes to features, for both; not changed.
+        scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`], *optional*): The teacher's. Default: shift 6.
+        student ([`~diffusers.ZImageTransformer2DModel`], *optional*): Where the student starts. Default: the teacher.
+        args ([`LLaDAUniDistillationConfig`], *optional*): Settings.
+        train_dataset, eval_dataset: Rows with `codes` (H * W) and `grid` (H, W).
+        **kwargs: Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        TypeError, ValueError: for components or data that do not fit.
+    """
+
+    _stage = "few-step distillation of the decoder"
+
+    def __init__(
+        self,
+        teacher: ZImageTransformer2DModel,
+        semantic_embedder: LLaDAUniSemanticEmbedder,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        student: ZImageTransformer2DModel | None = None,
+        args: LLaDAUniDistillationConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
+    ):
+        args = LLaDAUniDistillationConfig("llada-uni-decoder-turbo") if args is None else args
+        if not isinstance(args, LLaDAUniDistillationConfig):
+            raise TypeError(f"`args` must be a LLaDAUniDistillationConfig, got {type(args).__name__}.")
+        if not train_dataset:
+            raise ValueError(f"`train_dataset` must hold image codes to train on, got {train_dataset!r}.")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None and not {"codes", "grid"} <= set(dataset.column_names or []):
+                raise ValueError(f"`{name}` must have the columns `codes` and `grid`, it has {dataset.column_names}.")
+        if scheduler is None:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+        scheduler.set_timesteps(sigmas=decoder_sigmas("normal", args.num_teacher_steps))
+        self.teacher_sigmas = scheduler.sigmas.tolist()  # falling, 0 at the end
+
+        student = copy.deepcopy(teacher) if student is None else student
+        self.teacher = CodeDecoder(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
+        super().__init__(
+            model=CodeDecoder(student.requires_grad_(True), semantic_embedder),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collate,
+            **kwargs,
+        )
+        self.teacher.to(self.args.device)
+        self.average_weights(args.ema_decay)
+
+    # Trajectories
+
+    @torch.no_grad()
+    def trajectory(self, noise: list[torch.Tensor], codes: list[torch.LongTensor]) -> list[list[torch.Tensor]]:
+        """
+        The teacher's way from `noise`: at each of `teacher_sigmas` the latents of all rows, the last of which are the
+        pictures.
+        """
+        device, batch_size = noise[0].device, len(noise)
+        guidance_scale = self.args.teacher_guidance_scale
+        branches = 2 if guidance_scale else 1
+        is_conditional = torch.arange(branches * batch_size, device=device) < batch_size
+        points = [noise]
+        for sigma, following in zip(self.teacher_sigmas, self.teacher_sigmas[1:], strict=False):
+            time = torch.full((branches * batch_size,), 1 - sigma, device=device)
+            velocities = self.teacher(points[-1] * branches, time, codes * branches, is_conditional, UPSCALE)
+            if guidance_scale:
+                pairs = zip(velocities[:batch_size], velocities[batch_size:], strict=True)
+                velocities = [guided_velocity(p[None], q[None], guidance_scale)[0] for p, q in pairs]
+            points.append([x + (sigma - following) * v for x, v in zip(points[-1], velocities, strict=True)])
+        return points
+
+    def point_at(self, points: list[list[torch.Tensor]], row: int, sigma: float) -> torch.Tensor:
+        """The latents of a row where its trajectory passes the noise level `sigma`."""
+        step = max(k for k, own in enumerate(self.teacher_sigmas) if own >= sigma or k == 0)
+        upper, lower = self.teacher_sigmas[step], self.teacher_sigmas[step + 1]
+        share = (upper - sigma) / (upper - lower)
+        return torch.lerp(points[step][row], points[step + 1][row], share)
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, codes = self.args, inputs["codes"]
+        patch_size, channels = (self.teacher.transformer.config[name] for name in ("all_patch_size", "in_channels"))
+        side = UPSCALE * patch_size[0]
+
+        # 1. The teacher's trajectories
+        generators = step_generators(self, len(codes))
+        noise = [
+            torch.randn(channels, side * grid.shape[0], side * grid.shape[1], generator=generator).to(grid.device)
+            for grid, generator in zip(codes, generators, strict=True)
+        ]
+        points = self.trajectory(noise, codes)
+
+        # 2. Points on them, at the noise levels of the few-step samplers
+        sigmas, noisy, targets, shown = [], [], [], []
+        for row, generator in enumerate(generators):
+            for _ in range(args.pairs_per_trajectory):
+                low, high = args.min_student_steps, args.max_student_steps
+                num_steps = int(torch.randint(low, high + 1, (), generator=generator))
+                sigma = 1 - int(torch.randint(num_steps, (), generator=generator)) / num_steps
+                point = self.point_at(points, row, sigma)
+                sigmas.append(sigma)
+                noisy.append(point)
+                targets.append((points[-1][row] - point) / sigma)
+                shown.append(codes[row])
+
+        # 3. The student's velocities
+        time = 1 - torch.tensor(sigmas, device=codes[0].device)
+        velocities = model(noisy, time, shown, torch.ones_like(time, dtype=torch.bool), UPSCALE)
+        errors = [(v - target).square().mean() for v, target in zip(velocities, targets, strict=True)]
+        loss = torch.stack(errors).mean()
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def components(self) -> dict[str, Any]:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
+        return {"transformer_turbo": self.trained_model().transformer, "scheduler_turbo": scheduler}
+
+
+__all__ = ["LLaDAUniDistillationTrainer"]
