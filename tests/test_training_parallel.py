@@ -60,6 +60,12 @@ def sharded(official_tiny, tmp_path_factory):
     return output_dir
 
 
+def test_two_processes_train_as_one_does(single, sharded):
+    assert losses(sharded) == pytest.approx(losses(single), rel=1e-3)
+    for name, tensor in weights(single).items():
+        torch.testing.assert_close(weights(sharded)[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
 def test_killed_and_resumed_equals_uninterrupted(official_tiny, single, tmp_path):
     run(official_tiny, tmp_path, "batch_size=2", "kill_at=5", is_killed=True)
     assert Path(last_complete_checkpoint(tmp_path)).name == "checkpoint-4"

@@ -8,8 +8,8 @@ The three stages a lab walks through, as presets: what is trained, from which mi
 - `"supervised_finetuning"` trains the whole language model except its routers; from conversations, text-to-image and
   edits, with complementary masks.
 
-The order follows the release (arXiv 2604.20796); what is frozen, learning rates and shares are starting points of ours.
-The growth of the blocks from autoregression (a block of one token) is that of LLaDA2.0
+The order follows the release (arXiv 2604.20796); what is frozen, learning rates and shares are starting points of
+ours. The growth of the blocks from autoregression (a block of one token) is that of LLaDA2.0
 (arXiv 2512.15745), and so are the complementary masks of fine-tuning.
 """
 

@@ -1,0 +1,74 @@
+"""Settings of the image tokenizer's training."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ..image_processing_llada_uni import RESIZE_MODES
+from ..input_checks import check_integer, check_number
+
+
+CODEBOOK_UPDATES = ("ema", "gradient")
+
+
+@dataclass
+class LLaDAUniImageTokenizerConfig(TrainingArguments):
+    r"""
+    Configuration of [`LLaDAUniImageTokenizerTrainer`]. Only what differs from [`~transformers.TrainingArguments`] is
+    described here.
+
+    Parameters:
+        commitment_weight (`float`, defaults to 0.25): Weight of the loss that draws features to their code.
+        codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages
+            (VQ-VAE-2, arXiv 1906.00446), or `"gradient"`, a loss that draws codes to features.
+        codebook_decay (`float`, defaults to 0.99): Of the moving averages, also of those that count how often a code
+            is used.
+        codebook_weight (`float`, defaults to 1.0): Weight of the codebook's loss for `"gradient"`.
+        revival_threshold (`float`, defaults to 0.01): A code whose use falls below this share of the mean is dead; 0
+            revives none.
+        revival_interval (`int`, defaults to 10): Steps between revivals.
+        resize_mode (`str`, defaults to `"editing"`): The rule by which pictures are sized.
+        max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]: `learning_rate` (1e-4)
+    > and `remove_unused_columns`.
+
+    Raises:
+        ValueError: naming the field, for a value out of range.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
+
+    commitment_weight: float = field(
+        default=0.25, metadata={"help": "Weight of the loss that draws features to their code."}
+    )
+    codebook_update: str = field(
+        default="ema", metadata={"help": "How codes follow their features.", "choices": list(CODEBOOK_UPDATES)}
+    )
+    codebook_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages."})
+    codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook's loss for 'gradient'."})
+    revival_threshold: float = field(
+        default=0.01, metadata={"help": "A code used less than this share of the mean is dead; 0 revives none."}
+    )
+    revival_interval: int = field(default=10, metadata={"help": "Steps between revivals of dead codes."})
+    resize_mode: str = field(
+        default="editing", metadata={"help": "The rule by which pictures are sized.", "choices": list(RESIZE_MODES)}
+    )
+    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
+
+    def __post_init__(self):
+        for name in ("commitment_weight", "codebook_weight", "revival_threshold"):
+            check_number(name, getattr(self, name), 0)
+        check_number("codebook_decay", self.codebook_decay, 0, 1)
+        if self.codebook_update not in CODEBOOK_UPDATES:
+            raise ValueError(f"`codebook_update` must be one of {CODEBOOK_UPDATES}, got {self.codebook_update!r}.")
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"`resize_mode` must be one of {RESIZE_MODES}, got {self.resize_mode!r}.")
+        check_integer("revival_interval", self.revival_interval, 1)
+        check_integer("max_text_length", self.max_text_length, 1)
+        super().__post_init__()
+
+
+__all__ = ["LLaDAUniImageTokenizerConfig"]

@@ -1,0 +1,221 @@
+"""Training of the image tokenizer against captions."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from ..processing_llada_uni import LLaDAUniProcessor
+from .checkpointing import ResumableTrainerMixin
+from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
+from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
+from .image_tokenizer_model import ImageTokenizerWithText
+from .model_card import TrainingCardMixin
+from .noise import step_generator
+
+
+COLUMNS = ("image", "caption")
+
+
+class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Trainer):
+    r"""
+    transformers' [`~transformers.Trainer`] for the image tokenizer (SigLIP-VQ), the `visual` and `vqmodel` of a
+    LLaDA-Uni model, which are trained in place:
+
+        L = sigmoid contrastive loss + commitment_weight * |h - sg(e)|^2  (+ codebook_weight * |sg(h) - e|^2)
+
+    with features h and codes e of length one (arXiv 1711.00937). The last term is there for
+    `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody uses are
+    set to features of the batch. Logged are the terms, and the codebook's usage and perplexity since the last log;
+    evaluation adds the recall of captions and pictures.
+
+    `save_model` writes `image_tokenizer/` in the released layout and `text_model/`. `model.save_pretrained` of the
+    model that was given saves the whole.
+
+    Args:
+        model ([`LLaDAUniForConditionalGeneration`] or [`LLaDAUniModel`]): Holds the image tokenizer.
+        text_model ([`~transformers.PreTrainedModel`]): A text encoder, such as the text tower of SigLIP. Trained too.
+        args ([`LLaDAUniImageTokenizerConfig`], *optional*): Settings.
+        train_dataset, eval_dataset: Rows with an `image` and a `caption`.
+        processing_class ([`LLaDAUniProcessor`]): Sizes the pictures.
+        text_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Of `text_model`. Default: the
+            processor's.
+        **kwargs: Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        TypeError, ValueError: for components or data that do not fit.
+    """
+
+    _stage = "training of the image tokenizer"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        text_model: PreTrainedModel,
+        args: LLaDAUniImageTokenizerConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        processing_class: LLaDAUniProcessor | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ):
+        args = LLaDAUniImageTokenizerConfig("llada-uni-image-tokenizer") if args is None else args
+        if not isinstance(args, LLaDAUniImageTokenizerConfig):
+            raise TypeError(f"`args` must be a LLaDAUniImageTokenizerConfig, got {type(args).__name__}.")
+        holder = getattr(model, "model", model)
+        if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
+            raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
+        if not isinstance(processing_class, LLaDAUniProcessor):
+            raise TypeError(f"`processing_class` must be a LLaDAUniProcessor, got {type(processing_class).__name__}.")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is None and name == "eval_dataset":
+                continue
+            columns = getattr(dataset, "column_names", None) or []
+            if not set(COLUMNS) <= set(columns):
+                raise ValueError(f"`{name}` must have the columns `image` and `caption`, it has {sorted(columns)}.")
+        self._holder = holder
+        self._text_tokenizer = processing_class.tokenizer if text_tokenizer is None else text_tokenizer
+        self._image_processor = processing_class.image_processor
+        tokenizer = ImageTokenizerWithText(holder.visual, holder.vqmodel, text_model).requires_grad_(True)
+        # The gradient of the codebook is either a loss of its own or, with moving averages, not wanted at all.
+        holder.vqmodel.quantize.embedding.requires_grad_(args.codebook_update == "gradient")
+        super().__init__(
+            model=tokenizer,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=self._collate,
+            **kwargs,
+        )
+        self._sums: dict[str, list[float]] = defaultdict(list)
+        self._counts: torch.Tensor | None = None
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = [[self._image_processor.fetch_images(row["image"])] for row in rows]
+        texts = self._text_tokenizer(
+            [row["caption"] for row in rows],
+            padding=True,
+            truncation=True,
+            max_length=self.args.max_text_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        batch = dict(self._image_processor(pictures, resize_mode=self.args.resize_mode, return_tensors="pt"))
+        return batch | {name: texts[name] for name in ("input_ids", "attention_mask")}
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, tokenizer = self.args, self.accelerator.unwrap_model(model)
+        outputs = model(**inputs)
+        terms = {
+            "contrastive_loss": sigmoid_contrastive_loss(
+                outputs.image_embeds, outputs.text_embeds, tokenizer.logit_scale, tokenizer.logit_bias
+            ),
+            "commitment_loss": outputs.commitment_loss,
+            "codebook_loss": outputs.codebook_loss,
+        }
+        weights = {"contrastive_loss": 1.0, "commitment_loss": args.commitment_weight}
+        if args.codebook_update == "gradient":
+            weights["codebook_loss"] = args.codebook_weight
+        loss = sum(weight * terms[name] for name, weight in weights.items())
+        if self.model.training:
+            self._last_outputs = outputs
+            for name, term in terms.items():
+                self._sums[name].append(term.detach().item())
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # After the backward pass, which needs the codebook as it was.
+        self._follow_codebook(self.accelerator.unwrap_model(self.model), self._last_outputs)
+        self._last_outputs = None
+        return loss
+
+    def _follow_codebook(self, tokenizer: ImageTokenizerWithText, outputs: Any) -> None:
+        args = self.args
+        counts = tokenizer.update_codebook(
+            outputs.features, outputs.codes, args.codebook_decay, args.codebook_update == "ema"
+        )
+        self._counts = counts if self._counts is None else self._counts + counts
+        step = self.state.global_step
+        if args.revival_threshold and step % args.revival_interval == args.revival_interval - 1:
+            generator = step_generator(self)
+            num_revived = tokenizer.revive_dead_codes(outputs.features, args.revival_threshold, generator)
+            self._sums["revived_codes"].append(num_revived)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and self._counts is not None:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._sums.items()}}
+            logs |= codebook_statistics(self._counts)
+            self._sums.clear()
+            self._counts = None
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        The loss, recall at one among all rows in both directions, and usage and perplexity of the codebook.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        losses, images, texts, counts = [], [], [], torch.zeros_like(self.model.code_counts)
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            inputs = self._prepare_inputs(inputs)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            losses.append(self.accelerator.gather_for_metrics(loss[None]))
+            images.append(self.accelerator.gather_for_metrics(outputs.image_embeds))
+            texts.append(self.accelerator.gather_for_metrics(outputs.text_embeds))
+            counts += torch.bincount(outputs.codes, minlength=len(counts))
+        metrics = {"loss": torch.cat(losses).mean().item(), **recall_at_one(torch.cat(images), torch.cat(texts))}
+        metrics |= codebook_statistics(self.accelerator.reduce(counts, reduction="sum"))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(was_training)
+        return metrics
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if getattr(self, "_is_saving_checkpoint", False):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = Path(output_dir or self.args.output_dir)
+            self._save_released_layout(output_dir / "image_tokenizer")
+            self.accelerator.unwrap_model(self.model).text_model.save_pretrained(output_dir / "text_model")
+            self._text_tokenizer.save_pretrained(output_dir / "text_model")
+
+    def _save_released_layout(self, folder: Path) -> None:
+        """`config.json`, `preprocessor_config.json` and `image_tokenizer.safetensors`, as the release has them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {"visual": self._holder.visual, "vqmodel": self._holder.vqmodel}
+        configs = {"vision_config": parts["visual"].config.to_dict(), "vq_config": parts["vqmodel"].config.to_dict()}
+        (folder / "config.json").write_text(json.dumps(configs, indent=2), encoding="utf-8")
+        self._image_processor.save_pretrained(folder)
+        tensors = {
+            f"model.{name}.{key}": tensor.contiguous()
+            for name, part in parts.items()
+            for key, tensor in part.state_dict().items()
+        }
+        part_file = folder / "image_tokenizer.safetensors.part"
+        save_file(tensors, part_file, metadata={"format": "pt"})
+        os.replace(part_file, folder / "image_tokenizer.safetensors")
+
+
+__all__ = ["LLaDAUniImageTokenizerTrainer"]

@@ -1,0 +1,278 @@
+"""The image tokenizer's training: every term by hand, and that pictures find their captions."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipTextConfig, SiglipTextModel
+
+from transformers_llada_uni.training import LLaDAUniImageTokenizerConfig, LLaDAUniImageTokenizerTrainer
+from transformers_llada_uni.training.image_tokenizer_loss import (
+    codebook_statistics,
+    recall_at_one,
+    sigmoid_contrastive_loss,
+)
+
+
+RUN = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 5,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "resize_mode": "understanding",  # fewer patches
+}
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "cross", "ring")
+
+
+def picture(colour, shape, offset=0):
+    image = PILImage.new("RGB", (64, 64), "black")
+    draw = ImageDraw.Draw(image)
+    box = (12 + offset, 12 - offset, 52 + offset, 52 - offset)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "cross":
+        draw.line(box, fill=colour, width=10)
+        draw.line((box[0], box[3], box[2], box[1]), fill=colour, width=10)
+    else:
+        draw.ellipse(box, outline=colour, width=6)
+    return image
+
+
+def shapes(offsets=(0,)):
+    rows = [(picture(c, s, o), f"a {c} {s}") for o in offsets for c in COLOURS for s in SHAPES]
+    images, captions = zip(*rows, strict=True)
+    return Dataset.from_dict({"image": list(images), "caption": list(captions)}).cast_column("image", Image())
+
+
+@pytest.fixture(scope="module")
+def processor(converted_dir):
+    return AutoProcessor.from_pretrained(converted_dir / "processor")
+
+
+@pytest.fixture
+def make_trainer(converted_dir, processor, tmp_path):
+    def make(output_dir=tmp_path, dataset=None, **settings):
+        model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
+        torch.manual_seed(0)
+        text_config = SiglipTextConfig(
+            vocab_size=len(processor.tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            projection_size=48,
+        )
+        trainer = LLaDAUniImageTokenizerTrainer(
+            model,
+            SiglipTextModel(text_config),
+            LLaDAUniImageTokenizerConfig(str(output_dir), **{**RUN, "max_text_length": 32, **settings}),
+            train_dataset=shapes() if dataset is None else dataset,
+            eval_dataset=shapes(),
+            processing_class=processor,
+        )
+        trainer.whole_model = model
+        return trainer
+
+    return make
+
+
+def batch_of(trainer, num_rows=4):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(num_rows)])
+
+
+# Losses
+
+
+def test_contrastive_loss_equals_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (F.normalize(torch.randn(3, 5, generator=generator), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor(0.7), torch.tensor(-1.3)
+    expected = 0.0
+    for i in range(3):
+        for j in range(3):
+            logit = math.exp(0.7) * float(images[i] @ texts[j]) - 1.3
+            expected -= math.log(1 / (1 + math.exp(-logit if i == j else logit)))
+    loss = sigmoid_contrastive_loss(images, texts, scale, bias)
+    assert loss.item() == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_statistics_by_hand():
+    statistics = codebook_statistics(torch.tensor([2.0, 2.0, 0.0, 0.0]))
+    assert statistics == {"codebook_usage": 0.5, "codebook_perplexity": pytest.approx(2.0)}
+    uneven = codebook_statistics(torch.tensor([3.0, 1.0]))["codebook_perplexity"]
+    assert uneven == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    images = torch.eye(3)
+    assert recall_at_one(images, images[[0, 2, 1]])["image_to_text_recall"] == pytest.approx(1 / 3)
+    assert recall_at_one(images, images) == {"image_to_text_recall": 1.0, "text_to_image_recall": 1.0}
+
+
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+def test_loss_equals_its_terms_by_hand(make_trainer, codebook_update):
+    trainer = make_trainer(codebook_update=codebook_update, commitment_weight=0.3, codebook_weight=0.7)
+    trainer.model.eval()
+    inputs = batch_of(trainer)
+    with torch.no_grad():
+        loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+        holder = trainer.whole_model.model
+        hidden = holder.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).last_hidden_state
+        kernel, shift = holder.vqmodel.quant_conv.weight[:, :, 0, 0], holder.vqmodel.quant_conv.bias
+        features = F.normalize(hidden @ kernel.T + shift, dim=-1)
+        codebook = F.normalize(holder.vqmodel.quantize.embedding.weight, dim=-1)
+        codes = torch.cat([c.flatten() for c in holder.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])])
+        distance = (features - codebook[codes]).square().sum(dim=-1).mean()
+        contrast = sigmoid_contrastive_loss(
+            outputs.image_embeds, outputs.text_embeds, torch.tensor(10.0).log(), torch.tensor(-10.0)
+        )
+    assert torch.equal(outputs.codes, codes)
+    expected = contrast + 0.3 * distance + (0.7 * distance if codebook_update == "gradient" else 0)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_go_where_they_should(make_trainer):
+    """Straight through the quantiser to the vision tower; to the codebook only by its own loss."""
+    for codebook_update in ("ema", "gradient"):
+        trainer = make_trainer(codebook_update=codebook_update, commitment_weight=0.0)
+        outputs = trainer.model(**batch_of(trainer))
+        sigmoid_contrastive_loss(
+            outputs.image_embeds, outputs.text_embeds, trainer.model.logit_scale, trainer.model.logit_bias
+        ).backward()
+        codebook = trainer.model.vqmodel.quantize.embedding.weight
+        assert trainer.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
+        assert codebook.grad is None or codebook.grad.abs().sum() == 0
+        assert codebook.requires_grad == (codebook_update == "gradient")
+    outputs = trainer.model(**batch_of(trainer))
+    outputs.codebook_loss.backward()
+    assert set(codebook.grad.abs().sum(dim=-1).nonzero().flatten().tolist()) <= set(outputs.codes.tolist())
+    assert codebook.grad.abs().sum() > 0
+
+
+def test_straight_through_gradient_is_that_of_the_code(make_trainer):
+    """The gradient at the features equals the gradient that reaches the code that stands in for them."""
+    quantize = make_trainer().model.vqmodel.quantize
+    features = F.normalize(torch.randn(1, 32, 1, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    features.requires_grad_(True)
+    quantized, _, _ = quantize(features)
+    weights = torch.randn(quantized.shape, generator=torch.Generator().manual_seed(1))
+    (quantized * weights).sum().backward()
+    # of length one already, so that normalising takes away the part along the features
+    along = (weights * features).sum(dim=1, keepdim=True) * features
+    torch.testing.assert_close(features.grad, (weights - along).detach(), atol=1e-5, rtol=1e-4)
+
+
+# Codebook
+
+
+def test_moving_averages_by_hand(make_trainer):
+    model = make_trainer().model
+    counts, sums = model.code_counts.clone(), model.code_sums.clone()
+    features = F.normalize(torch.randn(5, sums.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+    codes = torch.tensor([3, 3, 7, 3, 9])
+    seen = model.update_codebook(features, codes, decay=0.9, moves_codes=True)
+    assert seen[[3, 7, 9]].tolist() == [3, 1, 1] and seen.sum() == 5
+    for code in (3, 7, 9, 0):
+        own = features[codes == code]
+        count = 0.9 * counts[code] + 0.1 * len(own)
+        total = 0.9 * sums[code] + 0.1 * own.sum(dim=0)
+        torch.testing.assert_close(model.code_counts[code], count)
+        torch.testing.assert_close(
+            model.vqmodel.quantize.embedding.weight[code], F.normalize(total / count, dim=-1), atol=1e-6, rtol=1e-5
+        )
+
+
+def test_dead_codes_are_revived_from_the_batch(make_trainer):
+    model = make_trainer().model
+    model.code_counts.fill_(1.0)
+    model.code_counts[:3] = 0.001
+    features = F.normalize(torch.randn(6, model.code_sums.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+    old = model.vqmodel.quantize.embedding.weight.detach().clone()
+    assert model.revive_dead_codes(features, 0.1, torch.Generator().manual_seed(0)) == 3
+    weight = model.vqmodel.quantize.embedding.weight
+    for code in range(3):
+        assert any(torch.equal(weight[code], feature) for feature in features)
+    assert torch.equal(weight[3:], old[3:])
+    assert model.revive_dead_codes(features, 0.1, torch.Generator().manual_seed(0)) == 0
+
+
+# Training
+
+
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+def test_pictures_find_their_captions(make_trainer, codebook_update, tmp_path):
+    trainer = make_trainer(
+        dataset=shapes((-4, -2, 2, 4)),
+        max_steps=300,
+        learning_rate=3e-3,
+        codebook_update=codebook_update,
+        codebook_decay=0.9,
+    )
+    before = trainer.evaluate()
+    assert before["eval_image_to_text_recall"] <= 0.125  # chance is a sixteenth
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_image_to_text_recall"] >= 0.4 and after["eval_text_to_image_recall"] >= 0.4
+    assert after["eval_codebook_perplexity"] > 5
+    logged = [entry for entry in trainer.state.log_history if "contrastive_loss" in entry]
+    assert logged[-1]["contrastive_loss"] < 0.5 * logged[0]["contrastive_loss"]
+    assert {"commitment_loss", "codebook_usage", "codebook_perplexity"} <= logged[-1].keys()
+
+    # What was trained is what the model uses, and what both layouts hold
+    inputs = batch_of(trainer)
+    pictures = (inputs["pixel_values"], inputs["image_grid_thw"])
+    codes = trainer.whole_model.get_image_codes(*pictures)
+    trainer.whole_model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(*pair) for pair in zip(loaded.get_image_codes(*pictures), codes, strict=True))
+    trainer.save_model(str(tmp_path / "parts"))
+    tensors = load_file(tmp_path / "parts" / "image_tokenizer" / "image_tokenizer.safetensors")
+    state = trainer.whole_model.model.state_dict()
+    expected = {f"model.{name}" for name in state if name.startswith(("visual.", "vqmodel."))}
+    assert tensors.keys() == expected
+    assert all(torch.equal(tensor, state[name.removeprefix("model.")]) for name, tensor in tensors.items())
+    configs = json.loads((tmp_path / "parts" / "image_tokenizer" / "config.json").read_text())
+    assert configs["vq_config"]["num_embeddings"] == len(trainer.model.code_counts)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "revival_interval": 1}
+    settings |= {"revival_threshold": 0.5, "per_device_train_batch_size": 4}
+    whole = make_trainer(tmp_path / "whole", max_steps=4, **settings)
+    whole.train()
+    make_trainer(tmp_path / "parts", max_steps=2, **settings).train()
+    resumed = make_trainer(tmp_path / "parts", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"commitment_weight": -1.0}, "commitment_weight"),
+        ({"codebook_update": "adam"}, "codebook_update"),
+        ({"codebook_decay": 1.5}, "codebook_decay"),
+        ({"revival_interval": 0}, "revival_interval"),
+        ({"resize_mode": "stretch"}, "resize_mode"),
+        ({"max_text_length": 0}, "max_text_length"),
+    ],
+)
+def test_bad_settings_are_refused(settings, name, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        LLaDAUniImageTokenizerConfig(str(tmp_path), **settings)
+
+
+def test_bad_data_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset`"):
+        make_trainer(dataset=Dataset.from_dict({"image": ["a.png"]}))
