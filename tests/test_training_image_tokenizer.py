@@ -131,7 +131,9 @@ def test_loss_equals_its_terms_by_hand(make_trainer, codebook_update):
         kernel, shift = holder.vqmodel.quant_conv.weight[:, :, 0, 0], holder.vqmodel.quant_conv.bias
         features = F.normalize(hidden @ kernel.T + shift, dim=-1)
         codebook = F.normalize(holder.vqmodel.quantize.embedding.weight, dim=-1)
-        codes = torch.cat([c.flatten() for c in holder.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])])
+        codes = torch.cat(
+            [c.flatten() for c in holder.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])]
+        )
         distance = (features - codebook[codes]).square().sum(dim=-1).mean()
         contrast = sigmoid_contrastive_loss(
             outputs.image_embeds, outputs.text_embeds, torch.tensor(10.0).log(), torch.tensor(-10.0)
@@ -196,7 +198,9 @@ def test_dead_codes_are_revived_from_the_batch(make_trainer):
     model = make_trainer().model
     model.code_counts.fill_(1.0)
     model.code_counts[:3] = 0.001
-    features = F.normalize(torch.randn(6, model.code_sums.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1)
+    features = F.normalize(
+        torch.randn(6, model.code_sums.shape[1], generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     old = model.vqmodel.quantize.embedding.weight.detach().clone()
     assert model.revive_dead_codes(features, 0.1, torch.Generator().manual_seed(0)) == 3
     weight = model.vqmodel.quantize.embedding.weight

@@ -10,6 +10,7 @@ would import torch and every modeling file as soon as this package is imported.
 import sys
 from types import ModuleType
 
+from .evaluation.lm_eval_registration import register_with_lm_eval
 from .import_hooks import after_import
 
 
@@ -61,3 +62,4 @@ def register() -> None:
     for name in NAMES:
         after_import(name, _add_names)
     _add_configs_to_existing_mappings()
+    register_with_lm_eval()

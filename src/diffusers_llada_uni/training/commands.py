@@ -8,14 +8,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import trl.rewards
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
-from transformers.distributed import DistributedConfig
-from transformers.utils import cached_file
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from transformers import AutoModel, AutoTokenizer
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -27,6 +27,26 @@ from trl import (
 from trl.scripts.grpo import GRPOScriptArguments
 
 from transformers_llada_uni import training
+from transformers_llada_uni.training.model_loading import load_model, load_processor
+
+from ..semantic_embedder import LLaDAUniSemanticEmbedder
+from .decoder_config import LLaDAUniDecoderConfig
+from .decoder_data import prepare_decoder_dataset
+from .decoder_trainer import LLaDAUniDecoderTrainer
+from .distillation_config import LLaDAUniDistillationConfig
+from .distillation_trainer import LLaDAUniDistillationTrainer
+
+
+@dataclass
+class ImageTokenizerArguments:
+    """
+    Args:
+        text_model_name_or_path (`str`, *optional*): The encoder of the captions; of a model of both, its text tower.
+    """
+
+    text_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The encoder of the captions; of a model of both, its text tower."}
+    )
 
 
 def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig | None, wants_evaluation: bool):
@@ -55,33 +75,29 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig |
 
 
 def load_language_model(model_args: ModelConfig, model_init_kwargs: dict[str, Any] | None):
-    """
-    The language model and its processor (text-only checkpoints: tokenizer), from a pipeline's folder or repository,
-    from its `model/`, or from the released layout.
-    """
-    path = model_args.model_name_or_path
-    if path is None:
-        raise ValueError("Give `model_name_or_path`.")
-    found = functools.partial(
-        cached_file, path, revision=model_args.model_revision, _raise_exceptions_for_missing_entries=False
-    )
-    is_pipeline = found("model_index.json") is not None
-    location = {"revision": model_args.model_revision, **({"subfolder": "model"} if is_pipeline else {})}
-    config = AutoConfig.from_pretrained(path, **location)
-    model_class = AutoModelForMultimodalLM if config.model_type == "llada_uni" else AutoModelForCausalLM
+    """The language model of `model_name_or_path` and its processor, as the options say."""
+    path, revision = _path(model_args), model_args.model_revision
     settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    settings |= model_init_kwargs or {}
-    if isinstance(settings.get("distributed_config"), dict):
-        settings["distributed_config"] = DistributedConfig(**settings["distributed_config"])
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
-    model = model_class.from_pretrained(path, **location, **settings)
+    model = load_model(path, revision, **{**settings, **(model_init_kwargs or {})})
+    return model, load_processor(path, revision)
 
-    location["subfolder"] = "processor" if is_pipeline else ""
-    has_processor = is_pipeline or found("processor_config.json") is not None
-    processor_class = AutoProcessor if has_processor else AutoTokenizer
-    return model, processor_class.from_pretrained(path, **location)
+
+def adapter_of(model_args: ModelConfig):
+    """With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss."""
+    if not model_args.use_peft:
+        return None
+    if model_args.lora_target_modules or model_args.lora_target_parameters:
+        return get_peft_config(model_args)
+    return training.lora_config(r=model_args.lora_r, lora_alpha=model_args.lora_alpha)
+
+
+def _path(model_args: ModelConfig) -> str:
+    if model_args.model_name_or_path is None:
+        raise ValueError("Give `model_name_or_path`.")
+    return model_args.model_name_or_path
 
 
 def reward_functions(script_args: GRPOScriptArguments) -> list[Callable | str]:
@@ -128,8 +144,69 @@ def train_language_model(trainer_name: str, script_args, training_args, model_ar
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_of(model_args),
         **further,
+    )
+    finish(trainer, script_args)
+
+
+def train_image_tokenizer(script_args, tokenizer_args, training_args, model_args) -> None:
+    if tokenizer_args.text_model_name_or_path is None:
+        raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
+    parts = load_data(script_args, None, training_args.eval_strategy != "no")
+    model, processor = load_language_model(model_args, None)
+    # Of a model of both, such as SigLIP, the text tower alone
+    text_model = AutoModel.from_pretrained(tokenizer_args.text_model_name_or_path)
+    trainer = training.LLaDAUniImageTokenizerTrainer(
+        model,
+        getattr(text_model, "text_model", text_model),
+        training_args,
+        *parts,
+        processing_class=processor,
+        text_tokenizer=AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path),
+    )
+    finish(trainer, script_args)
+
+
+def _decoder_components(model_args: ModelConfig, classes: dict[str, type]) -> dict[str, Any]:
+    path, revision = _path(model_args), model_args.model_revision
+    return {
+        name: component.from_pretrained(path, subfolder=name, revision=revision) for name, component in classes.items()
+    }
+
+
+def _decoder_data(script_args, training_args, model_args) -> list[Any]:
+    """Both datasets as codes and latents; pictures need the rest of the pipeline for that."""
+    parts = list(load_data(script_args, None, training_args.eval_strategy != "no"))
+    if "codes" in (parts[0].column_names or []):
+        return parts
+    model, processor = load_language_model(model_args, None)
+    vae = _decoder_components(model_args, {"vae": AutoencoderKL})["vae"]
+    return [
+        None if part is None else prepare_decoder_dataset(part, model, processor.image_processor, vae)
+        for part in parts
+    ]
+
+
+def train_decoder(script_args, training_args, model_args) -> None:
+    parts = _decoder_data(script_args, training_args, model_args)
+    classes = {"transformer": ZImageTransformer2DModel, "semantic_embedder": LLaDAUniSemanticEmbedder}
+    components = _decoder_components(model_args, classes)
+    finish(LLaDAUniDecoderTrainer(*components.values(), training_args, *parts), script_args)
+
+
+def distill_decoder(script_args, training_args, model_args) -> None:
+    train_dataset, eval_dataset = _decoder_data(script_args, training_args, model_args)
+    classes = {
+        "transformer": ZImageTransformer2DModel,
+        "semantic_embedder": LLaDAUniSemanticEmbedder,
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+    }
+    trainer = LLaDAUniDistillationTrainer(
+        *_decoder_components(model_args, classes).values(),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
     )
     finish(trainer, script_args)
 
@@ -145,4 +222,15 @@ def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., None]]]:
         name = f"LLaDAUni{stage.upper()}"
         options = (script_arguments, getattr(training, f"{name}Config"), ModelConfig, DatasetMixtureConfig)
         language_model[stage] = (options, functools.partial(train_language_model, f"{name}Trainer"))
-    return language_model
+    tokenizer_options = (
+        ScriptArguments,
+        ImageTokenizerArguments,
+        training.LLaDAUniImageTokenizerConfig,
+        ModelConfig,
+    )
+    return {
+        **language_model,
+        "tokenizer": (tokenizer_options, train_image_tokenizer),
+        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), train_decoder),
+        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distill_decoder),
+    }

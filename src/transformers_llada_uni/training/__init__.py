@@ -16,10 +16,13 @@ _EXPORTS = {
     "image_codes": ["encode_images"],
     "image_tokenizer_config": ["LLaDAUniImageTokenizerConfig"],
     "image_tokenizer_trainer": ["LLaDAUniImageTokenizerTrainer"],
+    "lora": ["lora_config"],
     "noise": ["BlockDiffusionNoise"],
     "objective": ["add_block_diffusion_head"],
+    "router_balancing": ["RouterBalancing"],
     "sft_config": ["LLaDAUniSFTConfig"],
     "sft_trainer": ["LLaDAUniSFTTrainer"],
+    "stages": ["STAGES"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -34,10 +37,13 @@ if TYPE_CHECKING:
     from .image_codes import *
     from .image_tokenizer_config import *
     from .image_tokenizer_trainer import *
+    from .lora import *
     from .noise import *
     from .objective import *
+    from .router_balancing import *
     from .sft_config import *
     from .sft_trainer import *
+    from .stages import *
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOTrainer
@@ -14,7 +15,7 @@ from .data import prepare_preference_dataset
 from .dpo_config import LLaDAUniDPOConfig
 from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
-from .model_loading import load_model, load_processor
+from .model_loading import base_of, resolve_model
 from .noise import step_generators
 from .objective import add_block_diffusion_head, document_ids_of
 
@@ -66,20 +67,16 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
             raise TypeError(f"`args` must be a LLaDAUniDPOConfig, got {type(args).__name__}.")
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
-        if isinstance(model, str):
-            processing_class = processing_class or load_processor(model)
-            model = load_model(model, **(args.model_init_kwargs or {}))
-            args.model_init_kwargs = None  # used up
-        processing_class = processing_class or load_processor(model.config.name_or_path)
-        trains_adapter = peft_config is not None or hasattr(model, "peft_config")
+        model, processing_class, self.block_length = resolve_model(
+            model, processing_class, args.model_init_kwargs, args.block_length
+        )
+        args.model_init_kwargs = None  # used up
+        trains_adapter = peft_config is not None or is_peft_model(model)
         if ref_model is None and not trains_adapter:
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
 
-        text_config = model.config.get_text_config()
-        self.block_length = text_config.block_length if args.block_length is None else args.block_length
-        text_config.block_length = model.generation_config.block_length = self.block_length
         self.noise = args.make_noise()
-        self._data_model = model
+        self._data_model = base_of(model)
         # Rows with pictures would take trl's path for them.
         train_dataset = self._tokenize(train_dataset, processing_class, args)
         super().__init__(
@@ -92,7 +89,7 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
             peft_config=peft_config,
             **kwargs,
         )
-        add_block_diffusion_head(self.model.get_base_model() if trains_adapter else self.model)
+        add_block_diffusion_head(base_of(self.model))
         if self.ref_model is not None:
             add_block_diffusion_head(self.accelerator.unwrap_model(self.ref_model))
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
@@ -20,7 +21,7 @@ from .checkpointing import ResumableTrainerMixin
 from .expert_checkpoints import FusedExpertsMixin
 from .grpo_config import LLaDAUniGRPOConfig
 from .model_card import TrainingCardMixin
-from .model_loading import load_model, load_processor
+from .model_loading import base_of, resolve_model
 from .noise import step_generator
 from .objective import add_block_diffusion_head
 
@@ -94,24 +95,21 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             raise TypeError(f"`decode_images` must be callable, got {type(decode_images).__name__}.")
 
         # 2. The model, and its reference
-        if isinstance(model, str):
-            processing_class = processing_class or load_processor(model)
-            model = load_model(model, **(args.model_init_kwargs or {}))
-            args.model_init_kwargs = None  # used up
-        processing_class = processing_class or load_processor(model.config.name_or_path)
+        model, processing_class, self.block_length = resolve_model(
+            model, processing_class, args.model_init_kwargs, args.block_length
+        )
+        args.model_init_kwargs = None  # used up
         self.makes_pictures = "grid" in columns
         if self.makes_pictures and not hasattr(processing_class, "image_processor"):
             raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
         self.decode_images = decode_images
-        trains_adapter = peft_config is not None or hasattr(model, "peft_config")
+        trains_adapter = peft_config is not None or is_peft_model(model)
         # trl would load the reference by the name of a class of transformers.
         beta, args.beta = args.beta, 0.0
         ref_model = None
         if beta != 0.0 and not trains_adapter:
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         text_config = model.config.get_text_config()
-        self.block_length = text_config.block_length if args.block_length is None else args.block_length
-        text_config.block_length = model.generation_config.block_length = self.block_length
         self.mask_token_id, self.image_token_offset = text_config.mask_token_id, text_config.image_token_offset
         self.noise = args.make_noise()
 
@@ -127,7 +125,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             **kwargs,
         )
         self.beta = args.beta = beta
-        add_block_diffusion_head(self._base_model(self.model))
+        add_block_diffusion_head(base_of(self.model))
         if ref_model is not None:
             add_block_diffusion_head(ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
@@ -145,10 +143,6 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             pad_token_id=self._tokenizer.pad_token_id,
         )
         self.generation_kwargs = {}
-
-    def _base_model(self, model: torch.nn.Module) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     # Rollouts
 
@@ -254,7 +248,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     ):
         if compute_aux_loss:
             raise ValueError("`router_aux_loss_coef` has no meaning here: loads are balanced by the experts' biases.")
-        base_model = self._base_model(model)
+        base_model = base_of(self.accelerator.unwrap_model(model))
         if pixel_values is not None:
             codes = base_model.model.encode_images(pixel_values, image_grid_thw)
             input_ids = base_model.model.place_image_codes(input_ids, codes)

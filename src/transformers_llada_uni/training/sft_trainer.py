@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -15,7 +14,7 @@ from .checkpointing import ResumableTrainerMixin
 from .data import mix_datasets, prepare_dataset
 from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
-from .model_loading import load_model, load_processor
+from .model_loading import base_of, resolve_model
 from .noise import step_generators
 from .objective import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of
 from .router_balancing import RouterBalancing, tokens_of_pass
@@ -31,10 +30,6 @@ REFUSED_ARGUMENTS = {
     "preprocess_logits_for_metrics": "see `transformers_llada_uni.evaluation`",
     "formatting_func": "give the dataset one of the formats of `prepare_dataset`",
 }
-
-
-def _base_of(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerMixin, SFTTrainer):
@@ -88,33 +83,26 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
 
         # 2. The model
-        quantization_config = kwargs.pop("quantization_config", None)
-        if processing_class is None:
-            processing_class = load_processor(model if isinstance(model, str) else model.config.name_or_path)
-        if isinstance(model, str):
-            quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
-            model = load_model(model, **(args.model_init_kwargs or {}), **quantization)
-            args.model_init_kwargs = None  # used up
+        model_init_kwargs = dict(args.model_init_kwargs or {})
+        if kwargs.get("quantization_config") is not None:
+            model_init_kwargs["quantization_config"] = kwargs.pop("quantization_config")
+        model, processing_class, self.block_length = resolve_model(
+            model, processing_class, model_init_kwargs, args.block_length
+        )
+        args.model_init_kwargs = None  # used up
         text_config = model.config.get_text_config()
-        if text_config.mask_token_id is None:
-            text_config.mask_token_id = getattr(processing_class, "tokenizer", processing_class).mask_token_id
-        if text_config.mask_token_id is None:
-            raise ValueError("`mask_token_id` is known neither to the model's configuration nor to the tokenizer.")
-        self.block_length = text_config.block_length if args.block_length is None else args.block_length
         check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
         if args.packing and args.max_length is not None and args.max_length % self.block_length:
             raise ValueError(
                 f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
                 "`packing`: documents are made of whole blocks."
             )
-        # What it is trained with is what it generates with.
-        text_config.block_length = model.generation_config.block_length = self.block_length
         trains_adapter = peft_config is not None or hasattr(model, "peft_config")
         self._choose_trained_parameters(model, args, trains_adapter)
 
         # 3. The data. trl would leave rows with pictures to a collator.
         self._image_token_offset = text_config.image_token_offset
-        self._data_model = _base_of(model)
+        self._data_model = base_of(model)
         self.noise = args.make_noise()
         train_dataset = self._prepare_training_data(train_dataset, processing_class, args)
 
@@ -129,7 +117,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             **kwargs,
         )
         self._stage = args.stage.replace("_", " ")
-        base_model = _base_of(self.model)
+        base_model = base_of(self.model)
         add_block_diffusion_head(base_model)
         preset_rate = 0.0 if trains_adapter else STAGES[args.stage].expert_bias_update_rate
         update_rate = preset_rate if args.expert_bias_update_rate is None else args.expert_bias_update_rate
