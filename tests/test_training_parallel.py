@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_llada_uni.cli import main
 from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 
 
@@ -85,6 +86,15 @@ def test_sharded_and_killed_and_resumed_equals_uninterrupted(official_tiny, shar
 def test_checkpoints_hold_no_whole_model(sharded):
     files = {file.name for file in Path(sharded, "checkpoint-6").glob("*.safetensors")}
     assert len(files) == 2 and all(name.startswith("shard-0000") for name in files)
+
+
+def test_shards_are_made_one_model_on_demand(sharded, tmp_path):
+    main(["consolidate", str(Path(sharded, "checkpoint-6")), str(tmp_path / "final")])
+    consolidated, final = weights(tmp_path), weights(sharded)
+    assert consolidated.keys() == final.keys()  # an entry for each expert, as in the release
+    for name, tensor in final.items():
+        assert torch.equal(consolidated[name], tensor), name
+    assert (tmp_path / "final" / "tokenizer.json").exists()
 
 
 def test_incomplete_checkpoints_are_passed_over(tmp_path):
