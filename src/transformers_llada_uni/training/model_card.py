@@ -25,6 +25,11 @@ UNTOLD_SETTINGS = {
     "disable_tqdm",
     "local_rank",
     "model_init_kwargs",
+    # What transformers works out by itself
+    "accelerator_config",
+    "activation_checkpointing",
+    "debug",
+    "pad_to_multiple_of",
 }
 
 
