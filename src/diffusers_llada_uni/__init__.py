@@ -5,10 +5,10 @@ Importing the package lets `DiffusionPipeline.from_pretrained` find the pipeline
 of `transformers_llada_uni` with the Auto classes; the classes themselves are imported when first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import transformers_llada_uni
+from transformers_llada_uni.lazy_names import attach
 
 from .pipeline_registration import register
 
@@ -20,26 +20,12 @@ _EXPORTS = {
     "pipeline_output": ["LLaDAUniPipelineOutput"],
     "semantic_embedder": ["LLaDAUniSemanticEmbedder"],
 }
-_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
+__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
     from .pipeline_llada_uni import LLaDAUniPipeline as LLaDAUniPipeline
     from .pipeline_output import LLaDAUniPipelineOutput as LLaDAUniPipelineOutput
     from .semantic_embedder import LLaDAUniSemanticEmbedder as LLaDAUniSemanticEmbedder
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
 
 
 register()

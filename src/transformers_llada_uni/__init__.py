@@ -4,10 +4,10 @@ LLaDA2.0-Uni for transformers: backbone, multimodal model, processors, block-dif
 Importing the package registers its classes with the Auto classes; the classes themselves are imported when first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .auto_registration import register
+from .lazy_names import attach
 
 
 __version__ = "0.1.0"
@@ -24,9 +24,7 @@ _EXPORTS = {
     "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
     "processing_llada_uni": ["LLaDAUniProcessor"],
 }
-_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
+__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
     from .block_diffusion_cache import *
@@ -39,18 +37,6 @@ if TYPE_CHECKING:
     from .modeling_llada2_moe import *
     from .modeling_llada_uni import *
     from .processing_llada_uni import *
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
 
 
 register()

@@ -2,8 +2,9 @@
 Training of the diffusion decoder and its few-step distillation (`pip install llada-uni[train]`). See docs/training.md.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from transformers_llada_uni.lazy_names import attach
 
 
 _EXPORTS = {
@@ -13,9 +14,7 @@ _EXPORTS = {
     "distillation_config": ["LLaDAUniDistillationConfig"],
     "distillation_trainer": ["LLaDAUniDistillationTrainer"],
 }
-_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
+__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
     from .decoder_config import *
@@ -23,15 +22,3 @@ if TYPE_CHECKING:
     from .decoder_trainer import *
     from .distillation_config import *
     from .distillation_trainer import *
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

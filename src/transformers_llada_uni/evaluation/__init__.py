@@ -4,8 +4,9 @@ Evaluation: likelihood bounds, lm_eval (`pip install llada-uni[evaluation]`) and
 Importing `transformers_llada_uni` makes lm_eval know the model `llada-uni`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import attach
 
 
 _EXPORTS = {
@@ -19,24 +20,10 @@ _EXPORTS = {
         "visual_question_answering_accuracy",
     ],
 }
-_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
+__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
     from .likelihood import *
     from .likelihood_noise import *
     from .lm_eval_model import *
     from .visual_question_answering import *
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

@@ -3,8 +3,9 @@ Training of the language model and of the image tokenizer, on trl and transforme
 llada-uni[train]`). See docs/training.md.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import attach
 
 
 _EXPORTS = {
@@ -24,9 +25,7 @@ _EXPORTS = {
     "sft_trainer": ["LLaDAUniSFTTrainer"],
     "stages": ["STAGES"],
 }
-_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
+__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
     from .data import *
@@ -44,15 +43,3 @@ if TYPE_CHECKING:
     from .sft_config import *
     from .sft_trainer import *
     from .stages import *
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
