@@ -297,6 +297,22 @@ for name in ("tester/pipeline", "tester/folder"):
 """
 )
 
+TRAIN = """
+import sys
+from datasets import Dataset
+from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer
+
+source, output = sys.argv[1:]
+chat = [{"role": "user", "content": "Up or down?"}, {"role": "assistant", "content": "Up."}]
+args = LLaDAUniSFTConfig(
+    output, max_steps=1, block_length=8, per_device_train_batch_size=2, use_cpu=True, report_to="none",
+    push_to_hub=True, hub_model_id="tester/trained",
+)
+trainer = LLaDAUniSFTTrainer(source, args, Dataset.from_dict({"messages": [chat] * 2}))
+trainer.train()
+trainer.push_to_hub(dataset_name="tester/chats")
+"""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[StandIn]:
@@ -414,6 +430,15 @@ def test_pushed_model_and_processor_load_again(pushed, server, converted_dir, tm
 
 def test_pushed_pipeline_loads_again(pushed, server, converted_dir, tmp_path):
     run(PULL_PIPELINE, server, tmp_path / "home", converted_dir)
+
+
+def test_trained_model_arrives_with_a_card_of_its_training(server, converted_dir, tmp_path):
+    run(TRAIN, server, tmp_path / "home", converted_dir, tmp_path / "trained")
+    files = server.hub.repositories["tester/trained"]
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= files.keys()
+    card = card_of(files)
+    assert card.data.datasets == ["tester/chats"] and "block-diffusion" in card.data.tags
+    assert "`block_length` | `8`" in card.text and "text_loss" in card.text
 
 
 def test_stand_in_refused_nothing(pushed):

@@ -85,7 +85,7 @@ class TrainingCardMixin:
         card_data = ModelCardData(
             # A local folder is no model of the Hub.
             base_model=None if base_model is None or os.path.isdir(base_model) else base_model,
-            datasets=None if dataset_name is None or os.path.exists(dataset_name) else dataset_name,
+            datasets=None if dataset_name is None or os.path.exists(dataset_name) else [dataset_name],
             library_name="transformers",
             tags=["llada-uni", "block-diffusion", "generated_from_trainer", *own_tags],
             **kwargs,
