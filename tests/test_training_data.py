@@ -7,6 +7,7 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import pack_dataset
 
+from transformers_llada_uni.block_diffusion_decoding import Canvas
 from transformers_llada_uni.training import (
     encode_images,
     mix_datasets,
@@ -103,6 +104,88 @@ def test_every_answer_of_a_chat_is_learnt_after_the_prompt_of_inference(processo
         positions = len(prompt) + len(answer)
     end = processor.tokenizer.eos_token_id
     assert set(row["labels"][positions:]) == {end} and len(row["labels"]) % BLOCK == 0
+
+
+TEXT_TEMPLATE = (
+    "{%- set names = {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'} -%}"
+    "{%- for message in messages -%}<role>{{ names[message.role] }}</role>{{ message.content }}<|role_end|>"
+    "{%- endfor -%}{%- if add_generation_prompt -%}<role>ASSISTANT</role>{%- endif -%}"
+)
+
+
+@pytest.fixture
+def text_processor(converted_dir):
+    """A processor whose tokenizer writes chats without pictures in a way of its own, as the released one does."""
+    processor = AutoProcessor.from_pretrained(converted_dir / "processor")
+    processor.tokenizer.chat_template = TEXT_TEMPLATE
+    return processor
+
+
+def in_parts(chat):
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+
+
+@pytest.mark.parametrize("chat", [CHAT, in_parts(CHAT)])
+def test_a_tokenizer_alone_writes_its_own_template(text_processor, chat):
+    tokenizer = text_processor.tokenizer
+    turns = ["<role>HUMAN</role>What is this?<|role_end|><role>ASSISTANT</role>", "A cat.<|role_end|>"]
+    turns += ["<role>HUMAN</role>Which colour?<|role_end|><role>ASSISTANT</role>", "Black.<|role_end|>"]
+    turns = [tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in turns]
+    dataset = Dataset.from_dict({"messages": [chat]})
+    for either in (tokenizer, text_processor):
+        row = prepare_dataset(dataset, either, **NO_DROPOUT)[0]
+        length = sum(map(len, turns))
+        assert row["input_ids"] == closed(text_processor, [], sum(turns, []))
+        assert row["labels"][:length] == [-100] * len(turns[0]) + turns[1] + [-100] * len(turns[2]) + turns[3]
+    preferences = {"prompt": [chat[:1]], "chosen": [chat[1:2]], "rejected": [chat[3:]]}
+    row = prepare_preference_dataset(Dataset.from_dict(preferences), tokenizer, block_length=BLOCK)[0]
+    assert row["prompt_ids"] == turns[0] and row["chosen_ids"] == closed(text_processor, turns[0], turns[1])
+    assert prepare_prompts(Dataset.from_dict({"prompt": [chat[:3]]}), tokenizer)[0]["prompt_ids"] == sum(turns[:3], [])
+
+
+def test_one_picture_decides_the_template_of_a_chat(text_processor, model):
+    """Also of the turns before it, as when a model is asked with all of them."""
+    chat = in_parts(CHAT)
+    chat[2]["content"].insert(0, {"type": "image", "image": picture()})
+    row = prepare_dataset(Dataset.from_dict({"messages": [chat]}), text_processor, model=model, **NO_DROPOUT)[0]
+    inputs = text_processor.apply_chat_template(chat[:3], add_generation_prompt=True, tokenize=True, return_dict=True)
+    prompt = with_codes(text_processor, model, inputs)
+    assert row["input_ids"][: len(prompt)] == prompt
+    ids = [text_processor.tokenizer(f"{words}<|role_end|>")["input_ids"] for words in ("A cat.", "Black.")]
+    assert answer_of(row)[: len(ids[0] + ids[1])] == ids[0] + ids[1]
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_pictures_inside_messages_of_any_row_are_found(processor, model, as_stream):
+    shown = in_parts(CHAT[:2])
+    shown[0]["content"].insert(0, {"type": "image", "image": picture()})
+    rows = [{"messages": in_parts(CHAT)}, {"messages": shown}]
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if as_stream else Dataset.from_list(rows)
+    first, second = list(prepare_dataset(dataset, processor, model=model, **NO_DROPOUT))
+    assert first == prepare_dataset(Dataset.from_dict({"messages": [CHAT]}), processor, **NO_DROPOUT)[0]
+    task = processor(text="What is this?", images=[picture()], task="understanding")
+    assert prompt_of(second) == with_codes(processor, model, task)
+
+
+@pytest.mark.parametrize("asks_with_picture", [False, True])
+def test_answers_with_pictures_are_those_of_the_interleaved_task(text_processor, model, asks_with_picture):
+    processor = text_processor
+    pictures = [picture(1)] if asks_with_picture else None
+    asked = [{"type": "image", "image": picture(1)}] if asks_with_picture else []
+    answer = [{"type": "text", "text": "One. "}, {"type": "image", "image": picture()}]
+    chat = [
+        {"role": "user", "content": [*asked, {"type": "text", "text": "Tell a story"}]},
+        {"role": "assistant", "content": [*answer, {"type": "text", "text": "Two."}]},
+    ]
+    row = prepare_dataset(Dataset.from_dict({"messages": [chat]}), processor, model=model, **NO_DROPOUT)[0]
+    inputs = processor(text="Tell a story", images=pictures, task="interleaved")
+    asked_ids = with_codes(processor, model, inputs) if asks_with_picture else inputs["input_ids"][0].tolist()
+    assert prompt_of(row) == asked_ids
+    grid = codes_of(model, processor, picture(), "editing")
+    header = processor.tokenizer("One. " + processor._header(*grid.shape))["input_ids"]
+    codes = (grid.flatten() + processor.image_token_offset).tolist()
+    end = processor.tokenizer("<|/image|>Two.<|role_end|>")["input_ids"]
+    assert answer_of(row) == closed(processor, prompt_of(row), header + codes + end)
 
 
 def test_prompt_and_completion_equal_the_chat(processor):
@@ -271,11 +354,68 @@ def test_preferences(processor):
         assert row[f"{name}_ids"] == answer_of(single)
 
 
+def test_preferences_between_pictures(processor, model):
+    asked = in_parts([{"role": "user", "content": "Draw."}])
+    drawn = [[{"role": "assistant", "content": [{"type": "image", "image": picture(seed)}]}] for seed in (1, 2)]
+    columns = {"prompt": [asked], "chosen": [drawn[0]], "rejected": [drawn[1]]}
+    row = prepare_preference_dataset(Dataset.from_dict(columns), processor, block_length=BLOCK, model=model)[0]
+    for name, seed in (("chosen", 1), ("rejected", 2)):
+        grid = codes_of(model, processor, picture(seed), "editing")
+        (parts,) = processor.post_process(torch.tensor(row[f"{name}_ids"]))
+        assert torch.equal(parts[0], grid)
+    columns["rejected"] = [in_parts([{"role": "assistant", "content": "No."}])]
+    with pytest.raises(ValueError, match="Row 0: `chosen` and `rejected`"):
+        prepare_preference_dataset(Dataset.from_dict(columns), processor, block_length=BLOCK, model=model)
+
+
 def test_prompts_keep_their_columns(processor):
     dataset = Dataset.from_dict({"prompt": [CHAT[:1]], "solution": ["cat"]})
     row = prepare_prompts(dataset, processor)[0]
     inputs = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=True)
     assert row["prompt_ids"] == torch.as_tensor(inputs["input_ids"])[0].tolist() and row["solution"] == "cat"
+
+
+def test_prompts_with_pictures(processor, model):
+    asked = in_parts(CHAT[:1])
+    asked[0]["content"].insert(0, {"type": "image", "image": picture()})
+    dataset = Dataset.from_dict({"prompt": [asked]})
+    inputs = processor(text="What is this?", images=[picture()], task="understanding")
+    for either in (dataset, dataset.to_iterable_dataset()):
+        (row,) = list(prepare_prompts(either, processor, model=model))
+        assert row["prompt_ids"] == with_codes(processor, model, inputs)
+    with pytest.raises(ValueError, match="Row 0: .*`model`"):
+        prepare_prompts(dataset, processor)
+    with pytest.raises(ValueError, match="Row 0: .*`model`"):
+        answered = dataset.add_column("completion", [in_parts(CHAT[1:2])])
+        prepare_dataset(answered, processor, **NO_DROPOUT)
+
+
+def test_a_text_beside_a_picture_is_its_caption(processor, model):
+    dataset = Dataset.from_dict({"image": [picture()], "text": ["a cat"]}).cast_column("image", Image())
+    expected = prepare_dataset(dataset.rename_column("text", "caption"), processor, model=model, **NO_DROPOUT)[0]
+    assert prepare_dataset(dataset, processor, model=model, **NO_DROPOUT)[0] == expected
+    assert prepare_dataset(encode_images(dataset, model, processor), processor, **NO_DROPOUT)[0] == expected
+
+
+def test_codes_fill_the_last_block_and_are_followed_by_what_closes_the_picture(processor, model, monkeypatch):
+    """
+    `generate_image_codes` allows only codes in the columns after a picture, too, and cuts them off. What is learnt
+    there is the end of the picture; prompt and codes stand in the same columns.
+    """
+    lay_out, canvases = Canvas.lay_out.__func__, []
+    monkeypatch.setattr(
+        Canvas, "lay_out", classmethod(lambda cls, *args: canvases.append(lay_out(cls, *args)) or canvases[-1])
+    )
+    dataset = Dataset.from_dict({"caption": ["a cat"], "image_codes": [[{"grid": [3, 3], "codes": [*range(9)]}]]})
+    row = prepare_dataset(dataset, processor, **NO_DROPOUT)[0]
+    inputs = processor(text="a cat", task="text_to_image", height=96, width=96)
+    model.generate_image_codes(**inputs, block_length=BLOCK, guidance_scale=1.0)
+    ids, start, stop = canvases[0].ids[0, 0], int(canvases[0].prompt_end), int(canvases[0].end)
+    assert row["input_ids"][:start] == ids[:start].tolist()
+    assert row["labels"][start:stop] == [processor.image_token_offset + code for code in range(9)]
+    assert len(ids) > stop and (ids[stop:] >= processor.image_token_offset).all()
+    assert row["labels"][stop] == processor.image_end_token_id
+    assert set(row["labels"][stop + 1 :]) == {processor.tokenizer.eos_token_id}
 
 
 def test_long_rows_are_left_out_and_counted(processor, caplog):
@@ -309,6 +449,8 @@ def test_mixed_datasets_have_their_shares():
         ({"caption": ["a cat"], "image_codes": [[]]}, "Row 0: `image_codes`"),
         ({"image": [None], "caption": ["a cat"]}, "Row 0: `image` is missing"),
         ({"image": ["/nowhere.png"], "caption": ["a cat"]}, "Row 0: its pictures"),
+        ({"text": ["a"], "images": [["/nowhere.png"]]}, "Row 0: a `text` has no place"),
+        ({"prompt": ["a"], "completion": ["b"], "image_codes": [[{"grid": [1, 1], "codes": [0]}]]}, "Row 0: .*place"),
         ({"text": ["one two three"], "max_length": 4}, "max_length"),
         ({"messages": [CHAT], "max_length": 8}, "`max_length` .8."),
         ({"text": ["a"], "caption_dropout": 1.5}, "caption_dropout"),

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl.data_utils import get_dataset_column_names
 
 from ..input_checks import check_integer, check_number
-from .dataset_formats import CODES_COLUMN, format_of
+from .dataset_formats import CODES_COLUMN, format_of, with_caption
 from .example_tokens import ExampleTokenizer, Segment
 from .image_codes import encode_images, has_pictures
 
@@ -38,20 +38,22 @@ def prepare_dataset(
 
     - `messages`, a chat in trl's conversational format; every answer is learnt;
     - `prompt` and `completion`, texts or messages; the completion is learnt;
-    - `image` and `caption`, for text-to-image; optionally `thinking`, thoughts that come before the picture;
+    - `image` and `caption` (or `text`), for text-to-image; optionally `thinking`, thoughts before the picture;
     - `source_image`, `instruction` and `target_image`, for editing;
     - `text`, all of it learnt; longer texts are cut into pieces of `max_length`.
 
-    Chats may have pictures in a column `images` or inside their messages; those of an answer are learnt as codes.
+    Chats may have pictures in a column `images` or inside their messages; those of an answer are learnt as codes, with
+    header and end token, under the system message of the task "interleaved" unless the chat has one.
     Labels are -100 on prompts. A row ends with an end token and is filled with end tokens to whole blocks, and these
-    carry labels: `generate` fills whole blocks, and has to know what comes after the end.
+    carry labels: `generate` fills whole blocks, and has to know what comes after the end. (`generate_image_codes`
+    allows only codes, as the release does, also in the columns after the picture, and throws those away.)
 
     Args:
         dataset: The rows; a streaming dataset is prepared while it is read.
         processor ([`LLaDAUniProcessor`], or a tokenizer for text-only models): Writes the prompts.
         block_length (`int`): Tokens of a block.
         max_length (`int`, *optional*): Longest row in tokens, a multiple of `block_length`. Longer rows are left out
-            and counted in a warning: cutting them would cut answers or pictures.
+            and counted in a warning (not in a stream): cutting them would cut answers or pictures.
         caption_dropout (`float`, defaults to 0.1): Share of text-to-image and editing rows whose words become
             `<uncondition>`, for classifier-free guidance.
         image_dropout (`float`, defaults to 0.1): Share of editing rows without source picture, for the same.
@@ -118,9 +120,9 @@ def prepare_preference_dataset(
     model: PreTrainedModel | None = None,
 ) -> AnyDataset:
     """
-    Rows with `prompt`, `chosen` and `rejected` (texts or messages, pictures as in [`prepare_dataset`], those of an
-    answer excepted) to `prompt_ids`, `chosen_ids` and `rejected_ids`, the columns of trl's DPO. Prompt and answer
-    together fill whole blocks.
+    Rows with `prompt`, `chosen` and `rejected` (texts or messages, pictures as in [`prepare_dataset`]; in a column
+    `images` those of the prompt come first, then those of `chosen`, then those of `rejected`) to `prompt_ids`,
+    `chosen_ids` and `rejected_ids`, the columns of trl's DPO. Prompt and answer together fill whole blocks.
 
     Args and errors: as [`prepare_dataset`].
     """
@@ -131,13 +133,11 @@ def prepare_preference_dataset(
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
         examples: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
         for row, index in zip(_rows(batch), indices, strict=True):
-            for name in ("chosen", "rejected"):
-                prompt, answer, *rest = tokenizer.prompt_completion(row, index, completion=name)
-                if rest:
-                    raise ValueError(f"Row {index}: `{name}` must be one answer, it holds {1 + len(rest) // 2}.")
-                closing = 1 + -(len(prompt[0]) + len(answer[0]) + 1) % block_length
-                examples[f"{name}_ids"].append(answer[0] + [tokenizer.end] * closing)
-            examples["prompt_ids"].append(prompt[0])
+            prompt, *answers = tokenizer.preference(row, index)
+            for name, answer in zip(("chosen_ids", "rejected_ids"), answers, strict=True):
+                closing = 1 + -(len(prompt) + len(answer) + 1) % block_length
+                examples[name].append(answer + [tokenizer.end] * closing)
+            examples["prompt_ids"].append(prompt)
         return examples
 
     prepared = _map(dataset, tokenize, "Tokenizing")
@@ -159,7 +159,7 @@ def prepare_prompts(
     Args and errors: as [`prepare_dataset`].
     """
     tokenizer = ExampleTokenizer(processor)
-    if model is not None and has_pictures(dataset):
+    if model is not None and has_pictures(dataset, model):
         encoded = encode_images(dataset, model, processor).select_columns(CODES_COLUMN)
         codes = list(encoded[CODES_COLUMN])
     else:
@@ -200,17 +200,15 @@ def _recognise(
     dataset: AnyDataset, processor: Any, model: PreTrainedModel | None, expected: tuple[str, ...]
 ) -> tuple[AnyDataset, str]:
     """The dataset with pictures as codes, and its format."""
+    dataset = with_caption(dataset)
     columns = get_dataset_column_names(dataset)
-    if "image" in columns and "text" in columns and "caption" not in columns:
-        dataset = dataset.rename_column("text", "caption")
-        columns = get_dataset_column_names(dataset)
     format_name = format_of(columns)
     if format_name not in expected:
         raise ValueError(
             f"`dataset` has the columns {sorted(columns)} of the format '{format_name}'; expected "
             f"{' or '.join(expected)}."
         )
-    if has_pictures(dataset):
+    if has_pictures(dataset, model):
         if model is None:
             raise ValueError("`model` is needed to encode the pictures of `dataset`, or encode them before.")
         dataset = encode_images(dataset, model, processor)

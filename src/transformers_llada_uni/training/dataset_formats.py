@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from datasets import Dataset, Image, IterableDataset
+from trl.data_utils import get_dataset_column_names
+
 
 # Columns that make a format, the most telling first. The columns of pictures that go with it are named after it.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -33,6 +36,14 @@ def format_of(columns: Iterable[str]) -> str:
             return name
     known = "; ".join(" + ".join(needed) for needed in FORMATS.values())
     raise ValueError(f"The columns {sorted(names)} make no example of training. Known are: {known}.")
+
+
+def with_caption(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The dataset with its column `text` named `caption`, if a picture stands beside it and nothing else."""
+    columns = get_dataset_column_names(dataset)
+    if format_of(columns) == "text" and ("image" in columns or CODES_COLUMN in columns):
+        return dataset.rename_column("text", "caption")
+    return dataset
 
 
 def refuse_row(index: int, message: str) -> NoReturn:
@@ -104,21 +115,17 @@ def pictures_of(row: dict[str, Any], format_name: str, index: int) -> list[tuple
         return [(_picture(row, "image", index), "editing")]
     given = row.get("images") if row.get("images") is not None else row.get("image")
     given = given if isinstance(given, list) else [] if given is None else [given]
-    places = []  # of the parts that are pictures: the role, and the picture if the part holds it
-    has_parts = False
-    for field in ("prompt", "messages", "completion", "chosen"):
-        chat = row.get(field)
-        for message in chat if isinstance(chat, list) else []:
-            content = message.get("content") if isinstance(message, dict) else None
-            for part in content if isinstance(content, list) else []:
-                if isinstance(part, dict) and part.get("type") == "image":
-                    has_parts = True
-                    places.append((message["role"], part.get("image")))
-    if not has_parts:
+    if format_name == "text" and given:
+        refuse_row(index, "a `text` has no place for `images`; a chat (`messages`) or a `caption` with `image` has.")
+    # Of the parts that are pictures: the role, and the picture if the part holds it.
+    fields = ("prompt", "messages", "completion", "chosen", "rejected")
+    places = [place for field in fields for place in _picture_parts(row.get(field))]
+    if not places:
         return [(picture, "understanding") for picture in given]  # they go before the first user message
     remaining = iter(given)
     pictures = []
-    for role, held in places:
+    for role, part in places:
+        held = _decoded(part.get("image"))
         picture = held if held is not None else next(remaining, None)
         if picture is None:
             refuse_row(index, f"its messages have {len(places)} pictures, `images` holds {len(given)}.")
@@ -126,6 +133,32 @@ def pictures_of(row: dict[str, Any], format_name: str, index: int) -> list[tuple
     if next(remaining, None) is not None:
         refuse_row(index, f"`images` holds {len(given)} pictures, more than its messages have places for.")
     return pictures
+
+
+def num_pictures(chat: Any) -> int:
+    """The parts of a chat that are pictures."""
+    return len(_picture_parts(chat))
+
+
+def _picture_parts(chat: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The parts of a chat that are pictures, each with its message's role; nothing where it is no chat."""
+    messages = [message for message in chat if isinstance(message, dict)] if isinstance(chat, list) else []
+    return [
+        (message.get("role"), part)
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if isinstance(part, dict) and part.get("type") == "image"
+    ]
+
+
+def _decoded(picture: Any) -> Any:
+    """A picture; `datasets` stores one inside messages as the bytes of a file, or fills its place with None."""
+    if not isinstance(picture, dict) or not {"bytes", "path"} & set(picture):
+        return picture
+    if picture.get("bytes") is None and picture.get("path") is None:
+        return None
+    return Image().decode_example({"bytes": picture.get("bytes"), "path": picture.get("path")})
 
 
 def _picture(row: dict[str, Any], name: str, index: int) -> Any:

@@ -7,8 +7,15 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
 from ..processing_llada_uni import IMAGE_END, IMAGE_START
-from ..prompts import UNCONDITION, build_prompt, has_picture, replace, replacements
-from .dataset_formats import CODES_COLUMN, check_messages, check_text, refuse_row, without_empty_fields
+from ..prompts import SYSTEM_PROMPTS, UNCONDITION, build_prompt, flat_text, has_picture, replace, replacements
+from .dataset_formats import (
+    CODES_COLUMN,
+    check_messages,
+    check_text,
+    num_pictures,
+    refuse_row,
+    without_empty_fields,
+)
 
 
 # A stretch of a sequence: its ids, and whether a loss is taken on them.
@@ -53,19 +60,39 @@ class ExampleTokenizer:
     def prompt_completion(self, row: dict[str, Any], index: int, completion: str = "completion") -> list[Segment]:
         """A prompt, as text or messages, and its completion, which is learnt."""
         if isinstance(row["prompt"], str):
+            self._refuse_pictures_of_texts(row, index)
             prompt, answer = check_text(row["prompt"], index, "prompt"), check_text(row[completion], index, completion)
             return [(self.ids(prompt), False), (self.ids(answer), True)]
         prompt = check_messages(row["prompt"], index, "prompt", last_role="user")
         answer = check_messages(row[completion], index, completion, last_role="assistant")
         return self.chat([*prompt, *answer], row, index, first_answer=len(prompt))
 
+    def preference(self, row: dict[str, Any], index: int) -> tuple[list[int], list[int], list[int]]:
+        """The ids of a prompt, of the chosen and of the rejected answer; each may have pictures of its own."""
+        codes = row.get(CODES_COLUMN) or []
+        counts = [num_pictures(row[name]) for name in ("chosen", "rejected")]
+        before = len(codes) - sum(counts)
+        own = {"chosen": codes[before : before + counts[0]], "rejected": codes[before + counts[0] :]}
+        prompts, answers = [], []
+        for name, own_codes in own.items():
+            of_answer = {**row, CODES_COLUMN: [*codes[:before], *own_codes]}
+            segments = self.prompt_completion(of_answer, index, completion=name)
+            if len(segments) != 2:
+                refuse_row(index, f"`{name}` must be one answer, it holds {len(segments) // 2}.")
+            prompts.append(segments[0][0])
+            answers.append(segments[1][0])
+        if prompts[0] != prompts[1]:
+            refuse_row(index, "`chosen` and `rejected` must both hold pictures, or none; their prompts differ else.")
+        return prompts[0], answers[0], answers[1]
+
     def prompt(self, row: dict[str, Any], index: int) -> list[Segment]:
         """A prompt alone."""
         if isinstance(row["prompt"], str):
+            self._refuse_pictures_of_texts(row, index)
             return [(self.ids(check_text(row["prompt"], index, "prompt")), False)]
         messages = check_messages(row["prompt"], index, "prompt", last_role="user")
         messages, codes = self._with_pictures(messages, row, index)
-        return [(self._fill(self._render(messages, True, index), codes), False)]
+        return [(self._fill(self._render(messages, True, index, bool(codes)), codes), False)]
 
     def text_to_image(self, row: dict[str, Any], index: int, drop_text: bool = False) -> list[Segment]:
         """
@@ -107,16 +134,20 @@ class ExampleTokenizer:
     def chat(self, messages: list[dict], row: dict[str, Any], index: int, first_answer: int) -> list[Segment]:
         """
         The segments of a chat, cut before and after each answer from message `first_answer` on. A prompt ends where
-        the template with `add_generation_prompt` ends, as it does when a model is asked.
+        the template with `add_generation_prompt` ends, as it does when a model is asked. An answer with pictures is
+        that of the task "interleaved", so without a system message of its own the chat has that task's.
         """
+        num_messages = len(messages)
         messages, codes = self._with_pictures(messages, row, index)
-        whole = self._render(messages, False, index)
+        first_answer += len(messages) - num_messages
+        has_pictures = bool(codes)
+        whole = self._render(messages, False, index, has_pictures)
         cuts = []
         for number in range(first_answer, len(messages)):
             if messages[number]["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], True, index)
-            through = self._render(messages[: number + 1], False, index)
+            before = self._render(messages[:number], True, index, has_pictures)
+            through = self._render(messages[: number + 1], False, index, has_pictures)
             if not whole.startswith(through) or not through.startswith(before):
                 refuse_row(index, "the chat template writes the begin of this chat in another way than the whole.")
             cuts.append((len(before), len(through)))
@@ -137,6 +168,8 @@ class ExampleTokenizer:
         messages = without_empty_fields(messages)
         if not codes and not any(has_picture(message) for message in messages):
             return messages, []
+        if not codes:
+            refuse_row(index, "its messages have pictures that are not encoded; `model` encodes them.")
         self._needs_processor(index)
         for message in messages:
             if isinstance(message["content"], list):
@@ -146,15 +179,23 @@ class ExampleTokenizer:
             messages = prepare_multimodal_messages(messages, images=codes)
         except ValueError as error:
             refuse_row(index, str(error))
+        answers = [message for message in messages if message["role"] == "assistant"]
+        if any(map(has_picture, answers)) and messages[0]["role"] == "user":
+            system = {"type": "text", "text": SYSTEM_PROMPTS["interleaved"]}
+            messages = [{"role": "system", "content": [system]}, *messages]
         # The template puts the pictures of a user's message before its words, which keeps their order.
         return messages, codes
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool, index: int) -> str:
+    def _render(self, messages: list[dict], add_generation_prompt: bool, index: int, has_pictures: bool) -> str:
+        """The beginning of a chat as text; `has_pictures` of the whole chat decides on the template."""
         if not messages:
             refuse_row(index, "the first message is the model's; there must be a user's before it.")
+        if not has_pictures:
+            messages = [flat_text(message) for message in messages]
+        settings = {"chat_template": self.processor.chat_template} if has_pictures else {}
         try:
             return self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **settings
             )
         except Exception as error:  # jinja's, for chats the template does not know
             refuse_row(index, f"the chat template cannot write its messages: {error}")
@@ -186,6 +227,10 @@ class ExampleTokenizer:
                 index, f"`{CODES_COLUMN}` must hold {count} picture(s), got {0 if codes is None else len(codes)}."
             )
         return codes
+
+    def _refuse_pictures_of_texts(self, row: dict[str, Any], index: int) -> None:
+        if row.get(CODES_COLUMN):
+            refuse_row(index, "it has pictures, for which a `prompt` that is a text has no place; give messages.")
 
     def _needs_processor(self, index: int) -> None:
         if not self.has_images or self.processor.image_token_offset is None:

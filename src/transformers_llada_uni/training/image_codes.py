@@ -4,12 +4,12 @@ import hashlib
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import get_dataset_column_names
 
-from .dataset_formats import CODES_COLUMN, PICTURE_COLUMNS, format_of, pictures_of, refuse_row
+from .dataset_formats import CODES_COLUMN, PICTURE_COLUMNS, format_of, pictures_of, refuse_row, with_caption
 
 
 CODES_FEATURE = List({"grid": List(Value("int64")), "codes": List(Value("int32"))})
@@ -44,6 +44,7 @@ def encode_images(
         raise ValueError("`model` is sharded over processes; encode the pictures before the run, in one process.")
     if not hasattr(processor, "image_processor"):
         raise TypeError(f"`processor` must be a LLaDAUniProcessor, got {type(processor).__name__}.")
+    dataset = with_caption(dataset)
     columns = get_dataset_column_names(dataset)
     format_name = format_of(columns)
 
@@ -102,15 +103,26 @@ def _tokenizer_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def has_pictures(dataset: Dataset | IterableDataset) -> bool:
-    """Whether rows have pictures that are not codes yet: in columns, or inside the messages of the first row."""
+def has_pictures(dataset: Dataset | IterableDataset, model: PreTrainedModel | None = None) -> bool:
+    """
+    Whether rows have pictures that are not codes yet: in columns, or, if `model` can encode them, maybe inside
+    messages. For these the schema is asked; a stream may have none, and its rows are looked at one by one.
+    """
     columns = get_dataset_column_names(dataset)
     if CODES_COLUMN in columns:
         return False
     if any(name in columns for name in PICTURE_COLUMNS):
         return True
-    first = next(iter(dataset), None)
-    return first is not None and bool(pictures_of(first, format_of(columns), 0))
+    if format_of(columns) == "text" or not hasattr(model, "get_image_codes"):
+        return False
+    return dataset.features is None or _holds_pictures(dict(dataset.features))
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """Whether a schema has a place for pictures."""
+    if isinstance(feature, dict):
+        return "image" in feature or any(map(_holds_pictures, feature.values()))
+    return isinstance(feature, Image) or (hasattr(feature, "feature") and _holds_pictures(feature.feature))
 
 
 __all__ = ["encode_images"]
