@@ -94,6 +94,12 @@ def test_before_the_first_step_policy_and_reference_agree_exactly(tokenizer, tmp
     assert trainer._metrics["eval"] == {} and trainer.state.log_history[-1]["eval_rewards/margins"] == 0
 
 
+def test_reference_computes_in_the_precision_of_the_policy(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, bf16=True, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_shared_noise_lowers_the_variance():
     """Of the difference of the bounds of two models that are close to each other."""
     policy, reference = tiny_model(), tiny_model()

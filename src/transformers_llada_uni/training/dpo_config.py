@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from .noise_settings import NoiseSettings
+from .trl_settings import refuse_without_meaning, settle_precision
 
 
 # Settings of trl that have no meaning for a likelihood bound, the only value they may have, and why.
@@ -23,7 +24,8 @@ class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]: `max_length` (4096; longer pairs are left
-    > out, not cut) and `prediction_loss_only` (`True`: logits of whole sequences are never made).
+    > out, not cut), `bf16` (`False` on a CPU) and `prediction_loss_only` (`True`: logits of whole sequences are never
+    > made).
 
     Raises:
         ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
@@ -38,9 +40,8 @@ class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
 
     def __post_init__(self):
         NoiseSettings.__post_init__(self)
-        for name, (value, reason) in WITHOUT_MEANING.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"`{name}` must be {value!r}, got {getattr(self, name)!r}: {reason}.")
+        refuse_without_meaning(self, WITHOUT_MEANING)
+        settle_precision(self)
         DPOConfig.__post_init__(self)
 
 

@@ -122,7 +122,9 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
             outputs.is_top1 = outputs.is_top1 > 0.5
             return outputs
 
-        loss = super()._compute_loss(forward, {**inputs, **noised}, return_outputs=False)
+        # The reference got its head after accelerate had prepared it, and so would compute in another precision.
+        with self.accelerator.autocast():
+            loss = super()._compute_loss(forward, {**inputs, **noised}, return_outputs=False)
         return (loss, {}) if return_outputs else loss
 
 

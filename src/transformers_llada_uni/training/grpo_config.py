@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from ..input_checks import check_integer, check_number
 from .noise import BlockDiffusionNoise
+from .trl_settings import refuse_without_meaning, settle_precision
 
 
 ESTIMATES = ("full_mask", "complementary")
@@ -62,9 +63,8 @@ class LLaDAUniGRPOConfig(GRPOConfig):
     num_noise_samples: int = field(default=1, metadata={"help": "Pairs of masks for 'complementary'."})
 
     def __post_init__(self):
-        for name, (value, reason) in WITHOUT_MEANING.items():
-            if getattr(self, name) not in (value, None):
-                raise ValueError(f"`{name}` must be {value!r}, got {getattr(self, name)!r}: {reason}.")
+        refuse_without_meaning(self, WITHOUT_MEANING)
+        settle_precision(self)
         if self.block_length is not None:
             check_integer("block_length", self.block_length, 1)
         check_integer("num_steps_per_block", self.num_steps_per_block, 1)

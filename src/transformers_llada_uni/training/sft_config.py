@@ -4,13 +4,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from trl import SFTConfig
 
 from ..input_checks import check_number
 from .noise import WEIGHTINGS, BlockDiffusionNoise
 from .noise_settings import NoiseSettings
 from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
+from .trl_settings import refuse_without_meaning, settle_precision
 
 
 # Settings of trl that block diffusion has no use for, the only value they may have, and what to do instead.
@@ -150,13 +150,10 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = not self.use_cpu and torch.accelerator.is_available()
+        settle_precision(self)
         SFTConfig.__post_init__(self)
 
-        for name, (value, reason) in WITHOUT_MEANING.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"`{name}` must stay {value!r}, got {getattr(self, name)!r}: {reason}.")
+        refuse_without_meaning(self, WITHOUT_MEANING)
         if self.trained_parts is not None:
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
