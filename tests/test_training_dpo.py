@@ -61,7 +61,7 @@ def batch_of(trainer):
 @pytest.mark.parametrize("noise_level", ["block", "sample"])
 def test_loss_equals_the_formula(tokenizer, tmp_path, noise_level):
     reference = tiny_model(seed=1)
-    trainer = make_trainer(tokenizer, tmp_path, ref_model=reference, beta=0.3, noise_level=noise_level)
+    trainer = make_trainer(tokenizer, tmp_path, ref_model=reference, beta=3.0, noise_level=noise_level)
     trainer.model.eval()
     inputs = batch_of(trainer)
     with torch.no_grad():
@@ -72,6 +72,7 @@ def test_loss_equals_the_formula(tokenizer, tmp_path, noise_level):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         noise = BlockDiffusionNoise(noise_level=noise_level, num_noise_samples=4)
         generators = step_generators(trainer, len(labels))
+        generators = generators[0::2] + generators[1::2]  # numbered by pairs
         masked, weights = noise.sample(labels, inputs["attention_mask"] - 1, BLOCK, generators)
         bounds = []
         for model in (tiny_model(), tiny_model(seed=1)):
@@ -81,8 +82,8 @@ def test_loss_equals_the_formula(tokenizer, tmp_path, noise_level):
                 model(**call, document_ids=inputs["attention_mask"] - 1, fused_lm_head=True).log_probs.sum(1)
             )
         (chosen, rejected), (ref_chosen, ref_rejected) = (bound.chunk(2) for bound in bounds)
-        expected = -F.logsigmoid(0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
-    assert abs(loss.item() - math.log(2)) > 1e-3
+        expected = -F.logsigmoid(3.0 * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+    assert abs(loss.item() - math.log(2)) > 1e-2
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -132,8 +133,26 @@ def test_training_raises_the_margin_on_held_noise(tokenizer, tmp_path, with_adap
     )
     trainer.train()
     metrics = trainer.evaluate()
-    assert metrics["eval_rewards/margins"] > 0.3 and metrics["eval_rewards/accuracies"] == 1
+    # Exactly 0 before. Measured with 8 seeds and noises: 0.62 to 0.89, and 0.28 to 0.39 with the adapter.
+    assert metrics["eval_rewards/margins"] > 0.2 and metrics["eval_rewards/accuracies"] == 1
     assert metrics["eval_loss"] < 0.9 * math.log(2)
+
+
+def test_how_pairs_are_dealt_out_to_batches_changes_nothing(tokenizer, tmp_path):
+    seen = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        trainer = make_trainer(
+            tokenizer,
+            tmp_path,
+            ref_model=tiny_model(seed=1),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+        )
+        trainer.train()
+        seen.append(trainer.state.log_history[0])
+    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert seen[0][name] == pytest.approx(seen[1][name], rel=1e-4, abs=1e-5), name
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path):
@@ -174,6 +193,8 @@ def test_conversations_are_prepared(converted_dir, tmp_path):
     [
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
         ({"use_weighting": True}, "use_weighting"),
+        ({"prediction_loss_only": False}, "prediction_loss_only"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
         ({"block_length": 0}, "block_length"),
         ({"noise_range": [0.9, 0.1]}, "noise_range"),
         ({"num_noise_samples": 0}, "num_noise_samples"),

@@ -1,14 +1,16 @@
 """GRPO with block-diffusion rollouts: the estimate, the ratio, and that rewards rise."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from tests.training_common import BLOCK, RUN
 from tests.training_common import tiny_model as small_model
-from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer
+from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer, lora_config
 
 
 END = 440
@@ -130,10 +132,42 @@ def test_the_ratio_is_one_before_the_first_update(tokenizer, tmp_path, estimate)
     assert seen[1][0] > 1e-4  # after an update they differ
 
 
+def test_masks_change_from_rollout_to_rollout(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="complementary", num_noise_samples=4)
+    trainer.model.train()
+    first, again = (trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"] for _ in range(2))
+    trainer._rollout_step["train"] = 1
+    later = trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"]
+    assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def test_the_reference_of_a_trained_adapter_is_that_adapter(tokenizer, tmp_path):
+    model = get_peft_model(tiny_model(), lora_config(r=4))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    trainer = make_trainer(tokenizer, tmp_path, model=model, beta=0.1, learning_rate=1e-2, max_steps=2)
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert first == 0.0 and second > 0
+
+
+@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path, estimate):
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "beta": 0.05}
+    settings["log_probability_estimate"] = estimate
+    whole = make_trainer(tokenizer, tmp_path / "whole", max_steps=4, **settings)
+    whole.train()
+    make_trainer(tokenizer, tmp_path / "parts", max_steps=2, **settings).train()
+    resumed = make_trainer(tokenizer, tmp_path / "parts", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_the_reward_rises_to_its_optimum(tokenizer, tmp_path, with_adapter):
-    from transformers_llada_uni.training.lora import lora_config
-
     model = tiny_model()
     model.lm_head.weight.data *= 20  # a new head is too flat for any hidden state to decide a token
     trainer = make_trainer(
@@ -163,6 +197,96 @@ def test_rollouts_repeat_with_the_seed(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, reward=reward, seed=seed, data_seed=0).train()
         rollouts.append(seen)
     assert rollouts[0] == rollouts[1] != rollouts[2]
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+def picture(seed, width=128):
+    pixels = np.random.default_rng(seed).integers(0, 256, (128, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def rollouts_of(converted_dir, output_dir, dataset, **settings):
+    """The prompts that `generate` is given in the first step, and what the reward is given."""
+    prompts, seen = [], []
+
+    def reward(completion_ids, **kwargs):
+        seen.append(kwargs)
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    settings = {**RUN, "per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 1, **settings}
+    trainer = LLaDAUniGRPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
+        reward_funcs=reward,
+        args=LLaDAUniGRPOConfig(
+            str(output_dir), block_length=8, num_steps_per_block=2, max_completion_length=8, **settings
+        ),
+        train_dataset=dataset,
+        processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
+    )
+    original = trainer._generate_single_turn
+
+    def spy(prompt_ids, *args):
+        prompts.append(prompt_ids)
+        return original(prompt_ids, *args)
+
+    trainer._generate_single_turn = spy
+    trainer.train()
+    return trainer, prompts, seen
+
+
+@pytest.mark.parametrize("kind", ["texts", "chats", "stream", "shuffled"])
+def test_prompts_of_unequal_length_are_not_padded(converted_dir, tmp_path, kind):
+    prompts = ["one two", "three four five six seven"]
+    rows = [text if kind == "texts" else chat(text) for text in prompts]
+    dataset = Dataset.from_dict({"prompt": rows * 4, "answer": prompts * 4})
+    if kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    if kind == "shuffled":
+        dataset = dataset.shuffle(seed=0)
+    _, (prompt_ids,), (given,) = rollouts_of(converted_dir, tmp_path, dataset)
+    processor = AutoProcessor.from_pretrained(converted_dir / "processor")
+    for ids, text in zip(prompt_ids, given["answer"], strict=True):
+        words = text
+        if kind != "texts":
+            words = processor.apply_chat_template(chat(text), add_generation_prompt=True, tokenize=False)
+        assert ids == processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert "prompt_ids" not in given
+
+
+@pytest.mark.parametrize("place", ["column", "messages"])
+def test_prompts_show_their_pictures(converted_dir, tmp_path, place):
+    """To the model as codes, and to the reward as they are; one row has none."""
+    pictures = [picture(0), picture(1, width=192), None, picture(2)]
+    rows, given = [], {}
+    for shown in pictures:
+        image = [{"type": "image", "image": shown}] if shown is not None and place == "messages" else []
+        rows.append([{"role": "user", "content": [*image, {"type": "text", "text": "What is it?"}]}])
+    if place == "column":
+        given["images"] = [[] if shown is None else [shown] for shown in pictures]
+        rows = [chat("What is it?") for _ in pictures]
+    dataset = Dataset.from_dict({"prompt": rows, **given, "row": list(range(4))})
+    trainer, (prompt_ids,), (seen,) = rollouts_of(
+        converted_dir, tmp_path, dataset, per_device_train_batch_size=8, beta=0.1, learning_rate=1e-3
+    )
+    model, processor = AutoModelForImageTextToText.from_pretrained(converted_dir / "model"), trainer.processing_class
+    for ids, row in zip(prompt_ids, seen["row"], strict=True):
+        shown = pictures[row]
+        inputs = processor(
+            text="What is it?", images=None if shown is None else [shown], task="understanding", return_tensors="pt"
+        )
+        expected = inputs["input_ids"]
+        if shown is not None:
+            codes = model.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
+            expected = model.model.place_image_codes(expected, codes)
+        assert ids == expected[0].tolist()
+        if place == "column":
+            assert [image.size for image in seen["images"][seen["row"].index(row)]] == (
+                [] if shown is None else [shown.size]
+            )
+    assert trainer.state.log_history[0]["kl"] == 0.0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
@@ -213,6 +337,8 @@ def test_pictures_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_
         ({"num_steps_per_block": 0}, "num_steps_per_block"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )
 def test_bad_settings_are_refused(settings, name, tmp_path):
@@ -225,3 +351,29 @@ def test_bad_arguments_are_refused(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(TypeError, match="`processing_class`"):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"prompt": ["a"], "grid": [[2, 2]]}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": [chat("a cat")], "grid": [[2, 2]]}, "Row 0: `prompt` must be a text"),
+        ({"prompt": ["a", "b"], "grid": [[2, 2], [0, 2]]}, "Row 1: `grid`"),
+        ({"prompt": ["a", "b"], "grid": [[2, 2], None]}, "Row 1: `grid`"),
+        ({"prompt": [chat("Red")], "image": [picture(0)], "grid": [[2, 2]]}, "edited pictures are not supported"),
+        ({"prompt": ["What is it?"], "image": [picture(0)]}, "Row 0: .*give messages"),
+        ({"prompt": [[{"role": "assistant", "content": "Hm"}]]}, "Row 0: `prompt`"),
+    ],
+)
+def test_bad_rows_are_refused_before_the_run(converted_dir, tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        rollouts_of(converted_dir, tmp_path, Dataset.from_dict(columns))
+
+
+def test_decoder_must_return_a_picture_per_grid(converted_dir, tmp_path):
+    dataset = Dataset.from_dict({"prompt": ["a cat"] * 4, "grid": [[2, 2]] * 4})
+    trainer, _, _ = rollouts_of(converted_dir, tmp_path, dataset)
+    trainer.decode_images = lambda codes: []
+    with pytest.raises(ValueError, match="`decode_images` returned 0 pictures for 4"):
+        trainer.train()
+    with pytest.raises(ValueError, match="`eval_dataset` must have a column `grid`"):
+        trainer.evaluate(dataset.remove_columns("grid"))

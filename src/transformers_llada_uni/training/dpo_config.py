@@ -14,6 +14,8 @@ WITHOUT_MEANING = {
     "use_weighting": (False, "it needs the probabilities of a whole answer, of which there is only a bound"),
     "truncation_mode": ("keep_start", "an answer needs its prompt"),
     "padding_free": (False, "trl has no such data for preferences"),
+    "prediction_loss_only": (True, "logits of whole sequences are never made"),
+    "router_aux_loss_coef": (None, "loads are balanced by the experts' biases"),
 }
 
 

@@ -89,6 +89,7 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
             peft_config=peft_config,
             **kwargs,
         )
+        self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
         add_block_diffusion_head(base_of(self.model))
         if self.ref_model is not None:
             add_block_diffusion_head(self.accelerator.unwrap_model(self.ref_model))
@@ -112,7 +113,9 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
         # 1. One draw of noise, which trl hands on to both models
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         document_ids = document_ids_of(labels, inputs["attention_mask"])
+        # Numbered by pairs, so that how a step's pairs are dealt out to batches and processes changes nothing.
         generators = step_generators(self, labels.shape[0])
+        generators = generators[0::2] + generators[1::2]  # of the chosen answers, of the rejected ones
         masked, weights = self.noise.sample(labels, document_ids, self.block_length, generators)
         noised = {"masked": masked, "weights": weights, "block_length": self.block_length}
 

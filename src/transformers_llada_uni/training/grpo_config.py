@@ -21,6 +21,8 @@ WITHOUT_MEANING = {
     "cache_implementation": (None, "the exact cache is used"),
     "sync_ref_model": (False, "the reference is the model at the begin of the run"),
     "cast_lm_head_to_fp32": (False, "log-probabilities are summed in float32 anyway"),
+    "router_aux_loss_coef": (None, "loads are balanced by the experts' biases"),
+    "remove_unused_columns": (False, "rollouts and rewards need all columns"),
 }
 
 

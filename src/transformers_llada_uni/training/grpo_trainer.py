@@ -6,24 +6,33 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..generation_configuration import BlockDiffusionGenerationConfig
+from ..input_checks import check_grid
 from ..processing_llada_uni import UPSCALE
 from .checkpointing import ResumableTrainerMixin
+from .data import prepare_prompts
+from .dataset_formats import CODES_COLUMN, check_text, refuse_row
 from .expert_checkpoints import FusedExpertsMixin
 from .grpo_config import LLaDAUniGRPOConfig
 from .model_card import TrainingCardMixin
 from .model_loading import base_of, resolve_model
 from .noise import step_generator
 from .objective import add_block_diffusion_head
+
+
+AnyDataset = Dataset | IterableDataset
+# What a prompt is made of, for which trl has ways of its own; rewards get them nevertheless.
+PICTURES = ("image", "images")
 
 
 class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsMixin, GRPOTrainer):
@@ -38,22 +47,25 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
 
     - `"full_mask"`: with all answer tokens of its block masked. This is the one-step estimate of diffu-GRPO (d1, arXiv
       2504.12216) made block by block. It has no noise.
-    - `"complementary"`: the mean over `num_noise_samples` pairs of complementary masks, as coupled-GRPO (DiffuCoder,
-      arXiv 2506.20639): a token is predicted from a part of its block, and once in each pair.
+    - `"complementary"`: the mean over `num_noise_samples` pairs of complementary masks: a token is predicted from a
+      part of its block, and once in each pair. The pairs are those of coupled-GRPO (DiffuCoder, arXiv 2506.20639),
+      which weighs their tokens by 1/t and averages with `"full_mask"`; here all tokens weigh the same.
 
-    The masks follow from the row's tokens and the seed: the policy that made a rollout, the one that learns from it
-    and the reference are compared under the same noise, and their ratio is exactly 1 before the first update. What
-    comes after an answer in its last block stays masked.
+    The masks follow from the row's tokens, the seed and the step of the rollout: the policy that made it, the one that
+    learns from it and the reference are compared under the same noise, and their ratio is exactly 1 before the first
+    update. What comes after an answer in its last block stays masked, as it was when the block was begun. Prompts are
+    never masked (d1 masks some of theirs anew in each iteration, but trl computes the old log-probabilities once).
 
     Rewards are trl's: callables (or reward models) that get `prompts`, `completions`, `completion_ids` and the columns
-    of the data. For pictures they also get `image_codes`, tensors (H, W), and with `decode_images` `generated_images`.
+    of the data, also those with the pictures of prompts. For generated pictures they also get `image_codes`, tensors
+    (H, W), and with `decode_images` `generated_images`.
 
     Args:
         model: A model or the name of one.
         reward_funcs: One reward or a list of them.
         args ([`LLaDAUniGRPOConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows with `prompt`, a text or a chat that ends with the user, and whatever the
-            rewards need. Pictures as in trl: a column `image` or `images`, or inside the messages.
+            rewards need. Chats may have pictures, see [`prepare_prompts`]; rows with a `grid` have none.
         processing_class ([`LLaDAUniProcessor`], or a tokenizer for a text-only model, *optional*): Default: from where
             the model came.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; see [`lora_config`].
@@ -85,9 +97,6 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             raise TypeError(f"`args` must be a LLaDAUniGRPOConfig, got {type(args).__name__}.")
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold prompts to train on, got {train_dataset!r}.")
-        columns = get_dataset_column_names(train_dataset)
-        if "prompt" not in columns:
-            raise ValueError(f"`train_dataset` must have a column `prompt`, it has {sorted(columns)}.")
         for name in ("tools", "rollout_func", "environment_factory"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` is not supported: rollouts are single answers of `generate`.")
@@ -99,16 +108,24 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             model, processing_class, args.model_init_kwargs, args.block_length
         )
         args.model_init_kwargs = None  # used up
-        self.makes_pictures = "grid" in columns
+        self.makes_pictures = "grid" in get_dataset_column_names(train_dataset)
         if self.makes_pictures and not hasattr(processing_class, "image_processor"):
             raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
         self.decode_images = decode_images
-        trains_adapter = peft_config is not None or is_peft_model(model)
-        # trl would load the reference by the name of a class of transformers.
-        beta, args.beta = args.beta, 0.0
-        ref_model = None
-        if beta != 0.0 and not trains_adapter:
+        self._rollout_step = {"train": 0, "eval": 0}
+        self._data_model = base_of(model)
+        train_dataset = self._prepare_rows(train_dataset, "train_dataset", processing_class)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_rows(dataset, f"eval_dataset[{name!r}]", processing_class)
+                for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset", processing_class)
+        beta, ref_model = args.beta, None
+        if beta != 0.0 and peft_config is None and not is_peft_model(model):
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+            args.beta = 0.0  # trl would load the reference by the name of a class of transformers
         text_config = model.config.get_text_config()
         self.mask_token_id, self.image_token_offset = text_config.mask_token_id, text_config.image_token_offset
         self.noise = args.make_noise()
@@ -125,10 +142,11 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             **kwargs,
         )
         self.beta = args.beta = beta
+        self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
         add_block_diffusion_head(base_of(self.model))
         if ref_model is not None:
             add_block_diffusion_head(ref_model)
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model = self._prepare_reference(ref_model)
         self.generation_config = BlockDiffusionGenerationConfig(
             max_new_tokens=args.max_completion_length,
             block_length=self.block_length,
@@ -139,22 +157,77 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             top_k=args.top_k or None,
             top_p=None if args.top_p == 1.0 else args.top_p,
             mask_token_id=self.mask_token_id,
-            eos_token_id=model.generation_config.eos_token_id,
+            eos_token_id=self.eos_token_ids,
             pad_token_id=self._tokenizer.pad_token_id,
         )
         self.generation_kwargs = {}
 
+    def _prepare_reference(self, ref_model: PreTrainedModel) -> torch.nn.Module:
+        """As trl does with the reference that it loads."""
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(ref_model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(ref_model, self.accelerator)
+        return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+    # Rows
+
+    def _prepare_rows(self, dataset: AnyDataset, name: str, processing_class: Any) -> AnyDataset:
+        """Rows for rollouts: with `prompt_ids`, or, for pictures, checked."""
+        columns = get_dataset_column_names(dataset)
+        needed = ("prompt", "grid") if self.makes_pictures else ("prompt",)
+        for column in needed:
+            if column not in columns:
+                raise ValueError(f"`{name}` must have a column `{column}`, it has {sorted(columns)}.")
+        if "prompt_ids" in columns:
+            return dataset
+        if not self.makes_pictures:
+            # Other columns are for the rewards, and must not be taken for those of another format.
+            read = [column for column in columns if column in ("prompt", *PICTURES, CODES_COLUMN)]
+            with global_then_local_main_first():
+                prompts = prepare_prompts(dataset.select_columns(read), processing_class, model=self._data_model)
+            return concatenate_datasets([dataset, prompts.select_columns("prompt_ids")], axis=1)
+        if found := sorted({*PICTURES, CODES_COLUMN} & set(columns)):
+            raise ValueError(f"`{name}` has `grid` and `{found[0]}`: rollouts of edited pictures are not supported.")
+
+        def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+            check_text(row["prompt"], index, "prompt")
+            try:
+                check_grid(row["grid"])
+            except ValueError as error:
+                refuse_row(index, str(error))
+            return row
+
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(check, with_indices=True)
+        for index, row in enumerate(dataset.select_columns(list(needed))):
+            check(row, index)
+        return dataset
+
+    def get_eval_dataloader(self, eval_dataset: str | AnyDataset | None = None):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset", self.processing_class)
+        return super().get_eval_dataloader(eval_dataset)
+
     # Rollouts
 
     def _generate_and_score_completions(self, inputs):
-        if self.makes_pictures:
-            self._grids = [tuple(row["grid"]) for row in inputs]
-        return super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        self._rollout_step[mode] = self.state.global_step if mode == "train" else 0
+        # trl would handle pictures of prompts by itself; here they are codes in `prompt_ids`.
+        self._rows = inputs
+        own = ("prompt_ids", *PICTURES)
+        return super()._generate_and_score_completions(
+            [{name: value for name, value in row.items() if name not in own} for row in inputs]
+        )
+
+    @property
+    def _grids(self) -> list[tuple[int, int]]:
+        return [tuple(row["grid"]) for row in self._rows]
 
     def _tokenize_prompts(self, prompts: list):
         if not self.makes_pictures:
-            prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts)
-            return [torch.as_tensor(ids).tolist() for ids in prompt_ids], images, multimodal_fields
+            return [row["prompt_ids"] for row in self._rows], None, {}
         self._picture_inputs = []
         for caption, (height, width) in zip(prompts, self._grids, strict=True):
             unit = self.processing_class.image_processor.patch_size * UPSCALE
@@ -220,6 +293,8 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         return completions
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        pictures = [{name: row[name] for name in PICTURES if name in row} for row in self._rows]
+        inputs = [{**row, **own} for row, own in zip(inputs, pictures, strict=True)]
         if self.makes_pictures:
             codes = [
                 torch.tensor(ids).view(grid) - self.image_token_offset
@@ -227,7 +302,9 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             ]
             inputs = [{**row, "image_codes": own} for row, own in zip(inputs, codes, strict=True)]
             if self.decode_images is not None:
-                pictures = self.decode_images(codes)
+                pictures = list(self.decode_images(codes))
+                if len(pictures) != len(codes):
+                    raise ValueError(f"`decode_images` returned {len(pictures)} pictures for {len(codes)} grids.")
                 inputs = [{**row, "generated_images": own} for row, own in zip(inputs, pictures, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
@@ -241,17 +318,8 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         logits_to_keep,
         batch_size=None,
         compute_entropy=False,
-        compute_aux_loss=False,
-        pixel_values=None,
-        image_grid_thw=None,
-        **unused,
+        **unused,  # of models that read pictures in each pass
     ):
-        if compute_aux_loss:
-            raise ValueError("`router_aux_loss_coef` has no meaning here: loads are balanced by the experts' biases.")
-        base_model = base_of(self.accelerator.unwrap_model(model))
-        if pixel_values is not None:
-            codes = base_model.model.encode_images(pixel_values, image_grid_thw)
-            input_ids = base_model.model.place_image_codes(input_ids, codes)
         batch_size = batch_size or len(input_ids)
         logps, entropies = [], []
         for start in range(0, len(input_ids), batch_size):
@@ -295,10 +363,12 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         document_ids = torch.where(places < end[:, None], 0, -1)
         columns = (first_answer[:, None] + torch.arange(logits_to_keep, device=device)).clamp(max=length - 1)
 
+        step = self._rollout_step["train" if self.model.training else "eval"]
         generators = []
         for row, count in zip(ids.tolist(), num_tokens.tolist(), strict=True):
-            content = zlib.crc32(torch.tensor(row[:count]).numpy().tobytes())
-            generators.append(torch.Generator().manual_seed(content ^ self.args.seed))
+            parts = [self.args.seed, step, zlib.crc32(np.array(row[:count]).tobytes())]
+            seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+            generators.append(torch.Generator().manual_seed(int(seed) >> 1))
         masked, weights = self.noise.sample(labels, document_ids, self.block_length, generators)
         return {
             "input_ids": ids,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -97,7 +98,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
                 f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
                 "`packing`: documents are made of whole blocks."
             )
-        trains_adapter = peft_config is not None or hasattr(model, "peft_config")
+        trains_adapter = peft_config is not None or is_peft_model(model)
         self._choose_trained_parameters(model, args, trains_adapter)
 
         # 3. The data. trl would leave rows with pictures to a collator.
