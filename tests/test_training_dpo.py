@@ -1,19 +1,25 @@
 """DPO on the likelihood bound: the formula, shared noise, and that preferences are learnt."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training_common import BLOCK, RUN
 from tests.training_common import tiny_model as small_model
 from transformers_llada_uni.training import BlockDiffusionNoise, LLaDAUniDPOConfig, LLaDAUniDPOTrainer
 from transformers_llada_uni.training.noise import step_generators
 from transformers_llada_uni.training.objective import add_block_diffusion_head
+from transformers_llada_uni.training.reference_model import make_reference
 
 
 END = 440
@@ -151,8 +157,69 @@ def test_how_pairs_are_dealt_out_to_batches_changes_nothing(tokenizer, tmp_path)
         )
         trainer.train()
         seen.append(trainer.state.log_history[0])
-    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+    for name in METRICS:
         assert seen[0][name] == pytest.approx(seen[1][name], rel=1e-4, abs=1e-5), name
+
+
+METRICS = ("loss", "rewards/margins", "logps/chosen", "logps/rejected")
+STEPS = {**RUN, "max_steps": 3, "learning_rate": 1e-3, "block_length": BLOCK}
+
+
+def run_sharded(checkpoint, output_dir):
+    """Run by `torchrun` on each of two processes, see below."""
+    from transformers.distributed import DistributedConfig
+
+    trainer = LLaDAUniDPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(fsdp_size=2)),
+        args=LLaDAUniDPOConfig(output_dir, per_device_train_batch_size=2, **STEPS),
+        train_dataset=preferences(),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+    )
+    trainer.train()
+    if trainer.args.process_index == 0:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        Path(output_dir, "history.json").write_text(json.dumps(history))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_sharded_processes_train_as_one_does(official_tiny, tokenizer, tmp_path):
+    trainer = LLaDAUniDPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(official_tiny),
+        args=LLaDAUniDPOConfig(str(tmp_path / "one"), per_device_train_batch_size=4, **STEPS),
+        train_dataset=preferences(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    root = Path(__file__).resolve().parents[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, "-m", "tests.test_training_dpo", str(official_tiny), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    sharded = json.loads((tmp_path / "history.json").read_text())
+    whole = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(sharded) == 3 and sharded[0]["rewards/margins"] == 0 < sharded[2]["rewards/margins"]
+    for one, other in zip(sharded, whole, strict=True):
+        for name in METRICS:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+def test_the_reference_of_a_sharded_model_is_its_checkpoint(official_tiny):
+    model = AutoModelForCausalLM.from_pretrained(official_tiny)
+    model.config.distributed_config, model._is_distributed_loading_by_transformers = None, True
+    model.config.block_length = BLOCK
+    reference = make_reference(model)
+    assert reference is not model and reference.config.block_length == BLOCK
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    model.lm_head.weight.data += 1
+    with pytest.raises(ValueError, match="differs there in 1 tensors .'lm_head.weight'"):
+        make_reference(model)
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path):
@@ -210,3 +277,8 @@ def test_bad_arguments_are_refused(tokenizer, tmp_path):
         LLaDAUniDPOTrainer(tiny_model(), args=LLaDAUniDPOConfig(str(tmp_path), **RUN), processing_class=tokenizer)
     with pytest.raises(ValueError, match="'text'"):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_sharded(*sys.argv[1:])

@@ -326,6 +326,27 @@ def test_pictures_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_
     assert not torch.equal(before, model.model.language_model.layers[0].attention.dense.weight)
 
 
+def test_the_reward_of_pictures_rises_to_its_optimum(converted_dir, tmp_path):
+    def share_of_low_codes(image_codes, **kwargs):
+        return [float((codes < 128).float().mean()) for codes in image_codes]
+
+    trainer = LLaDAUniGRPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
+        reward_funcs=share_of_low_codes,
+        args=LLaDAUniGRPOConfig(
+            str(tmp_path),
+            **{**RUN, "per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 12, "learning_rate": 1e-3},
+            block_length=8,
+            num_steps_per_block=2,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"] * 8, "grid": [[2, 3], [3, 2]] * 8}),
+        processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert rewards[0] < 0.8 and sum(rewards[-3:]) / 3 > 0.95
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -351,6 +372,13 @@ def test_bad_arguments_are_refused(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(TypeError, match="`processing_class`"):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"prompt": ["a"], "grid": [[2, 2]]}))
+
+
+def test_sharded_models_are_refused(tokenizer, tmp_path):
+    model = tiny_model()
+    model._is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="`model` is sharded"):
+        make_trainer(tokenizer, tmp_path, model=model)
 
 
 @pytest.mark.parametrize(

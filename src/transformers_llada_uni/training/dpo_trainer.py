@@ -1,6 +1,5 @@
 """Preference training: DPO with a likelihood bound in the place of the likelihood."""
 
-import copy
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -18,6 +17,7 @@ from .model_card import TrainingCardMixin
 from .model_loading import base_of, resolve_model
 from .noise import step_generators
 from .objective import add_block_diffusion_head, document_ids_of
+from .reference_model import make_reference
 
 
 AnyDataset = Dataset | IterableDataset
@@ -36,8 +36,8 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
 
     Args:
         model: A model or the name of one.
-        ref_model ([`PreTrainedModel`], *optional*): The reference. Default: a copy of `model`; with an adapter, the
-            model without it.
+        ref_model ([`PreTrainedModel`], *optional*): The reference. Default: a copy of `model`, see
+            [`make_reference`]; with an adapter, the model without it (or with it, as it was given).
         args ([`LLaDAUniDPOConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows with `prompt`, `chosen` and `rejected`, see [`prepare_preference_dataset`].
         processing_class ([`LLaDAUniProcessor`], or a tokenizer for a text-only model, *optional*): Default: from where
@@ -73,7 +73,7 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
         args.model_init_kwargs = None  # used up
         trains_adapter = peft_config is not None or is_peft_model(model)
         if ref_model is None and not trains_adapter:
-            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+            ref_model = make_reference(model)
 
         self.noise = args.make_noise()
         self._data_model = base_of(model)

@@ -108,6 +108,11 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             model, processing_class, args.model_init_kwargs, args.block_length
         )
         args.model_init_kwargs = None  # used up
+        if getattr(base_of(model), "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "`model` is sharded over processes by `distributed_config`, but rollouts of different processes take "
+                "different numbers of passes, which would wait for one another forever. Load it whole on each process."
+            )
         self.makes_pictures = "grid" in get_dataset_column_names(train_dataset)
         if self.makes_pictures and not hasattr(processing_class, "image_processor"):
             raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
@@ -264,7 +269,8 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
-        with unwrap as model, torch.no_grad():
+        gather = self._dist.summon_full_params(self.model_wrapped, recurse=False)
+        with unwrap as model, torch.no_grad(), gather:
             for grid in sorted(set(self._grids)):
                 rows = [row for row, own in enumerate(self._grids) if own == grid]
                 inputs = {}
