@@ -19,6 +19,8 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
 
     Parameters:
         commitment_weight (`float`, defaults to 0.25): Weight of the loss that draws features to their code.
+        reconstruction_weight (`float`, defaults to 0.0): Weight of the loss of a small network that says the pixels of
+            a patch by its code alone. Captions do not tell all that a picture shows; above 0 codes keep its look too.
         codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages
             (VQ-VAE-2, arXiv 1906.00446), or `"gradient"`, a loss that draws codes to features.
         codebook_decay (`float`, defaults to 0.99): Of the moving averages, also of those that count how often a code
@@ -44,6 +46,9 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     commitment_weight: float = field(
         default=0.25, metadata={"help": "Weight of the loss that draws features to their code."}
     )
+    reconstruction_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the loss of a patch's pixels, said by its code."}
+    )
     codebook_update: str = field(
         default="ema", metadata={"help": "How codes follow their features.", "choices": list(CODEBOOK_UPDATES)}
     )
@@ -59,7 +64,7 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
 
     def __post_init__(self):
-        for name in ("commitment_weight", "codebook_weight", "revival_threshold"):
+        for name in ("commitment_weight", "reconstruction_weight", "codebook_weight", "revival_threshold"):
             check_number(name, getattr(self, name), 0)
         check_number("codebook_decay", self.codebook_decay, 0, 1)
         if self.codebook_update not in CODEBOOK_UPDATES:

@@ -20,7 +20,7 @@ class ImageTokenizerOutput:
         image_embeds, text_embeds: `(batch, width)`, of length one.
         features: `(patches, embed_dim)`, of length one: what is quantised.
         codes: `(patches,)`.
-        commitment_loss, codebook_loss: Scalars.
+        commitment_loss, codebook_loss, reconstruction_loss: Scalars.
     """
 
     image_embeds: torch.Tensor
@@ -29,13 +29,14 @@ class ImageTokenizerOutput:
     codes: torch.LongTensor
     commitment_loss: torch.Tensor
     codebook_loss: torch.Tensor
+    reconstruction_loss: torch.Tensor
 
 
 class ImageTokenizerWithText(nn.Module):
     r"""
     Features h of a picture's patches and their codes e, both of length one as the released quantiser has them; codes
     pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the picture is
-    compared with its caption.
+    compared with its caption; each code, through two linear layers, with the pixels of its patch.
 
     Args:
         visual: The vision tower (`model.visual`). vqmodel: The quantiser (`model.vqmodel`).
@@ -48,7 +49,9 @@ class ImageTokenizerWithText(nn.Module):
         self.visual, self.vqmodel, self.text_model = visual, vqmodel, text_model
         num_codes, embed_dim = vqmodel.quantize.embedding.weight.shape
         width = text_model.config.get_text_config().hidden_size
-        self.image_projection = nn.Linear(vqmodel.post_quant_conv.out_channels, width)
+        channels, num_pixels = vqmodel.post_quant_conv.out_channels, visual.patch_embed.proj.weight[0].numel()
+        self.image_projection = nn.Linear(channels, width)
+        self.pixel_projection = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_pixels))
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
         # Moving averages: how often a code is used, and the sum of the features that chose it
@@ -85,6 +88,7 @@ class ImageTokenizerWithText(nn.Module):
             codes=codes,
             commitment_loss=(features - chosen.detach()).square().sum(dim=-1).mean(),
             codebook_loss=(features.detach() - chosen).square().sum(dim=-1).mean(),
+            reconstruction_loss=F.mse_loss(self.pixel_projection(quantized), pixel_values),
         )
 
     @torch.no_grad()

@@ -28,10 +28,11 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
     transformers' [`~transformers.Trainer`] for the image tokenizer (SigLIP-VQ), the `visual` and `vqmodel` of a
     LLaDA-Uni model, which are trained in place:
 
-        L = sigmoid contrastive loss + commitment_weight * |h - sg(e)|^2  (+ codebook_weight * |sg(h) - e|^2)
+        L = sigmoid contrastive loss + commitment_weight * |h - sg(e)|^2 + reconstruction_weight * mean |f(e) - x|^2
+            (+ codebook_weight * |sg(h) - e|^2)
 
-    with features h and codes e of length one (arXiv 1711.00937). The last term is there for
-    `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody uses are
+    with features h and codes e of length one (arXiv 1711.00937), and f(e) the pixels x of a patch as its code alone
+    tells them. The last term is there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody uses are
     set to features of the batch. Logged are the terms, and the codebook's usage and perplexity since the last log;
     evaluation adds the recall of captions and pictures.
 
@@ -121,8 +122,10 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             ),
             "commitment_loss": outputs.commitment_loss,
             "codebook_loss": outputs.codebook_loss,
+            "reconstruction_loss": outputs.reconstruction_loss,
         }
         weights = {"contrastive_loss": 1.0, "commitment_loss": args.commitment_weight}
+        weights["reconstruction_loss"] = args.reconstruction_weight
         if args.codebook_update == "gradient":
             weights["codebook_loss"] = args.codebook_weight
         loss = sum(weight * terms[name] for name, weight in weights.items())

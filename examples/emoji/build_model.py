@@ -1,0 +1,215 @@
+"""
+An untrained LLaDA-Uni of 18 million parameters for pictures of 64 x 64, with a tokenizer trained on the corpus.
+
+    python examples/emoji/build_model.py runs/emoji/data/corpus.txt runs/emoji/model
+
+Writes a pipeline folder, and beside the pipeline's parts `text_model/`, the encoder of captions that the image
+tokenizer is trained against.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
+from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
+
+from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
+from transformers_llada_uni import (
+    LLaDA2MoeConfig,
+    LLaDAUniConfig,
+    LLaDAUniForConditionalGeneration,
+    LLaDAUniImageProcessor,
+    LLaDAUniProcessor,
+)
+from transformers_llada_uni.prompts import ANSWER, SYSTEM_PROMPTS, UNCONDITION
+
+
+# The tokenizer sees 32 x 32 pixels as 4 x 4 patches, the decoder draws 64 x 64, as the release sees 512 and draws 1024.
+PATCH_SIZE, SIDE, GRID = 8, 32, 4
+NUM_CODES = 1024
+NUM_TEXT_TOKENS = 3072
+LARGEST_GRID = 8
+
+
+def build_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. What frames every prompt is one token each: words that never vary need no thought."""
+    tokenizer = Tokenizer(models.BPE())
+    # With a space before every text, a word is one token wherever it stands.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    special = ["<|startoftext|>", "<|endoftext|>", "<|mask|>", "<|role_end|>", "<|image|>", "<|/image|>", "<boi>"]
+    special += [f"<|reserved_token_{number}|>" for number in range(LARGEST_GRID + 1)]
+    special += ["<role>", "</role>", ANSWER, "<role>HUMAN</role>"]
+    special += [f"<role>SYSTEM</role> {words} <role>HUMAN</role>" for words in SYSTEM_PROMPTS.values()]
+    num_words = NUM_TEXT_TOKENS - 1  # one is left for UNCONDITION, which is text and not special
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_words,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(corpus)], trainer)
+    tokenizer.add_tokens([UNCONDITION])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|mask|>",
+        padding_side="left",
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAUniProcessor:
+    image_processor = LLaDAUniImageProcessor(
+        patch_size=PATCH_SIZE,
+        size_multiple=SIDE,
+        min_pixels=SIDE**2,
+        max_pixels=SIDE**2,
+        editing_max_pixels=SIDE**2,
+    )
+    return LLaDAUniProcessor(
+        image_processor,
+        tokenizer,
+        image_token_offset=NUM_TEXT_TOKENS,
+        codebook_size=NUM_CODES,
+        max_position_embeddings=1024,
+    )
+
+
+def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditionalGeneration:
+    token_id = processor.tokenizer.convert_tokens_to_ids
+    text_config = LLaDA2MoeConfig(
+        vocab_size=NUM_TEXT_TOKENS + NUM_CODES,
+        image_token_offset=NUM_TEXT_TOKENS,
+        hidden_size=256,
+        intermediate_size=768,
+        moe_intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        num_experts=16,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=1024,
+        initializer_range=0.03,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        mask_token_id=token_id("<|mask|>"),
+        pad_token_id=token_id("<|endoftext|>"),
+        eos_token_id=token_id("<|endoftext|>"),
+    )
+    vision_config = GlmImageVisionConfig(
+        hidden_size=192,
+        intermediate_size=512,
+        depth=4,
+        num_heads=4,
+        patch_size=PATCH_SIZE,
+        image_size=SIDE,
+        spatial_merge_size=1,
+    )
+    vq_config = GlmImageVQVAEConfig(num_embeddings=NUM_CODES, embed_dim=32, latent_channels=192)
+    config = LLaDAUniConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        vq_config=vq_config,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=token_id("<|image|>"),
+        image_end_token_id=token_id("<|/image|>"),
+        begin_of_image_token_id=token_id("<boi>"),
+        grid_token_ids=processor.grid_token_ids,
+    )
+    model = LLaDAUniForConditionalGeneration(config)
+    model.generation_config.update(
+        eos_token_id=[token_id("<|endoftext|>"), token_id("<|role_end|>")], num_steps_per_block=8, max_new_tokens=32
+    )
+    return model
+
+
+def build_vae() -> AutoencoderKL:
+    """A quarter of the picture's sides, 8 channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=2 * SIDE,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_decoder() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=8,
+        dim=192,
+        n_layers=5,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=192,
+        axes_dims=[16, 16, 16],
+        axes_lens=[512, 32, 32],
+        siglip_feat_dim=None,
+    )
+
+
+def build_text_model(tokenizer: PreTrainedTokenizerFast) -> ModernBertModel:
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        global_attn_every_n_layers=1,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        cls_token_id=tokenizer.bos_token_id,
+        sep_token_id=tokenizer.eos_token_id,
+    )
+    return ModernBertModel(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    processor = build_processor(build_tokenizer(arguments.corpus))
+    pipe = LLaDAUniPipeline(
+        model=build_language_model(processor),
+        processor=processor,
+        semantic_embedder=LLaDAUniSemanticEmbedder(codebook_size=NUM_CODES, embedding_dim=192),
+        vae=build_vae(),
+        transformer=build_decoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer_turbo=None,
+        scheduler_turbo=None,
+    )
+    pipe.save_pretrained(arguments.output_dir)
+    text_model = build_text_model(processor.tokenizer)
+    text_model.save_pretrained(arguments.output_dir / "text_model")
+    processor.tokenizer.save_pretrained(arguments.output_dir / "text_model")
+    parts = {**pipe.components, "text_model": text_model}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million parameters")
+
+
+if __name__ == "__main__":
+    main()

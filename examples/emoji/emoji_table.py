@@ -1,0 +1,151 @@
+"""The emoji: pictures, names, which of them are held out, and which of them make an edit or a story."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+
+PACKAGE = "emoji-datasource-twitter-16.0.0.tgz"  # `npm pack emoji-datasource-twitter@16.0.0`
+TONES = {
+    "1F3FB": "light",
+    "1F3FC": "medium-light",
+    "1F3FD": "medium",
+    "1F3FE": "medium-dark",
+    "1F3FF": "dark",
+}
+HELD_OUT_SHARE = 0.1
+HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
+MOON_PHASES = (
+    "new moon",
+    "waxing crescent moon",
+    "first quarter moon",
+    "waxing gibbous moon",
+    "full moon",
+    "waning gibbous moon",
+    "last quarter moon",
+    "waning crescent moon",
+)
+HAIR = ("red hair", "curly hair", "white hair", "bald", "blond hair")
+
+
+@dataclass
+class Emoji:
+    """
+    One picture of the set.
+
+    Args:
+        key: Its code points, such as "1F44B-1F3FD".
+        base: Its name without skin tones.
+        tones: None, one or two skin tones, as words.
+        category, subcategory: Of Unicode.
+        keywords: Other names of the base.
+        picture: 64 x 64, on white.
+        is_held_out: Never shown in training, neither as a picture nor by a caption.
+        names: All names of this very picture: some emoji of the set are drawn alike.
+    """
+
+    key: str
+    base: str
+    tones: tuple[str, ...]
+    category: str
+    subcategory: str
+    keywords: tuple[str, ...]
+    picture: Image.Image
+    is_held_out: bool = False
+    names: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """Its full name: "waving hand: medium skin tone"."""
+        return name_of(self.base, self.tones)
+
+    @property
+    def answer_name(self) -> str:
+        """The one of its names that answers use: the shortest, then the first by alphabet."""
+        return min(self.names, key=lambda name: (len(name), name))
+
+
+def name_of(base: str, tones: tuple[str, ...]) -> str:
+    return f"{base}: " + ", ".join(f"{tone} skin tone" for tone in tones) if tones else base
+
+
+def hold_out(table: list[Emoji]) -> None:
+    """The rule: of the pictures with a skin tone the tenth whose code points have the smallest SHA-256."""
+    # What is held out under one name must not be trained on under another.
+    candidates = [emoji for emoji in table if emoji.tones and len(emoji.names) == 1]
+    candidates.sort(key=lambda emoji: hashlib.sha256(emoji.key.encode()).digest())
+    for emoji in candidates[: round(HELD_OUT_SHARE * sum(bool(emoji.tones) for emoji in table))]:
+        emoji.is_held_out = True
+
+
+def load_emoji(package: str | Path) -> list[Emoji]:
+    """All 3,786 pictures of the npm package, in the order of Unicode."""
+    pictures: dict[str, bytes] = {}
+    with tarfile.open(package) as archive:
+        for member in archive:
+            path = Path(member.name)
+            if path.parts[-3:-1] == ("twitter", "64") and path.suffix == ".png":
+                pictures[path.name] = archive.extractfile(member).read()
+            elif path.name == "emoji.json":
+                entries = json.load(archive.extractfile(member))
+    table: list[Emoji] = []
+    for entry in sorted(entries, key=lambda entry: entry["sort_order"]):
+        base = _base_name(entry)
+        keywords = tuple(
+            dict.fromkeys(
+                word
+                for word in (short.replace("_", " ").replace("-", " ") for short in entry["short_names"])
+                if word != base and len(word) > 2
+            )
+        )
+        variants = [(None, entry), *entry.get("skin_variations", {}).items()]
+        for tone_key, variant in variants:
+            tones = tuple(TONES[part] for part in tone_key.split("-")) if tone_key else ()
+            table.append(
+                Emoji(
+                    key=variant["unified"],
+                    base=base,
+                    tones=tones,
+                    category=entry["category"].lower(),
+                    subcategory=entry["subcategory"],
+                    keywords=keywords,
+                    picture=_on_white(pictures[variant["image"]]),
+                )
+            )
+    _name_twins(table)
+    hold_out(table)
+    return table
+
+
+def _base_name(entry: dict) -> str:
+    name = entry["name"].lower()
+    if name == "man in tuxedo" and entry["unified"] == "1F935":
+        return "person in tuxedo"  # the package names two emoji alike
+    for ending in (" sign", " symbol"):
+        if name.endswith(ending) and ("hand" in name or "moon" in name):
+            name = name.removesuffix(ending)
+    return name.replace("clock face ", "").replace("’", "'")
+
+
+def _on_white(data: bytes) -> Image.Image:
+    drawn = Image.open(io.BytesIO(data)).convert("RGBA")
+    canvas = Image.new("RGBA", drawn.size, "white")
+    canvas.alpha_composite(drawn)
+    return canvas.convert("RGB")
+
+
+def _name_twins(table: list[Emoji]) -> None:
+    """Some pictures are equal pixel by pixel, such as the flags of Norway and Svalbard: each has both names."""
+    twins: dict[bytes, list[Emoji]] = defaultdict(list)
+    for emoji in table:
+        twins[emoji.picture.tobytes()].append(emoji)
+    for same in twins.values():
+        names = {emoji.name for emoji in same}
+        for emoji in same:
+            emoji.names = names
