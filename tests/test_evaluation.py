@@ -282,8 +282,8 @@ def fitted(tokenizer):
         document_ids[row, :end] = 0
     noise = BlockDiffusionNoise(num_noise_samples=2, weighting="none", complementary=True)
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for _ in range(200):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(260):
         masked, weights = noise.sample(labels, document_ids, 8, generator)
         outputs = model(
             input_ids, labels=labels, document_ids=document_ids, masked=masked, weights=weights, fused_lm_head=True

@@ -10,7 +10,7 @@ from tests.training_common import BLOCK, tiny_model
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.training.masking import create_noisy_clean_mask, positions_of
 from transformers_llada_uni.training.noise import BlockDiffusionNoise, NoiseStream
-from transformers_llada_uni.training.objective import add_block_diffusion_head, document_ids_of, noisy_columns
+from transformers_llada_uni.training.objective import add_block_diffusion_head, columns_of_pass, document_ids_of
 
 
 # Two documents and padding; prompts of 5 and 3 tokens.
@@ -267,13 +267,16 @@ def test_documents_from_what_collators_give():
     assert document_ids_of(labels, position_ids=position_ids).tolist() == [[0, 0, 0, 1, 1, 2]]
 
 
-def test_only_blocks_with_labels_are_noised():
-    labels = torch.full((2, 12), -100)
-    labels[0, 5] = labels[0, 9] = labels[1, 2] = 1
-    block_numbers = (torch.arange(12) // BLOCK).expand(2, 12)
-    columns, is_real = noisy_columns(labels, block_numbers)
-    assert columns[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11] and bool(is_real[0].all())
-    assert columns[1][is_real[1]].tolist() == [0, 1, 2, 3]
+def test_only_blocks_that_are_needed_are_computed():
+    labels = torch.full((2, 20), -100)
+    labels[0, 5] = labels[0, 9] = labels[0, 14] = labels[1, 2] = 1
+    document_ids = torch.tensor([[3] * 12 + [7] * 8, [0] * 12 + [-1] * 8])
+    (noisy, is_noisy), (clean, is_clean) = columns_of_pass(labels, document_ids, BLOCK)
+    assert noisy[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15] and bool(is_noisy[0].all())
+    assert noisy[1][is_noisy[1]].tolist() == [0, 1, 2, 3]
+    # The last block that is noised sees those before it; the second document and the second row have only one.
+    assert clean[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and bool(is_clean[0].all())
+    assert not is_clean[1].any()
 
 
 # Objective

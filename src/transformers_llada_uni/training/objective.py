@@ -10,7 +10,8 @@ All blocks are learnt in one forward pass over `[noisy_1 | ... | noisy_R | clean
 ids of the document and [`create_noisy_clean_mask`] says who sees whom. Three things keep the pass small:
 
 - the clean part is computed once for all R noisy copies (a complementary pair costs 3 lengths instead of 4);
-- only blocks that hold a token with a label are in the noisy copies (not the prompt's);
+- only blocks that hold a token with a label are in the noisy copies (not the prompt's), and only blocks that a noisy
+  one looks back at are in the clean part (not a document's last);
 - the head is applied to masked tokens only, and in tiles of the vocabulary.
 """
 
@@ -47,21 +48,37 @@ def document_ids_of(
     return torch.zeros_like(labels)
 
 
-def noisy_columns(labels: torch.LongTensor, block_numbers: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+def columns_of_pass(
+    labels: torch.LongTensor, document_ids: torch.LongTensor, block_length: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """
-    The columns whose block holds a token with a label: what has to be in a noisy copy.
+    The columns of a row that a noisy copy needs, those of blocks that hold a token with a label, and the columns that
+    the clean part needs, those of blocks with such a block after them in their document.
 
     Args:
-        labels: `(batch, length)`.
-        block_numbers: `(batch, length)`, different for different blocks of a row.
+        labels, document_ids: `(batch, length)`.
+        block_length: Tokens of a block.
 
     Returns:
-        `columns` `(batch, width)`, rising, and `is_real` `(batch, width)`, false where a row has fewer.
+        For the noisy and for the clean part `columns` `(batch, width)`, rising, and `is_real` `(batch, width)`, false
+        where a row has fewer than the fullest.
     """
+    block_numbers = running_block_ids(positions_of(document_ids), block_length)
     has_label = (labels != -100).to(torch.long)
     labels_in_block = torch.zeros_like(labels).scatter_add_(1, block_numbers, has_label)
-    is_needed = labels_in_block.gather(1, block_numbers) > 0
-    width = max(int(is_needed.sum(dim=1).max()), 1)
+    is_noised = labels_in_block.gather(1, block_numbers) > 0
+    # Of each document the last block that is noised; documents are counted anew, as their numbers may be anything.
+    begins = torch.ones_like(is_noised)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    documents = begins.cumsum(dim=1) - 1
+    noised_blocks = torch.where(is_noised, block_numbers, -1)
+    last_noised = torch.full_like(labels, -1).scatter_reduce_(1, documents, noised_blocks, "amax")
+    is_seen = block_numbers < last_noised.gather(1, documents)
+    return _gathered(is_noised, minimum=1), _gathered(is_seen, minimum=0)
+
+
+def _gathered(is_needed: torch.BoolTensor, minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(int(is_needed.sum(dim=1).max()), minimum)
     # A stable sort puts the needed columns first, in their order.
     columns = torch.sort(is_needed.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :width]
     return columns, is_needed.gather(1, columns)
@@ -136,10 +153,10 @@ def _forward_objective(
     batch_size, length = input_ids.shape
     num_copies = masked.shape[1]
 
-    # 1. The columns of a noisy copy
+    # 1. The columns of a noisy copy, and of the clean part
     positions = positions_of(document_ids)
     blocks = block_ids_of(positions, block_length)
-    columns, is_real = noisy_columns(labels, running_block_ids(positions, block_length))
+    (columns, is_real), (clean_columns, is_clean) = columns_of_pass(labels, document_ids, block_length)
     width = columns.shape[1]
 
     def pick(values: torch.Tensor) -> torch.Tensor:  # [b, r, l] -> [b, r, w]
@@ -147,7 +164,8 @@ def _forward_objective(
 
     def noisy_and_clean(values: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
         noisy = pick(values[:, None]).expand(-1, num_copies, -1) if noisy is None else noisy
-        return torch.cat([noisy.reshape(batch_size, num_copies * width), values], dim=1)  # [b, r * w + l]
+        clean = values.gather(1, clean_columns)
+        return torch.cat([noisy.reshape(batch_size, num_copies * width), clean], dim=1)  # [b, r * w + c]
 
     # 2. The row [noisy copies | clean], and who sees whom in it
     masked = masked & (labels != -100)[:, None]
@@ -159,7 +177,13 @@ def _forward_objective(
         config,
         copy_ids=noisy_and_clean(torch.full_like(input_ids, num_copies), copy_ids),
         block_ids=noisy_and_clean(blocks),
-        document_ids=noisy_and_clean(document_ids, noisy_documents),
+        document_ids=torch.cat(
+            [
+                noisy_documents.reshape(batch_size, num_copies * width),
+                document_ids.gather(1, clean_columns).masked_fill(~is_clean, -1),
+            ],
+            dim=1,
+        ),
         clean_copy=num_copies,
         dtype=model.dtype,
     )

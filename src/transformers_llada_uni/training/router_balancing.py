@@ -9,8 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..modeling_llada2_moe import LLaDA2MoeTopkRouter
-from .masking import positions_of, running_block_ids
-from .objective import noisy_columns
+from .objective import columns_of_pass
 
 
 def tokens_of_pass(
@@ -23,10 +22,10 @@ def tokens_of_pass(
         labels, document_ids: `(batch, length)`.
 
     Returns:
-        `(batch, num_copies * width + length)`, where `width` is that of [`noisy_columns`].
+        `(batch, num_copies * noisy + clean)`, the widths of [`columns_of_pass`].
     """
-    _, is_real = noisy_columns(labels, running_block_ids(positions_of(document_ids), block_length))
-    return torch.cat([is_real.repeat(1, num_copies), document_ids >= 0], dim=1)
+    (_, is_noisy), (_, is_clean) = columns_of_pass(labels, document_ids, block_length)
+    return torch.cat([is_noisy.repeat(1, num_copies), is_clean], dim=1)
 
 
 class RouterBalancing(TrainerCallback):
