@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 
-STAGES = ("sft", "dpo", "grpo", "tokenizer", "decoder", "distill")
+STAGES = ("sft", "dpo", "grpo", "tokenizer", "autoencoder", "decoder", "distill")
 
 
 def train(stage: str, arguments: Sequence[str]) -> None:

@@ -26,7 +26,6 @@ from .picture_inputs import touched_codes
 
 Generator = torch.Generator | list[torch.Generator] | None
 
-DEFAULT_SIDE = 1024  # pixels of a picture
 DEFAULT_MAX_THINKING_TOKENS = 1024
 DEFAULT_GUIDANCE_SCALE = 2.0
 DEFAULT_EDITING_GUIDANCE_SCALE = 4.0
@@ -107,8 +106,9 @@ class CodeGenerationMixin:
     def _grid(self, height: int | None, width: int | None, upscale: int) -> tuple[int, int]:
         """The grid (H, W) of codes of a picture of so many pixels."""
         side = self.processor.image_processor.patch_size * upscale
-        rows = check_side("height", DEFAULT_SIDE if height is None else height, multiple=side) // side
-        columns = check_side("width", DEFAULT_SIDE if width is None else width, multiple=side) // side
+        default = self.processor.default_side
+        rows = check_side("height", default if height is None else height, multiple=side) // side
+        columns = check_side("width", default if width is None else width, multiple=side) // side
         return rows, columns
 
     def _write_prompts(self, texts: list[str], grid: tuple[int, int], thinking: bool, upscale: int) -> PromptGroup:

@@ -101,6 +101,13 @@ class LLaDAUniProcessor(ProcessorMixin):
             raise ValueError(f"`tokenizer` has no token {GRID_TOKEN.format(1)}, so no picture could have a header.")
         self._grid_number = {token_id: number for number, token_id in enumerate(self.grid_token_ids)}
 
+    @property
+    def default_side(self) -> int:
+        """Pixels along a picture to generate where none are named: twice the largest square that the rule of editing
+        leaves, 1024 for the released model."""
+        step = self.image_processor.size_multiple
+        return UPSCALE * (math.isqrt(self.image_processor.editing_max_pixels) // step * step)
+
     def _token_id(self, token: str, required: bool = True) -> int | None:
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:  # None, or the unknown token
@@ -207,7 +214,7 @@ class LLaDAUniProcessor(ProcessorMixin):
                 becomes the block of its picture. With `task`, the user's own words; pictures go in front of them.
             task (`str`, *optional*): `"understanding"`, `"text_to_image"`, `"thinking"`, `"editing"` (needs a picture;
                 several are references) or `"interleaved"`.
-            height (`int`, *optional*): Height in pixels of the picture to generate, a multiple of 32. Default 1024;
+            height (`int`, *optional*): Height in pixels of the picture to generate, a multiple of 32. Default [`default_side`];
                 for editing twice the first picture's, after its preprocessing.
             width (`int`, *optional*): Its width.
             thinking_text (`str` or `list[str]`, *optional*): For `task="thinking"`: thoughts already written; then the
@@ -358,8 +365,8 @@ class LLaDAUniProcessor(ProcessorMixin):
             input_ids (`torch.LongTensor` (batch, prompt + new)): What `generate` returned.
             attention_mask (`torch.LongTensor` (batch, prompt) or longer, *optional*): That of the prompts. Without it,
                 pad tokens in front are taken for padding.
-            height (`int`, *optional*, defaults to 1024): Height in pixels of the picture, a multiple of 32.
-            width (`int`, *optional*, defaults to 1024): Its width.
+            height (`int`, *optional*, defaults to [`default_side`]): Height in pixels of the picture, a multiple of 32.
+            width (`int`, *optional*, defaults to [`default_side`]): Its width.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or `None` for lists.
 
         Returns:
@@ -447,7 +454,8 @@ class LLaDAUniProcessor(ProcessorMixin):
         if height is None and task == "editing":
             return None
         unit, largest = self.image_processor.patch_size * UPSCALE, len(self.grid_token_ids) - 1
-        sides = {"height": height, "width": width} if height is not None else dict.fromkeys(("height", "width"), 1024)
+        height, width = (self.default_side, self.default_side) if height is None else (height, width)
+        sides = {"height": height, "width": width}
         grid = tuple(codes_of_side(name, side, unit, largest) for name, side in sides.items())
         return grid if task != "thinking" or thinking_text is not None else None
 

@@ -30,6 +30,8 @@ from transformers_llada_uni import training
 from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
+from .autoencoder_config import LLaDAUniAutoencoderConfig
+from .autoencoder_trainer import LLaDAUniAutoencoderTrainer
 from .decoder_config import LLaDAUniDecoderConfig
 from .decoder_data import prepare_decoder_dataset
 from .decoder_trainer import LLaDAUniDecoderTrainer
@@ -188,6 +190,13 @@ def _decoder_data(script_args, training_args, model_args) -> list[Any]:
     ]
 
 
+def train_autoencoder(script_args, training_args, model_args) -> None:
+    parts = load_data(script_args, None, training_args.eval_strategy != "no")
+    vae = _decoder_components(model_args, {"vae": AutoencoderKL})["vae"]
+    image_processor = load_processor(_path(model_args), model_args.model_revision).image_processor
+    finish(LLaDAUniAutoencoderTrainer(vae, training_args, *parts, image_processor=image_processor), script_args)
+
+
 def train_decoder(script_args, training_args, model_args) -> None:
     parts = _decoder_data(script_args, training_args, model_args)
     classes = {"transformer": ZImageTransformer2DModel, "semantic_embedder": LLaDAUniSemanticEmbedder}
@@ -231,6 +240,7 @@ def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., None]]]:
     return {
         **language_model,
         "tokenizer": (tokenizer_options, train_image_tokenizer),
+        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), train_autoencoder),
         "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), train_decoder),
         "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distill_decoder),
     }

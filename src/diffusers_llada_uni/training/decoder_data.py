@@ -64,7 +64,7 @@ def prepare_decoder_dataset(
             except (ValueError, TypeError, OSError) as error:
                 raise ValueError(f"Row {index}: `image` cannot be used: {error}") from error
             (codes,) = model.get_image_codes(inputs["pixel_values"].to(model.dtype), inputs["image_grid_thw"])
-            target = pixels_of.preprocess(_enlarged(picture, image_processor)).to(vae.device, vae.dtype)
+            target = pixels_of.preprocess(enlarged(picture, image_processor)).to(vae.device, vae.dtype)
             latents = vae.encode(target).latent_dist.mode()
             latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
             rows["codes"].append(codes.flatten().tolist())
@@ -80,7 +80,7 @@ def prepare_decoder_dataset(
     return dataset.map(encode, remove_columns=columns, **settings)
 
 
-def _enlarged(picture: Image.Image, image_processor: LLaDAUniImageProcessor) -> Image.Image:
+def enlarged(picture: Image.Image, image_processor: LLaDAUniImageProcessor) -> Image.Image:
     """The part of the picture that the image tokenizer sees, at the decoder's resolution."""
     sizes = image_processor.get_resize_and_crop(picture.height, picture.width, "editing")
     (height, width), (crop_height, crop_width) = ([UPSCALE * side for side in size] for size in sizes)

@@ -1,0 +1,154 @@
+"""
+All tasks on the emoji as token ids, for a model whose image tokenizer is trained.
+
+    python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
+
+Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming) and `all/` as prepared datasets
+(input_ids, labels) for `llada-uni train sft`.
+"""
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from emoji_table import Emoji, load_emoji
+from tasks import EmojiTasks, Story, texts_of_all_tasks
+from wordings import NAMING, TRAINED_DRAWING, subjects
+
+from transformers_llada_uni.training import encode_images, prepare_dataset
+from transformers_llada_uni.training.model_loading import load_model, load_processor
+
+
+# How often a picture is drawn, named, asked about and thought of in one round, and how many edits and stories there are.
+DRAWN, NAMED, ASKED, THOUGHT_OF = 24, 12, 3, 2
+EDITS, STORY_REPEATS = 30_000, 10
+
+Row = dict[str, Any]
+
+
+class TaskRows:
+    """
+    Rows of each task, in the formats of `docs/training.md`, on pictures that may be trained on.
+
+    Args:
+        table (`list[Emoji]`): All emoji.
+        codes: Of each emoji by its key.
+        seed (`int`): Of what is drawn at random.
+    """
+
+    def __init__(self, table: list[Emoji], codes: dict[str, dict[str, list[int]]], seed: int):
+        self.tasks = EmojiTasks(table)
+        self.trained = [emoji for emoji in table if not emoji.is_held_out]
+        self.codes = codes
+        self.generator = random.Random(seed)
+
+    def drawing(self, repeats: int) -> list[Row]:
+        rows = []
+        for emoji in self.trained:
+            for _ in range(repeats):
+                wording = self.generator.choice(TRAINED_DRAWING)
+                # Half of the wishes use the name, the rest other words for it
+                is_plain = self.generator.random() < 0.5
+                subject = emoji.name if is_plain else self.generator.choice(subjects(emoji))
+                rows.append({"caption": wording.format(subject), "image_codes": [self.codes[emoji.key]]})
+        return rows
+
+    def thinking(self, repeats: int) -> list[Row]:
+        rows = []
+        for emoji in self.trained:
+            if not emoji.tones:
+                for _ in range(repeats):
+                    wish, thought = self.tasks.thought(emoji, self.generator)
+                    rows.append({"caption": wish, "thinking": thought, "image_codes": [self.codes[emoji.key]]})
+        return rows
+
+    def naming(self, repeats: int) -> list[Row]:
+        return [
+            self._question(emoji, self.generator.choice(NAMING), emoji.answer_name)
+            for emoji in self.trained
+            for _ in range(repeats)
+        ]
+
+    def questions(self, repeats: int) -> list[Row]:
+        return [
+            self._question(emoji, *self.tasks.questions(emoji, self.generator))
+            for emoji in self.trained
+            for _ in range(repeats)
+        ]
+
+    def editing(self, count: int) -> list[Row]:
+        """Each kind of edit is drawn alike, skin tones more often: there are fifty times as many."""
+        by_kind: dict[str, list] = {}
+        for edit in self.tasks.edits():
+            if not self.tasks.by_key[edit.target].is_held_out:
+                by_kind.setdefault(edit.kind, []).append(edit)
+        shares = {"skin tone": 0.5, "gender": 0.2, "hair": 0.1, "flag": 0.1, "clock": 0.07, "moon": 0.03}
+        rows = []
+        for kind, share in shares.items():
+            for edit in self.generator.choices(by_kind[kind], k=round(share * count)):
+                instruction = self.generator.choice(edit.instructions)
+                pair = [self.codes[edit.source], self.codes[edit.target]]
+                rows.append({"instruction": instruction, "image_codes": pair})
+        return rows
+
+    def stories(self, repeats: int) -> list[Row]:
+        return [self._story(story) for story in self.tasks.stories() for _ in range(repeats)]
+
+    def _question(self, emoji: Emoji, question: str, answer: str) -> Row:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return {"messages": _chat(content, [{"type": "text", "text": answer}]), "image_codes": [self.codes[emoji.key]]}
+
+    def _story(self, story: Story) -> Row:
+        answer = []
+        for sentence, _ in story.parts:
+            answer += [{"type": "text", "text": sentence}, {"type": "image"}]
+        codes = [self.codes[key] for _, key in story.parts]
+        return {"messages": _chat([{"type": "text", "text": story.wish}], answer), "image_codes": codes}
+
+
+def _chat(question: list[dict], answer: list[dict]) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("model", type=Path, help="The pipeline folder.")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    table = load_emoji(arguments.package)
+    model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
+    pictures = Dataset.from_dict(
+        {"image": [emoji.picture for emoji in table], "caption": [emoji.name for emoji in table]}
+    )
+    encoded = encode_images(pictures, model, processor, batch_size=64)["image_codes"]
+    codes = {emoji.key: picture for emoji, (picture,) in zip(table, encoded, strict=True)}
+    distinct = {tuple(codes[emoji.key]["codes"]) for emoji in table}
+    print(f"{len(distinct)} different rows of codes for {len({e.picture.tobytes() for e in table})} pictures.")
+
+    rows = TaskRows(table, codes, arguments.seed)
+    texts = texts_of_all_tasks(rows.trained)
+
+    def prepared(*tasks: list[Row]) -> DatasetDict:
+        settings = {"block_length": model.config.text_config.block_length, "max_length": 256, "seed": arguments.seed}
+        parts = [prepare_dataset(Dataset.from_list(task), processor, **settings) for task in tasks]
+        return DatasetDict(train=concatenate_datasets(parts).shuffle(seed=arguments.seed))
+
+    prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")
+    prepared(rows.drawing(4), rows.naming(4)).save_to_disk(arguments.output_dir / "alignment")
+    prepared(
+        rows.drawing(DRAWN),
+        rows.thinking(THOUGHT_OF),
+        rows.naming(NAMED),
+        rows.questions(ASKED),
+        rows.editing(EDITS),
+        rows.stories(STORY_REPEATS),
+    ).save_to_disk(arguments.output_dir / "all")
+
+
+if __name__ == "__main__":
+    main()
