@@ -20,7 +20,7 @@ TONES = {
     "1F3FF": "dark",
 }
 HELD_OUT_SHARE = 0.1
-HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
+HOURS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 MOON_PHASES = (
     "new moon",
     "waxing crescent moon",

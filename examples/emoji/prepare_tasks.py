@@ -21,7 +21,7 @@ from transformers_llada_uni.training import encode_images, prepare_dataset
 from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
-# How often a picture is drawn, named, asked about and thought of in one round, and how many edits and stories there are.
+# How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.
 DRAWN, NAMED, ASKED, THOUGHT_OF = 24, 12, 3, 2
 EDITS, STORY_REPEATS = 30_000, 10
 

@@ -1,4 +1,4 @@
-"""How people may ask for an emoji: the words of all tasks. Wordings with the index in HELD_OUT are never trained on."""
+"""How people may ask for an emoji: the words of all tasks. HELD_OUT_DRAWING is never trained on."""
 
 from emoji_table import Emoji
 

@@ -214,8 +214,8 @@ class LLaDAUniProcessor(ProcessorMixin):
                 becomes the block of its picture. With `task`, the user's own words; pictures go in front of them.
             task (`str`, *optional*): `"understanding"`, `"text_to_image"`, `"thinking"`, `"editing"` (needs a picture;
                 several are references) or `"interleaved"`.
-            height (`int`, *optional*): Height in pixels of the picture to generate, a multiple of 32. Default [`default_side`];
-                for editing twice the first picture's, after its preprocessing.
+            height (`int`, *optional*): Height in pixels of the picture to generate, a multiple of 32 (of two patches).
+                Default [`default_side`], 1024; for editing twice the first picture's, after its preprocessing.
             width (`int`, *optional*): Its width.
             thinking_text (`str` or `list[str]`, *optional*): For `task="thinking"`: thoughts already written; then the
                 header of the picture follows them. Without it, let the model write and call [`add_image_header`].
@@ -365,8 +365,8 @@ class LLaDAUniProcessor(ProcessorMixin):
             input_ids (`torch.LongTensor` (batch, prompt + new)): What `generate` returned.
             attention_mask (`torch.LongTensor` (batch, prompt) or longer, *optional*): That of the prompts. Without it,
                 pad tokens in front are taken for padding.
-            height (`int`, *optional*, defaults to [`default_side`]): Height in pixels of the picture, a multiple of 32.
-            width (`int`, *optional*, defaults to [`default_side`]): Its width.
+            height (`int`, *optional*): Height in pixels of the picture, a multiple of 32. Default [`default_side`].
+            width (`int`, *optional*): Its width.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or `None` for lists.
 
         Returns:

@@ -1,5 +1,6 @@
 """
-Training of the autoencoder, the diffusion decoder, and its few-step distillation (`pip install llada-uni[train]`). See docs/training.md.
+Training of the autoencoder, the diffusion decoder, and its few-step distillation (`pip install llada-uni[train]`). See
+docs/training.md.
 """
 
 from typing import TYPE_CHECKING

@@ -43,7 +43,7 @@ class LLaDAUniAutoencoderConfig(TrainingArguments):
         for name in ("kl_weight", "absolute_error_weight", "squared_error_weight"):
             check_number(name, getattr(self, name), 0.0)
         if not self.absolute_error_weight and not self.squared_error_weight:
-            raise ValueError("`absolute_error_weight` and `squared_error_weight` are both 0: there is nothing to learn.")
+            raise ValueError("`absolute_error_weight` and `squared_error_weight` are both 0, so nothing is learnt.")
         if self.ema_decay is not None:
             check_number("ema_decay", self.ema_decay, 0, 1)
         super().__post_init__()

@@ -32,9 +32,9 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             (+ codebook_weight * |sg(h) - e|^2)
 
     with features h and codes e of length one (arXiv 1711.00937), and f(e) the pixels x of a patch as its code alone
-    tells them. The last term is there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody uses are
-    set to features of the batch. Logged are the terms, and the codebook's usage and perplexity since the last log;
-    evaluation adds the recall of captions and pictures.
+    tells them. The last term is there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of
+    their features. Codes that nobody uses are set to features of the batch. Logged are the terms, and the codebook's
+    usage and perplexity since the last log; evaluation adds the recall of captions and pictures.
 
     `save_model` writes `image_tokenizer/` in the released layout and `text_model/`. `model.save_pretrained` of the
     model that was given saves the whole.
