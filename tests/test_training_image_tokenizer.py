@@ -121,7 +121,8 @@ def test_statistics_by_hand():
 
 @pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
 def test_loss_equals_its_terms_by_hand(make_trainer, codebook_update):
-    trainer = make_trainer(codebook_update=codebook_update, commitment_weight=0.3, codebook_weight=0.7)
+    weights = {"commitment_weight": 0.3, "codebook_weight": 0.7, "reconstruction_weight": 0.2}
+    trainer = make_trainer(codebook_update=codebook_update, **weights)
     trainer.model.eval()
     inputs = batch_of(trainer)
     with torch.no_grad():
@@ -138,8 +139,12 @@ def test_loss_equals_its_terms_by_hand(make_trainer, codebook_update):
         contrast = sigmoid_contrastive_loss(
             outputs.image_embeds, outputs.text_embeds, torch.tensor(10.0).log(), torch.tensor(-10.0)
         )
+        kernel, shift = holder.vqmodel.post_quant_conv.weight[:, :, 0, 0], holder.vqmodel.post_quant_conv.bias
+        pixels = trainer.model.pixel_projection(codebook[codes] @ kernel.T + shift)
+        pixel_error = (pixels - inputs["pixel_values"]).square().mean()
     assert torch.equal(outputs.codes, codes)
-    expected = contrast + 0.3 * distance + (0.7 * distance if codebook_update == "gradient" else 0)
+    expected = contrast + 0.3 * distance + 0.2 * pixel_error
+    expected = expected + (0.7 * distance if codebook_update == "gradient" else 0)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 

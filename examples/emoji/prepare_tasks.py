@@ -22,8 +22,8 @@ from transformers_llada_uni.training.model_loading import load_model, load_proce
 
 
 # How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.
-DRAWN, NAMED, ASKED, THOUGHT_OF = 24, 12, 3, 2
-EDITS, STORY_REPEATS = 30_000, 10
+DRAWN, NAMED, ASKED, THOUGHT_OF = 24, 8, 2, 1
+EDITS, STORY_REPEATS = 24_000, 6
 
 Row = dict[str, Any]
 

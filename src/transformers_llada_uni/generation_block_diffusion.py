@@ -63,6 +63,9 @@ class BlockDiffusionGenerationMixin:
             return
         names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         location = {name: value for name, value in kwargs.items() if name in names and value is not None}
+        if os.path.isdir(pretrained_model_name_or_path):
+            # transformers takes the subfolder `model` of a relative path `model` for its parent.
+            pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
         try:
             self.generation_config = BlockDiffusionGenerationConfig.from_pretrained(
                 pretrained_model_name_or_path, **location

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
 from .checkpointing import ResumableTrainerMixin
@@ -117,6 +118,14 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             peft_config=peft_config,
             **kwargs,
         )
+        if args.packing and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            # trl joins all packed rows into one, as flash attention likes it. A mask would then be quadratic in the
+            # whole batch, and not in a row.
+            self.data_collator = DataCollatorForLanguageModeling(
+                pad_token_id=self.data_collator.pad_token_id,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                return_position_ids=True,
+            )
         self._stage = args.stage.replace("_", " ")
         base_model = base_of(self.model)
         add_block_diffusion_head(base_model)

@@ -1,0 +1,77 @@
+"""
+Puts what a stage of the training has written into a pipeline folder.
+
+    python examples/emoji/put_into_pipeline.py runs/emoji/tokenizer runs/emoji/model
+
+Known are `image_tokenizer/` (its weights go into `model/`), a language model (the folder itself), and the parts of the
+decoder: `vae/`, `semantic_embedder/`, `transformer/`, `scheduler/`, `transformer_turbo/`, `scheduler_turbo/`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import diffusers_llada_uni  # noqa: F401  registers the models
+
+
+PARTS = ("vae", "semantic_embedder", "transformer", "scheduler", "transformer_turbo", "scheduler_turbo")
+
+
+def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(pipeline / "model")
+    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+    own = [name for name in missing if ".visual." in name or ".vqmodel." in name]
+    if own or unexpected:
+        raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    model.save_pretrained(pipeline / "model.part")
+    replace_folder(pipeline / "model.part", pipeline / "model")
+
+
+def put_folder(source: Path, pipeline: Path) -> None:
+    part = pipeline / f"{source.name}.part"
+    shutil.copytree(source, part, dirs_exist_ok=True)
+    replace_folder(part, pipeline / source.name)
+    index_file = pipeline / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    # A part that was absent when the pipeline was saved is of the class of its namesake.
+    namesake = index[source.name.removesuffix("_turbo")]
+    index[source.name] = namesake
+    part_file = index_file.with_suffix(".part")
+    part_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    os.replace(part_file, index_file)
+
+
+def replace_folder(part: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path, help="The output folder of a stage.")
+    parser.add_argument("pipeline", type=Path)
+    arguments = parser.parse_args()
+    found = [name for name in PARTS if (arguments.trained / name).is_dir()]
+    for name in found:
+        put_folder(arguments.trained / name, arguments.pipeline)
+    tokenizer = arguments.trained / "image_tokenizer" / "image_tokenizer.safetensors"
+    if tokenizer.exists():
+        put_image_tokenizer(tokenizer, arguments.pipeline)
+        found.append("image_tokenizer")
+    if (arguments.trained / "config.json").exists() and (arguments.trained / "model.safetensors").exists():
+        model = AutoModelForImageTextToText.from_pretrained(arguments.trained)
+        model.save_pretrained(arguments.pipeline / "model.part")
+        replace_folder(arguments.pipeline / "model.part", arguments.pipeline / "model")
+        found.append("model")
+    if not found:
+        raise FileNotFoundError(f"`{arguments.trained}` holds no part of a pipeline.")
+    print(f"Put {', '.join(found)} into {arguments.pipeline}.")
+
+
+if __name__ == "__main__":
+    main()
