@@ -24,7 +24,7 @@ from tasks import Edit, EmojiTasks, Story
 from tqdm import tqdm
 from wordings import HELD_OUT_DRAWING, NAMING, TRAINED_DRAWING
 
-import diffusers_llada_uni  # noqa: F401  registers the pipeline
+from diffusers_llada_uni import embedded_checkpoint
 
 
 TABLE_BEGIN, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
@@ -176,7 +176,7 @@ def evaluate(pipe: DiffusionPipeline, table: list[Emoji], share: float, seed: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
-    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--model", type=Path, default=embedded_checkpoint(), help="A pipeline folder.")
     parser.add_argument("--share", type=float, default=1.0, help="Share of each task to look at, for a quick look.")
     parser.add_argument("--card", type=Path, help="The model card to write the table into.")
     parser.add_argument("--seed", type=int, default=0)

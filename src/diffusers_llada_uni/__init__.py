@@ -16,6 +16,7 @@ from .pipeline_registration import register
 __version__ = transformers_llada_uni.__version__
 
 _EXPORTS = {
+    "embedded_checkpoints": ["embedded_checkpoint"],
     "pipeline_llada_uni": ["LLaDAUniPipeline"],
     "pipeline_output": ["LLaDAUniPipelineOutput"],
     "semantic_embedder": ["LLaDAUniSemanticEmbedder"],
@@ -23,6 +24,7 @@ _EXPORTS = {
 __getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
+    from .embedded_checkpoints import embedded_checkpoint as embedded_checkpoint
     from .pipeline_llada_uni import LLaDAUniPipeline as LLaDAUniPipeline
     from .pipeline_output import LLaDAUniPipelineOutput as LLaDAUniPipelineOutput
     from .semantic_embedder import LLaDAUniSemanticEmbedder as LLaDAUniSemanticEmbedder
