@@ -4,13 +4,12 @@ Everything that made the shipped emoji model, in order, on a CPU: about seven ho
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/train.py emoji-datasource-twitter-16.0.0.tgz --minutes 85
 
-Stops after that many minutes, or whenever you stop it; the same command goes on where it was. What is finished is noted
+Stops after that many minutes, or when you stop it; the same command goes on where it was. What is finished is noted
 in `runs/emoji/finished.txt`; what each step prints stands in `runs/emoji/logs/`.
 """
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -66,7 +65,7 @@ def run(name: str, command: list[str], deadline: float | None) -> bool:
             remaining = None if deadline is None else max(deadline - time.monotonic(), 1)
             code = process.wait(timeout=remaining)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
             return False
     if code:

@@ -1,0 +1,41 @@
+"""
+The trained pipeline as it is shipped: half precision, inference only.
+
+    python examples/emoji/export.py runs/emoji/model src/diffusers_llada_uni/checkpoints/emoji
+
+float16 and not bfloat16: the image tokenizer's choices hang on the digits that bfloat16 would drop.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+import diffusers_llada_uni  # noqa: F401  registers the pipeline
+
+
+LARGEST = 50 * 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    arguments = parser.parse_args()
+    pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(torch.float16)
+    part = arguments.output_dir.with_name(arguments.output_dir.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    pipe.save_pretrained(part)
+    size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+    if size > LARGEST:
+        shutil.rmtree(part)
+        raise SystemExit(f"The checkpoint has {size / 2**20:.1f} MB, more than {LARGEST / 2**20:.0f}.")
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    part.rename(arguments.output_dir)
+    print(f"{size / 2**20:.1f} MB in {arguments.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
