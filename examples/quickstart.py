@@ -3,7 +3,7 @@ Draws three prompts, names a picture, edits it, tells a story in words and pictu
 
     python examples/quickstart.py                                # the emoji model of this package, on a CPU
     python examples/quickstart.py --image mine.png --instruction "make it a man"
-    python examples/quickstart.py --checkpoint DIR --size 1024 --prompts "a red fox in the snow"   # the released weights
+    python examples/quickstart.py --checkpoint DIR --prompts "a red fox in the snow"  # the released weights
 
 The emoji model knows 3,786 emoji of 64 x 64 pixels and little else.
 """

@@ -322,7 +322,7 @@ def test_expert_bias_follows_the_loads(make_trainer):
         load = torch.zeros(8)
         indices = [index for module, index in seen if module is router]
         for batch, index in zip(batches, indices, strict=True):
-            # The row is [the blocks with labels | the blocks before the last]; prompts of 10 tokens: all but the first.
+            # The row is [blocks with labels | blocks before the last]; prompts of 10 tokens: all but the first.
             real = batch["attention_mask"].bool()
             before_last = (real.sum(dim=1) - 1) // BLOCK * BLOCK
             is_seen = torch.arange(int(before_last.max())) < before_last[:, None]
