@@ -13,6 +13,7 @@ from transformers_llada_uni.block_diffusion_sampling import (
     predict_tokens,
     select_positions,
 )
+from transformers_llada_uni.guided_head import GuidedHead
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,23 @@ class TestRules:
         assert torch.equal(guided_logits(torch.stack([c, u, n]), 3.0, 1.5, 0.0), plain)
         rescaled = 0.7 * plain * c.std() / (plain.std() + 1e-6) + 0.3 * plain
         torch.testing.assert_close(guided_logits(torch.stack([c, u, n]), 3.0, 1.5, 0.7), rescaled)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("guidance", [(2.0, 0.0, 0.7), (3.0, 1.5, 1.0), (1.7, 0.4, 0.0)])
+    @pytest.mark.parametrize("num_branches", [1, 2, 3])
+    def test_head_after_guidance_equals_guidance_after_head(self, num_branches, guidance, dtype):
+        generator = torch.Generator().manual_seed(0)
+        head = torch.nn.Linear(16, 50, bias=False, dtype=dtype)
+        head.weight.data = torch.randn(50, 16, generator=generator, dtype=dtype) + 0.3
+        hidden_states = torch.randn(num_branches, 7, 16, generator=generator, dtype=dtype)
+        with torch.no_grad():
+            expected = guided_logits(head(hidden_states), *guidance)[:, 20:45]
+            expected[:, 2] = float("-inf")
+            found = GuidedHead(head, (20, 45), [3, 22], guidance)(hidden_states)
+            head.register_forward_hook(lambda module, args, output: output)  # now it is more than a matrix
+            called = GuidedHead(head, (20, 45), [3, 22], guidance)(hidden_states)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(called, expected, rtol=1e-5, atol=1e-5)
 
     def test_confidences_by_hand(self):
         logits = torch.tensor([[0.0, 1.0, 3.0]])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
@@ -14,12 +13,12 @@ from .block_diffusion_cache import BlockDiffusionCache, SprintCache, SprintConfi
 from .block_diffusion_sampling import (
     Generators,
     commit_schedule,
-    guided_logits,
     make_warpers,
     predict_tokens,
     select_positions,
 )
 from .generation_configuration import BlockDiffusionGenerationConfig
+from .guided_head import GuidedHead
 from .masking_block_causal import create_block_causal_mask
 
 
@@ -124,8 +123,9 @@ class BlockDiffusionDecoder:
         is_done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         image_token_offset: int | None = None,
     ):
-        self.backbone, self.head, self.config = backbone, head, config
-        self.never_predicted, self.allowed, self.is_image, self.guidance = never_predicted, allowed, is_image, guidance
+        self.backbone, self.config = backbone, config
+        self.head = GuidedHead(head, allowed, never_predicted, guidance)
+        self.allowed, self.is_image = allowed, is_image
         self.generator, self.is_done, self.image_token_offset = generator, is_done, image_token_offset
         self.block_length = config.block_length
         self.warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
@@ -188,7 +188,7 @@ class BlockDiffusionDecoder:
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
             row_index, column_index = masked.nonzero(as_tuple=True)
-            logits = self._logits(hidden_states[:, row_index, column_index])
+            logits = self.head(hidden_states[:, row_index, column_index])
             tokens, probabilities, ranking = predict_tokens(
                 logits,
                 rows[row_index],
@@ -284,22 +284,6 @@ class BlockDiffusionDecoder:
         columns = torch.arange(stop, device=canvas.ids.device)
         return columns >= canvas.padding[:, self.rows].flatten()[:, None]
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Guided logits of the allowed ids, `(masks, ids)`, from hidden states `(branches, masks, hidden)`."""
-        low, high = self.allowed or (0, self.head.out_features)
-        rescale = len(hidden_states) > 1 and self.guidance[2] > 0
-        if rescale or not _is_plain_linear(self.head):
-            # Rescaling measures the spread over the whole vocabulary.
-            logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[:, low:high]
-        else:
-            logits = guided_logits(
-                _at_least_float32(F.linear(hidden_states, self.head.weight[low:high])), *self.guidance
-            )
-        for token_id in self.never_predicted:
-            if low <= token_id < high:
-                logits[:, token_id - low] = float("-inf")
-        return logits
-
     def _prune(self, canvas: Canvas, start: int, cache: SprintCache, sprint: SprintConfig) -> None:
         num_branches = canvas.ids.shape[0]
         prefix = canvas.ids[:, self.rows, :start].flatten(0, 1)
@@ -308,13 +292,3 @@ class BlockDiffusionDecoder:
             is_image = prefix >= self.image_token_offset
         confidence = canvas.confidence[self.rows, :start].repeat(num_branches, 1)
         cache.prune(sprint, confidence, is_image, self._visible(canvas, start))
-
-
-def _is_plain_linear(head: nn.Module) -> bool:
-    """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
-    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -13,20 +13,17 @@ def commit_schedule(block_length: int, num_steps: int) -> list[int]:
     return [base + (step < remainder) for step in range(num_steps)]
 
 
-def guided_logits(
-    branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float, guidance_rescale: float
-) -> torch.Tensor:
+def guided_hidden_states(branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float) -> torch.Tensor:
     """
-    Classifier-free guidance (arXiv 2207.12598) on logits, rescaled to the conditional's spread (arXiv 2305.08891).
+    Classifier-free guidance (arXiv 2207.12598) on anything linear, such as logits or the hidden states before them.
 
     Args:
-        branches: `(branches, masks, vocabulary)`: conditional, without text and, with three branches, without image.
+        branches: `(branches, masks, width)`: conditional, without text and, with three branches, without image.
         guidance_scale: s_text in u + s_text (c - u) + s_image (u - n).
         image_guidance_scale: s_image.
-        guidance_rescale: Share r of the rescaled logits, 0 to 1.
 
     Returns:
-        `(masks, vocabulary)`.
+        `(masks, width)`.
     """
     if len(branches) == 1:
         return branches[0]
@@ -34,8 +31,25 @@ def guided_logits(
     guided = no_text + guidance_scale * (conditional - no_text)
     if len(branches) == 3:
         guided = guided + image_guidance_scale * (no_text - branches[2])
-    if guidance_rescale > 0:
-        spread = conditional.std(dim=-1, keepdim=True) / (guided.std(dim=-1, keepdim=True) + 1e-6)
+    return guided
+
+
+def guided_logits(
+    branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float, guidance_rescale: float
+) -> torch.Tensor:
+    """
+    [`guided_hidden_states`] of logits, rescaled to the conditional's spread (arXiv 2305.08891).
+
+    Args:
+        branches, guidance_scale, image_guidance_scale: As there, the width being the whole vocabulary.
+        guidance_rescale: Share r of the rescaled logits, 0 to 1.
+
+    Returns:
+        `(masks, vocabulary)`.
+    """
+    guided = guided_hidden_states(branches, guidance_scale, image_guidance_scale)
+    if len(branches) > 1 and guidance_rescale > 0:
+        spread = branches[0].std(dim=-1, keepdim=True) / (guided.std(dim=-1, keepdim=True) + 1e-6)
         guided = guidance_rescale * guided * spread + (1 - guidance_rescale) * guided
     return guided
 
