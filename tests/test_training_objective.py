@@ -271,12 +271,13 @@ def test_only_blocks_that_are_needed_are_computed():
     labels = torch.full((2, 20), -100)
     labels[0, 5] = labels[0, 9] = labels[0, 14] = labels[1, 2] = 1
     document_ids = torch.tensor([[3] * 12 + [7] * 8, [0] * 12 + [-1] * 8])
-    (noisy, is_noisy), (clean, is_clean) = columns_of_pass(labels, document_ids, BLOCK)
-    assert noisy[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15] and bool(is_noisy[0].all())
-    assert noisy[1][is_noisy[1]].tolist() == [0, 1, 2, 3]
+    columns, copies, is_real = columns_of_pass(labels, document_ids, 2, BLOCK)
     # The last block that is noised sees those before it; the second document and the second row have only one.
-    assert clean[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7] and bool(is_clean[0].all())
-    assert not is_clean[1].any()
+    noised, seen = [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [0, 1, 2, 3, 4, 5, 6, 7]
+    assert columns[0].tolist() == noised + noised + seen and bool(is_real[0].all())
+    assert copies[0].tolist() == [0] * 12 + [1] * 12 + [2] * 8
+    assert columns[1][is_real[1]].tolist() == [0, 1, 2, 3] * 2
+    assert copies[1][is_real[1]].tolist() == [0] * 4 + [1] * 4
 
 
 # Objective

@@ -322,11 +322,10 @@ def test_expert_bias_follows_the_loads(make_trainer):
         load = torch.zeros(8)
         indices = [index for module, index in seen if module is router]
         for batch, index in zip(batches, indices, strict=True):
-            # The row is [blocks with labels | blocks before the last]; prompts of 10 tokens: all but the first.
-            real = batch["attention_mask"].bool()
-            before_last = (real.sum(dim=1) - 1) // BLOCK * BLOCK
-            is_seen = torch.arange(int(before_last.max())) < before_last[:, None]
-            is_token = torch.cat([real[:, BLOCK:], is_seen], dim=1).flatten()
+            # Of each row the blocks with labels (prompts of 10 tokens: all but the first), then those before the last.
+            length = batch["attention_mask"].sum(dim=1)
+            num_tokens = length - BLOCK + (length - 1) // BLOCK * BLOCK
+            is_token = (torch.arange(int(num_tokens.max())) < num_tokens[:, None]).flatten()
             for experts in index[is_token].tolist():
                 for expert in experts:
                     load[expert] += 1

@@ -19,6 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = Path("runs/emoji")
 MODEL = RUNS / "model"
+# glibc gives large tensors back and fetches them anew at every operation; if it keeps them, steps are a quarter faster.
+MEMORY_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "500000000",
+}
 
 
 def steps(package: Path) -> dict[str, list[str]]:
@@ -85,6 +91,8 @@ def main() -> None:
     finished_file = RUNS / "finished.txt"
     finished = finished_file.read_text().split() if finished_file.exists() else []
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in MEMORY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     for name, command in steps(arguments.package).items():
         if name in finished:
             continue

@@ -49,20 +49,23 @@ def document_ids_of(
 
 
 def columns_of_pass(
-    labels: torch.LongTensor, document_ids: torch.LongTensor, block_length: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    labels: torch.LongTensor, document_ids: torch.LongTensor, num_copies: int, block_length: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
     """
-    The columns of a row that a noisy copy needs, those of blocks that hold a token with a label, and the columns that
-    the clean part needs, those of blocks with such a block after them in their document.
+    What of `[noisy_1 | ... | noisy_R | clean]` has to be computed: of a noisy copy the blocks that hold a token with a
+    label, of the clean part the blocks with such a block after them in their document. What is left of a row moves
+    together.
 
     Args:
         labels, document_ids: `(batch, length)`.
+        num_copies: R.
         block_length: Tokens of a block.
 
     Returns:
-        For the noisy and for the clean part `columns` `(batch, width)`, rising, and `is_real` `(batch, width)`, false
-        where a row has fewer than the fullest.
+        `columns`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass the column of the document's
+        row, the number of the copy (R for the clean part), and whether it is more than padding.
     """
+    batch_size, length = labels.shape
     block_numbers = running_block_ids(positions_of(document_ids), block_length)
     has_label = (labels != -100).to(torch.long)
     labels_in_block = torch.zeros_like(labels).scatter_add_(1, block_numbers, has_label)
@@ -74,14 +77,12 @@ def columns_of_pass(
     noised_blocks = torch.where(is_noised, block_numbers, -1)
     last_noised = torch.full_like(labels, -1).scatter_reduce_(1, documents, noised_blocks, "amax")
     is_seen = block_numbers < last_noised.gather(1, documents)
-    return _gathered(is_noised, minimum=1), _gathered(is_seen, minimum=0)
 
-
-def _gathered(is_needed: torch.BoolTensor, minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(int(is_needed.sum(dim=1).max()), minimum)
-    # A stable sort puts the needed columns first, in their order.
-    columns = torch.sort(is_needed.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :width]
-    return columns, is_needed.gather(1, columns)
+    is_needed = torch.cat([is_noised.repeat(1, num_copies), is_seen], dim=1)
+    width = max(int(is_needed.sum(dim=1).max()), 1)
+    # A stable sort puts what is needed first, in its order.
+    order = torch.sort(is_needed.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :width]
+    return order % length, order // length, is_needed.gather(1, order)
 
 
 def add_block_diffusion_head(model: PreTrainedModel) -> None:
@@ -153,52 +154,33 @@ def _forward_objective(
     batch_size, length = input_ids.shape
     num_copies = masked.shape[1]
 
-    # 1. The columns of a noisy copy, and of the clean part
+    # 1. What has to be computed of [noisy copies | clean]
+    columns, copies, is_real = columns_of_pass(labels, document_ids, num_copies, block_length)
     positions = positions_of(document_ids)
-    blocks = block_ids_of(positions, block_length)
-    (columns, is_real), (clean_columns, is_clean) = columns_of_pass(labels, document_ids, block_length)
-    width = columns.shape[1]
-
-    def pick(values: torch.Tensor) -> torch.Tensor:  # [b, r, l] -> [b, r, w]
-        return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
-
-    def noisy_and_clean(values: torch.Tensor, noisy: torch.Tensor | None = None) -> torch.Tensor:
-        noisy = pick(values[:, None]).expand(-1, num_copies, -1) if noisy is None else noisy
-        clean = values.gather(1, clean_columns)
-        return torch.cat([noisy.reshape(batch_size, num_copies * width), clean], dim=1)  # [b, r * w + c]
-
-    # 2. The row [noisy copies | clean], and who sees whom in it
     masked = masked & (labels != -100)[:, None]
-    is_hidden = pick(masked) & is_real[:, None]  # [b, r, w]
-    noisy_ids = pick(input_ids[:, None]).expand_as(is_hidden).masked_fill(is_hidden, config.mask_token_id)
-    copy_ids = torch.arange(num_copies, device=labels.device)[:, None].expand(batch_size, num_copies, width)
-    noisy_documents = pick(document_ids[:, None]).masked_fill(~is_real[:, None], -1).expand_as(is_hidden)
+    never_masked = torch.zeros_like(masked[:, :1])  # the clean part
+    is_hidden = torch.cat([masked, never_masked], dim=1).flatten(1).gather(1, copies * length + columns) & is_real
+
+    # 2. That row, and who sees whom in it
     mask = create_noisy_clean_mask(
         config,
-        copy_ids=noisy_and_clean(torch.full_like(input_ids, num_copies), copy_ids),
-        block_ids=noisy_and_clean(blocks),
-        document_ids=torch.cat(
-            [
-                noisy_documents.reshape(batch_size, num_copies * width),
-                document_ids.gather(1, clean_columns).masked_fill(~is_clean, -1),
-            ],
-            dim=1,
-        ),
+        copy_ids=copies,
+        block_ids=block_ids_of(positions, block_length).gather(1, columns),
+        document_ids=document_ids.gather(1, columns).masked_fill(~is_real, -1),
         clean_copy=num_copies,
         dtype=model.dtype,
     )
     outputs = model.base_model(
-        input_ids=noisy_and_clean(input_ids, noisy_ids),
+        input_ids=input_ids.gather(1, columns).masked_fill(is_hidden, config.mask_token_id),
         attention_mask=mask,
-        position_ids=noisy_and_clean(positions),
+        position_ids=positions.gather(1, columns),
         **{**kwargs, "use_cache": False},
     )
-    hidden_states = outputs.last_hidden_state[:, : num_copies * width].reshape(batch_size, num_copies, width, -1)
 
     # 3. The head, on hidden tokens only
-    row, copy, place = is_hidden.nonzero(as_tuple=True)
-    column = columns[row, place]
-    log_probs, *statistics = _score(model, hidden_states[row, copy, place], labels[row, column])
+    row, place = is_hidden.nonzero(as_tuple=True)
+    column, copy = columns[row, place], copies[row, place]
+    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, place], labels[row, column])
 
     # 4. Back to where the tokens stand, summed over the copies
     flat = row * length + column

@@ -9,23 +9,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..modeling_llada2_moe import LLaDA2MoeTopkRouter
-from .objective import columns_of_pass
-
-
-def tokens_of_pass(
-    labels: torch.LongTensor, document_ids: torch.LongTensor, num_copies: int, block_length: int
-) -> torch.BoolTensor:
-    """
-    Which positions of the objective's row `[noisy copies | clean]` hold a token, and which are padding.
-
-    Args:
-        labels, document_ids: `(batch, length)`.
-
-    Returns:
-        `(batch, num_copies * noisy + clean)`, the widths of [`columns_of_pass`].
-    """
-    (_, is_noisy), (_, is_clean) = columns_of_pass(labels, document_ids, block_length)
-    return torch.cat([is_noisy.repeat(1, num_copies), is_clean], dim=1)
 
 
 class RouterBalancing(TrainerCallback):

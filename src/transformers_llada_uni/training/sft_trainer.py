@@ -18,8 +18,8 @@ from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
 from .model_loading import base_of, resolve_model
 from .noise import step_generators
-from .objective import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of
-from .router_balancing import RouterBalancing, tokens_of_pass
+from .objective import BlockDiffusionTerms, add_block_diffusion_head, columns_of_pass, document_ids_of
+from .router_balancing import RouterBalancing
 from .sft_config import LLaDAUniSFTConfig
 from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
 
@@ -225,7 +225,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             return outputs
 
         if self.model.training:
-            is_token = tokens_of_pass(labels, document_ids, masked.shape[1], block_length)
+            _, _, is_token = columns_of_pass(labels, document_ids, masked.shape[1], block_length)
             keep_logits = self.args.router_z_loss_coefficient > 0
             with self.router_balancing.recording(is_token, keep_logits):
                 loss = super().compute_loss(

@@ -1,0 +1,77 @@
+"""
+What the model gets wrong, as preferences: for DPO, the codes of the asked emoji over those that the model wrote.
+
+    python examples/emoji/prepare_preferences.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model \
+        runs/emoji/preferences
+
+The model draws every trained emoji a few times, by wordings of the training and by samples; codes that are nearer to
+another emoji's than to the asked one's become rejected answers. Writes prompt_ids, chosen_ids, rejected_ids.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from emoji_table import Emoji, load_emoji
+from tqdm import tqdm
+from wordings import TRAINED_DRAWING, subjects
+
+from transformers_llada_uni.training import encode_images
+from transformers_llada_uni.training.model_loading import load_model, load_processor
+
+
+BATCH = 128
+
+
+def wrong_answers(
+    model, processor, table: list[Emoji], codes: torch.LongTensor, rounds: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """Rows of preferences, from `rounds` drawings of each trained emoji; `codes` `(emoji, 16)` are the right ones."""
+    chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    offset, block_length = processor.image_token_offset, model.config.text_config.block_length
+    end_of_image, end = model.config.image_end_token_id, processor.tokenizer.eos_token_id
+    trained = [number for number, emoji in enumerate(table) if not emoji.is_held_out]
+    numbers = [number for _ in range(rounds) for number in trained]
+    rows = []
+    for start in tqdm(range(0, len(numbers), BATCH), unit="batch"):
+        batch = numbers[start : start + BATCH]
+        texts = [chosen.choice(TRAINED_DRAWING).format(chosen.choice(subjects(table[number]))) for number in batch]
+        inputs = processor(text=texts, task="text_to_image")
+        found = model.generate_image_codes(**inputs, do_sample=True, generator=generator).flatten(1)
+        distances = (found[:, None] != codes[None]).sum(dim=-1)
+        for row, (number, text) in enumerate(zip(batch, texts, strict=True)):
+            if distances[row, number] <= distances[row].min():
+                continue
+            prompt = processor(text=text, task="text_to_image")["input_ids"][0].tolist()
+            answers = {}
+            for name, picture in (("chosen_ids", codes[number]), ("rejected_ids", found[row])):
+                answer = [offset + code for code in picture.tolist()] + [end_of_image]
+                closing = 1 + -(len(prompt) + len(answer) + 1) % block_length
+                answers[name] = answer + [end] * closing
+            rows.append({"prompt_ids": prompt, **answers})
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("model", type=Path, help="The pipeline folder.")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--rounds", type=int, default=3, help="How often each emoji is drawn.")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    table = load_emoji(arguments.package)
+    model, processor = load_model(str(arguments.model)).eval(), load_processor(str(arguments.model))
+    pictures = {"image": [emoji.picture for emoji in table], "caption": [emoji.name for emoji in table]}
+    encoded = encode_images(Dataset.from_dict(pictures), model, processor, batch_size=64)["image_codes"]
+    codes = torch.tensor([picture["codes"] for (picture,) in encoded])
+    rows = wrong_answers(model, processor, table, codes, arguments.rounds, arguments.seed)
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(arguments.output_dir)
+    print(f"{len(rows)} wrong answers.")
+
+
+if __name__ == "__main__":
+    main()
