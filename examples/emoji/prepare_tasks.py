@@ -3,8 +3,8 @@ All tasks on the emoji as token ids, for a model whose image tokenizer is traine
 
     python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
 
-Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming) and `all/` as prepared datasets
-(input_ids, labels) for `llada-uni train sft`.
+Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/` and `sft/` (all tasks, with more
+naming) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from transformers_llada_uni.training.model_loading import load_model, load_proce
 
 
 # How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.
-DRAWN, NAMED, ASKED, THOUGHT_OF = 24, 8, 2, 1
-EDITS, STORY_REPEATS = 24_000, 6
+PRETRAINING = {"drawing": 24, "naming": 8, "questions": 2, "thinking": 1, "editing": 24_000, "stories": 6}
+# A name is longer to learn than a picture: its rows have a picture before them.
+FINE_TUNING = {"drawing": 16, "conversations": 10, "questions": 1, "thinking": 1, "editing": 16_000, "stories": 4}
 
 Row = dict[str, Any]
 
@@ -70,6 +71,17 @@ class TaskRows:
             for emoji in self.trained
             for _ in range(repeats)
         ]
+
+    def conversations(self, repeats: int) -> list[Row]:
+        """The name, and then another question about the same picture."""
+        rows = []
+        for emoji in self.trained:
+            for _ in range(repeats):
+                row = self._question(emoji, self.generator.choice(NAMING), emoji.answer_name)
+                question, answer = self.tasks.questions(emoji, self.generator)
+                row["messages"] += _chat([{"type": "text", "text": question}], [{"type": "text", "text": answer}])
+                rows.append(row)
+        return rows
 
     def questions(self, repeats: int) -> list[Row]:
         return [
@@ -140,14 +152,9 @@ def main() -> None:
 
     prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")
     prepared(rows.drawing(4), rows.naming(4)).save_to_disk(arguments.output_dir / "alignment")
-    prepared(
-        rows.drawing(DRAWN),
-        rows.thinking(THOUGHT_OF),
-        rows.naming(NAMED),
-        rows.questions(ASKED),
-        rows.editing(EDITS),
-        rows.stories(STORY_REPEATS),
-    ).save_to_disk(arguments.output_dir / "all")
+    for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING)):
+        tasks = [getattr(rows, task)(count) for task, count in counts.items()]
+        prepared(*tasks).save_to_disk(arguments.output_dir / name)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = Path("runs/emoji")
 MODEL = RUNS / "model"
-# glibc gives large tensors back and fetches them anew at every operation; if it keeps them, steps are a quarter faster.
+# glibc gives large tensors back and fetches them anew for every operation; kept, steps are a quarter faster.
 MEMORY_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
