@@ -3,8 +3,8 @@ All tasks on the emoji as token ids, for a model whose image tokenizer is traine
 
     python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
 
-Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/` and `sft/` (all tasks, with more
-naming) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
+Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/`, `sft/` (all tasks, with more
+naming) and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from emoji_table import Emoji, load_emoji
 from tasks import EmojiTasks, Story, texts_of_all_tasks
-from wordings import NAMING, TRAINED_DRAWING, subjects
+from wordings import NAMING, SENTENCE, TRAINED_DRAWING, subjects
 
 from transformers_llada_uni.training import encode_images, prepare_dataset
 from transformers_llada_uni.training.model_loading import load_model, load_processor
@@ -82,6 +82,13 @@ class TaskRows:
                 row["messages"] += _chat([{"type": "text", "text": question}], [{"type": "text", "text": answer}])
                 rows.append(row)
         return rows
+
+    def sentences(self) -> list[Row]:
+        """The name in a whole sentence, of every third emoji: what the adapter learns and shall do for the others."""
+        return [
+            self._question(emoji, self.generator.choice(NAMING), SENTENCE.format(emoji.answer_name, emoji.category))
+            for emoji in self.trained[::3]
+        ]
 
     def questions(self, repeats: int) -> list[Row]:
         return [
@@ -152,6 +159,7 @@ def main() -> None:
 
     prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")
     prepared(rows.drawing(4), rows.naming(4)).save_to_disk(arguments.output_dir / "alignment")
+    prepared(rows.sentences()).save_to_disk(arguments.output_dir / "sentences")
     for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING)):
         tasks = [getattr(rows, task)(count) for task, count in counts.items()]
         prepared(*tasks).save_to_disk(arguments.output_dir / name)
