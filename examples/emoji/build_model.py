@@ -126,7 +126,7 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
     )
     model = LLaDAUniForConditionalGeneration(config)
     model.generation_config.update(
-        eos_token_id=[token_id("<|endoftext|>"), token_id("<|role_end|>")], num_steps_per_block=8, max_new_tokens=32
+        eos_token_id=[token_id("<|endoftext|>"), token_id("<|role_end|>")], num_steps_per_block=32, max_new_tokens=32
     )
     return model
 
