@@ -28,7 +28,7 @@ from transformers_llada_uni.prompts import ANSWER, SYSTEM_PROMPTS, UNCONDITION
 
 
 # The image tokenizer sees 32 x 32 pixels as 4 x 4 patches, the decoder draws 64 x 64; the release: 512, and 1024.
-PATCH_SIZE, SIDE, GRID = 8, 32, 4
+PATCH_SIZE, SIDE = 8, 32
 NUM_CODES = 1024
 NUM_TEXT_TOKENS = 3072
 LARGEST_GRID = 8

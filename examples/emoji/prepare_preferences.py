@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
+from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
 from tqdm import tqdm
 from wordings import TRAINED_DRAWING, subjects
 
-from transformers_llada_uni.training import encode_images
 from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
@@ -65,9 +65,8 @@ def main() -> None:
     arguments = parser.parse_args()
     table = load_emoji(arguments.package)
     model, processor = load_model(str(arguments.model)).eval(), load_processor(str(arguments.model))
-    pictures = {"image": [emoji.picture for emoji in table], "caption": [emoji.name for emoji in table]}
-    encoded = encode_images(Dataset.from_dict(pictures), model, processor, batch_size=64)["image_codes"]
-    codes = torch.tensor([picture["codes"] for (picture,) in encoded])
+    encoded = codes_of(table, model, processor)
+    codes = torch.tensor([encoded[emoji.key]["codes"] for emoji in table])
     rows = wrong_answers(model, processor, table, codes, arguments.rounds, arguments.seed)
     DatasetDict(train=Dataset.from_list(rows)).save_to_disk(arguments.output_dir)
     print(f"{len(rows)} wrong answers.")

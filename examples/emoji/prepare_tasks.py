@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
 from tasks import EmojiTasks, Story, texts_of_all_tasks
 from wordings import NAMING, SENTENCE, TRAINED_DRAWING, subjects
 
-from transformers_llada_uni.training import encode_images, prepare_dataset
+from transformers_llada_uni.training import prepare_dataset
 from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
@@ -141,11 +142,7 @@ def main() -> None:
 
     table = load_emoji(arguments.package)
     model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
-    pictures = Dataset.from_dict(
-        {"image": [emoji.picture for emoji in table], "caption": [emoji.name for emoji in table]}
-    )
-    encoded = encode_images(pictures, model, processor, batch_size=64)["image_codes"]
-    codes = {emoji.key: picture for emoji, (picture,) in zip(table, encoded, strict=True)}
+    codes = codes_of(table, model, processor)
     distinct = {tuple(codes[emoji.key]["codes"]) for emoji in table}
     print(f"{len(distinct)} different rows of codes for {len({e.picture.tobytes() for e in table})} pictures.")
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import diffusers_llada_uni  # noqa: F401  registers the models
 
@@ -28,6 +28,10 @@ def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
     own = [name for name in missing if ".visual." in name or ".vqmodel." in name]
     if own or unexpected:
         raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    put_model(model, pipeline)
+
+
+def put_model(model: PreTrainedModel, pipeline: Path) -> None:
     model.save_pretrained(pipeline / "model.part")
     replace_folder(pipeline / "model.part", pipeline / "model")
 
@@ -64,9 +68,7 @@ def main() -> None:
         put_image_tokenizer(tokenizer, arguments.pipeline)
         found.append("image_tokenizer")
     if (arguments.trained / "config.json").exists() and (arguments.trained / "model.safetensors").exists():
-        model = AutoModelForImageTextToText.from_pretrained(arguments.trained)
-        model.save_pretrained(arguments.pipeline / "model.part")
-        replace_folder(arguments.pipeline / "model.part", arguments.pipeline / "model")
+        put_model(AutoModelForImageTextToText.from_pretrained(arguments.trained), arguments.pipeline)
         found.append("model")
     if not found:
         raise FileNotFoundError(f"`{arguments.trained}` holds no part of a pipeline.")

@@ -41,11 +41,6 @@ SETTING_CLOCK = ("set the clock to {}", "make it {}", "change the time to {}")
 SETTING_MOON = ("make it a {}", "change it to the {}", "show the {}")
 CHANGING_FLAG = ("change it to the {}", "make it the {}", "turn it into the {}")
 
-THINKING = (
-    ("something that belongs to {subcategory}, namely {name}", "the wish is for {name}."),
-    ("what people call {keyword}", "{keyword} is another word for {name}."),
-)
-
 
 def subjects(emoji: Emoji) -> list[str]:
     """What an emoji may be called in a wish: its name, and its keywords, with the tone in two forms."""

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 from transformers_llada_uni.input_checks import check_number
+
+from .component_config import ComponentTrainingArguments
 
 
 @dataclass
-class LLaDAUniAutoencoderConfig(TrainingArguments):
+class LLaDAUniAutoencoderConfig(ComponentTrainingArguments):
     r"""
     Configuration of [`LLaDAUniAutoencoderTrainer`]. Only what differs from [`~transformers.TrainingArguments`] is
     described here.
@@ -29,23 +29,16 @@ class LLaDAUniAutoencoderConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses only."})
 
     kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the latents' divergence from a normal."})
     absolute_error_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
     squared_error_weight: float = field(default=1.0, metadata={"help": "Weight of the mean squared error."})
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is then saved."}
-    )
 
     def __post_init__(self):
         for name in ("kl_weight", "absolute_error_weight", "squared_error_weight"):
             check_number(name, getattr(self, name), 0.0)
         if not self.absolute_error_weight and not self.squared_error_weight:
             raise ValueError("`absolute_error_weight` and `squared_error_weight` are both 0, so nothing is learnt.")
-        if self.ema_decay is not None:
-            check_number("ema_decay", self.ema_decay, 0, 1)
         super().__post_init__()
 
 

@@ -26,11 +26,10 @@ class _Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         """The pixels again `(batch, 3, height, width)`, and each picture's divergence `(batch,)`."""
         posterior = self.vae.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * noise
-        return self.vae.decode(latents).sample, posterior.kl()
+        return self.vae.decode(posterior.sample(generators)).sample, posterior.kl()
 
 
 class LLaDAUniAutoencoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableTrainerMixin, Trainer):
@@ -106,11 +105,7 @@ class LLaDAUniAutoencoderTrainer(TrainingCardMixin, ComponentSavingMixin, Resuma
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixels, args = inputs["pixels"], self.args
-        vae = self.accelerator.unwrap_model(model).vae
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        shape = (vae.config.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
-        noise = [torch.randn(shape, generator=generator) for generator in step_generators(self, len(pixels))]
-        found, divergence = model(pixels, torch.stack(noise).to(pixels))
+        found, divergence = model(pixels, step_generators(self, len(pixels)))
         error = found - pixels
         loss = args.absolute_error_weight * error.abs().mean() + args.squared_error_weight * error.square().mean()
         loss = loss + args.kl_weight * divergence.mean()

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 from transformers_llada_uni.input_checks import check_number
+
+from .component_config import ComponentTrainingArguments
 
 
 SAMPLINGS = ("uniform", "logit_normal")
 
 
 @dataclass
-class LLaDAUniDecoderConfig(TrainingArguments):
+class LLaDAUniDecoderConfig(ComponentTrainingArguments):
     r"""
     Configuration of [`LLaDAUniDecoderTrainer`]. Only what differs from [`~transformers.TrainingArguments`] is
     described here.
@@ -36,8 +36,6 @@ class LLaDAUniDecoderConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses only."})
 
     condition_dropout: float = field(
         default=0.1, metadata={"help": "Share of pictures learnt with zero features, for guidance."}
@@ -48,9 +46,6 @@ class LLaDAUniDecoderConfig(TrainingArguments):
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of the logits of noise levels."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of the logits of noise levels."})
     timestep_shift: float = field(default=1.0, metadata={"help": "Shift of noise levels toward noise; 1.0 for none."})
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is then saved."}
-    )
     train_semantic_embedder: bool = field(
         default=True, metadata={"help": "Whether the embedder of codes is trained as well."}
     )
@@ -61,8 +56,6 @@ class LLaDAUniDecoderConfig(TrainingArguments):
             raise ValueError(f"`timestep_sampling` must be one of {SAMPLINGS}, got {self.timestep_sampling!r}.")
         check_number("logit_std", self.logit_std, 0, exclude_low=True)
         check_number("timestep_shift", self.timestep_shift, 0, exclude_low=True)
-        if self.ema_decay is not None:
-            check_number("ema_decay", self.ema_decay, 0, 1)
         super().__post_init__()
 
 

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
 from transformers_llada_uni.input_checks import check_integer, check_number
+
+from .component_config import ComponentTrainingArguments
 
 
 @dataclass
-class LLaDAUniDistillationConfig(TrainingArguments):
+class LLaDAUniDistillationConfig(ComponentTrainingArguments):
     r"""
     Configuration of [`LLaDAUniDistillationTrainer`]. Only what differs from [`~transformers.TrainingArguments`] is
     described here.
@@ -30,8 +30,6 @@ class LLaDAUniDistillationConfig(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses only."})
 
     num_teacher_steps: int = field(default=50, metadata={"help": "Points of the teacher's schedule."})
     teacher_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance that the student takes over."})
@@ -40,9 +38,6 @@ class LLaDAUniDistillationConfig(TrainingArguments):
     pairs_per_trajectory: int = field(
         default=4, metadata={"help": "Noise levels that are learnt from one trajectory of the teacher."}
     )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is then saved."}
-    )
 
     def __post_init__(self):
         check_integer("num_teacher_steps", self.num_teacher_steps, 2)
@@ -50,8 +45,6 @@ class LLaDAUniDistillationConfig(TrainingArguments):
         check_integer("min_student_steps", self.min_student_steps, 1)
         check_integer("max_student_steps", self.max_student_steps, self.min_student_steps)
         check_integer("pairs_per_trajectory", self.pairs_per_trajectory, 1)
-        if self.ema_decay is not None:
-            check_number("ema_decay", self.ema_decay, 0, 1)
         super().__post_init__()
 
 

@@ -51,8 +51,9 @@ class ImageTokenizerWithText(nn.Module):
         width = text_model.config.get_text_config().hidden_size
         channels, num_pixels = vqmodel.post_quant_conv.out_channels, visual.patch_embed.proj.weight[0].numel()
         self.image_projection = nn.Linear(channels, width)
-        layers = nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_pixels)
-        self.pixel_projection = nn.Sequential(*layers)
+        self.pixel_projection = nn.Sequential(
+            nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_pixels)
+        )
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         self.logit_bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
         # Moving averages: how often a code is used, and the sum of the features that chose it

@@ -124,8 +124,11 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             "codebook_loss": outputs.codebook_loss,
             "reconstruction_loss": outputs.reconstruction_loss,
         }
-        weights = {"contrastive_loss": 1.0, "commitment_loss": args.commitment_weight}
-        weights["reconstruction_loss"] = args.reconstruction_weight
+        weights = {
+            "contrastive_loss": 1.0,
+            "commitment_loss": args.commitment_weight,
+            "reconstruction_loss": args.reconstruction_weight,
+        }
         if args.codebook_update == "gradient":
             weights["codebook_loss"] = args.codebook_weight
         loss = sum(weight * terms[name] for name, weight in weights.items())

@@ -65,15 +65,14 @@ def columns_of_pass(
         `columns`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass the column of the document's
         row, the number of the copy (R for the clean part), and whether it is more than padding.
     """
-    batch_size, length = labels.shape
-    block_numbers = running_block_ids(positions_of(document_ids), block_length)
+    length = labels.shape[1]
+    positions = positions_of(document_ids)
+    block_numbers = running_block_ids(positions, block_length)
     has_label = (labels != -100).to(torch.long)
     labels_in_block = torch.zeros_like(labels).scatter_add_(1, block_numbers, has_label)
     is_noised = labels_in_block.gather(1, block_numbers) > 0
     # Of each document the last block that is noised; documents are counted anew, as their numbers may be anything.
-    begins = torch.ones_like(is_noised)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    documents = begins.cumsum(dim=1) - 1
+    documents = document_ids_of(labels, position_ids=positions)
     noised_blocks = torch.where(is_noised, block_numbers, -1)
     last_noised = torch.full_like(labels, -1).scatter_reduce_(1, documents, noised_blocks, "amax")
     is_seen = block_numbers < last_noised.gather(1, documents)
