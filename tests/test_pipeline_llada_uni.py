@@ -420,13 +420,16 @@ def test_codes_decode_to_the_image(pipe):
     np.testing.assert_array_equal(output.images, again)
 
 
-def test_default_size(pipe, monkeypatch):
+@pytest.mark.parametrize("editing_max_pixels, side", [(512 * 512, 32), (12 * 32 * 32, 6)])
+def test_default_size(pipe, monkeypatch, editing_max_pixels, side):
     class Stop(Exception):
         pass
 
     def generate_image_codes(grid, num_steps_per_block, guidance_scale, **kwargs):
-        assert (grid, num_steps_per_block, guidance_scale) == ((32, 32), 8, 2.0)
+        assert (grid, num_steps_per_block, guidance_scale) == ((side, side), 8, 2.0)
         raise Stop
+
+    pipe.processor.image_processor.editing_max_pixels = editing_max_pixels
 
     monkeypatch.setattr(pipe.model, "generate_image_codes", generate_image_codes)
     with pytest.raises(Stop):
@@ -793,7 +796,11 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"prompt": None}, TypeError, "`prompt`.*NoneType"),
         ({"height": 100}, ValueError, "`height`.*multiple of 32.*100.*96"),
         ({"width": 1000}, ValueError, "`width`.*multiple of 32.*1000.*992"),
-        ({"width": 1008, "upscale": 1}, ValueError, "`height` may be at most 2016.*`upscale` 2; at 1 they are half"),
+        (
+            {"height": 1024, "width": 1008, "upscale": 1},
+            ValueError,
+            "`height` may be at most 2016.*at 1 they are half",
+        ),
         ({"width": 1000, "upscale": 1}, ValueError, "`width`.*multiple of 16.*1000.*1008"),
         ({"height": 0}, ValueError, "`height`.*at least 1.*0"),
         ({"height": -32}, ValueError, "`height`.*at least 1.*-32"),

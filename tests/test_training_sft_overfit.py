@@ -122,7 +122,7 @@ def test_learns_adapts_merges_and_exports(converted_dir, processor, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
     rows = prepared(0, processor, model)
     assert sum(count_verbatim(model, rows, processor).values()) == 0
-    trainer = train(model, rows, processor, tmp_path / "full", max_steps=250, learning_rate=1e-2)
+    trainer = train(model, rows, processor, tmp_path / "full", max_steps=320, learning_rate=1e-2)
     assert count_verbatim(trainer.model, rows, processor) == everything
 
     # 2. By an adapter alone: 64 others, to the same questions.
