@@ -430,7 +430,6 @@ def test_default_size(pipe, monkeypatch, editing_max_pixels, side):
         raise Stop
 
     pipe.processor.image_processor.editing_max_pixels = editing_max_pixels
-
     monkeypatch.setattr(pipe.model, "generate_image_codes", generate_image_codes)
     with pytest.raises(Stop):
         pipe("a cat")
@@ -799,7 +798,7 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         (
             {"height": 1024, "width": 1008, "upscale": 1},
             ValueError,
-            "`height` may be at most 2016.*at 1 they are half",
+            "`height` may be at most 2016.*`upscale` 2; at 1 they are half",
         ),
         ({"width": 1000, "upscale": 1}, ValueError, "`width`.*multiple of 16.*1000.*1008"),
         ({"height": 0}, ValueError, "`height`.*at least 1.*0"),
