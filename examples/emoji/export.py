@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from put_into_pipeline import replace_folder
 
 import diffusers_llada_uni  # noqa: F401  registers the pipeline
 
@@ -32,8 +33,7 @@ def main() -> None:
     if size > LARGEST:
         shutil.rmtree(part)
         raise SystemExit(f"The checkpoint has {size / 2**20:.1f} MB, more than {LARGEST / 2**20:.0f}.")
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    part.rename(arguments.output_dir)
+    replace_folder(part, arguments.output_dir)
     print(f"{size / 2**20:.1f} MB in {arguments.output_dir}.")
 
 
