@@ -18,6 +18,7 @@ from transformers_llada_uni.training.image_tokenizer_loss import (
     recall_at_one,
     sigmoid_contrastive_loss,
 )
+from transformers_llada_uni.training.image_tokenizer_trainer import GroupSampler
 
 
 RUN = {
@@ -179,6 +180,79 @@ def test_straight_through_gradient_is_that_of_the_code(make_trainer):
     torch.testing.assert_close(features.grad, (weights - along).detach(), atol=1e-5, rtol=1e-4)
 
 
+# Shared codes
+
+
+def coloured_shapes():
+    return shapes().add_column("content", [s for _ in COLOURS for s in SHAPES]).add_column(
+        "style", [c for c in COLOURS for _ in SHAPES]
+    )
+
+
+def test_shared_codes_by_hand(make_trainer):
+    """Style codes are those of the mean over a colour, all others those of the mean over a shape."""
+    trainer = make_trainer(dataset=coloured_shapes(), num_style_codes=2)
+    inputs = batch_of(trainer, 16)
+    with torch.no_grad():
+        outputs = trainer.model(**inputs)
+    features, codes = outputs.features.unflatten(0, (16, -1)), outputs.codes.unflatten(0, (16, -1))
+    codebook = F.normalize(trainer.model.vqmodel.quantize.embedding.weight.detach(), dim=-1)
+    own = (features @ codebook.T).argmax(dim=-1)
+    for row, (content, style) in enumerate(
+        zip(trainer.train_dataset["content"], trainer.train_dataset["style"], strict=True)
+    ):
+        for column, name, members in (("style", style, slice(None, 2)), ("content", content, slice(2, None))):
+            group = [other for other, value in enumerate(trainer.train_dataset[column]) if value == name]
+            mean = features[group][:, members].mean(dim=0)
+            assert torch.equal(codes[row, members], (F.normalize(mean, dim=-1) @ codebook.T).argmax(dim=-1))
+    assert outputs.sharing_agreement.item() == pytest.approx((own == codes).float().mean().item())
+    assert outputs.sharing_agreement < 1
+    commitment = (features - codebook[codes]).square().sum(dim=-1).mean()
+    torch.testing.assert_close(outputs.commitment_loss, commitment)
+
+
+def test_pictures_learn_to_share_codes(make_trainer):
+    """Alone, too, a picture then has the codes of its shape and of its colour."""
+    trainer = make_trainer(
+        dataset=coloured_shapes(),
+        num_style_codes=2,
+        reconstruction_layers=1,
+        reconstruction_weight=1.0,
+        commitment_weight=5.0,
+        max_steps=200,
+        learning_rate=2e-3,
+        codebook_decay=0.9,
+    )
+    trainer.train()
+    logged = [entry["sharing_agreement"] for entry in trainer.state.log_history if "sharing_agreement" in entry]
+    assert logged[-1] > 0.9
+
+
+def test_groups_stay_together_in_an_order_drawn_anew():
+    groups = ["a", "b", "a", "c", "b", "a"]
+    sampler = GroupSampler(groups, seed=0)
+    orders = set()
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(6)) and list(sampler) == order
+        names = [groups[index] for index in order]
+        assert sum(first != second for first, second in zip(names, names[1:], strict=False)) == 2
+        orders.add(tuple(order))
+    assert len(orders) > 1
+
+
+def test_pixels_may_be_told_by_all_codes_of_a_picture(make_trainer):
+    """With layers between, the pixels of a patch hang on the codes of others; without, on its own alone."""
+    for layers in (0, 1):
+        model = make_trainer(reconstruction_layers=layers, resize_mode="editing").model.eval()
+        num_patches = (model.visual.config.image_size // model.visual.config.patch_size) ** 2
+        codes = torch.randn(2 * num_patches, model.pixel_projection[0].in_features, requires_grad=True)
+        model._pixels(codes, 2)[0].sum().backward()
+        seen = codes.grad.abs().sum(dim=-1) > 0
+        assert seen.sum() == (num_patches if layers else 1)
+
+
 # Codebook
 
 
@@ -273,6 +347,8 @@ def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
         ({"codebook_update": "adam"}, "codebook_update"),
         ({"codebook_decay": 1.5}, "codebook_decay"),
         ({"revival_interval": 0}, "revival_interval"),
+        ({"num_style_codes": -1}, "num_style_codes"),
+        ({"reconstruction_layers": 1.5}, "reconstruction_layers"),
         ({"resize_mode": "stretch"}, "resize_mode"),
         ({"max_text_length": 0}, "max_text_length"),
     ],
@@ -285,3 +361,5 @@ def test_bad_settings_are_refused(settings, name, tmp_path):
 def test_bad_data_are_refused(make_trainer):
     with pytest.raises(ValueError, match="`train_dataset`"):
         make_trainer(dataset=Dataset.from_dict({"image": ["a.png"]}))
+    with pytest.raises(ValueError, match="content, style"):
+        make_trainer(num_style_codes=1)

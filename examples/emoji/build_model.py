@@ -29,7 +29,7 @@ from transformers_llada_uni.prompts import ANSWER, SYSTEM_PROMPTS, UNCONDITION
 
 # The image tokenizer sees 32 x 32 pixels as 4 x 4 patches, the decoder draws 64 x 64; the release: 512, and 1024.
 PATCH_SIZE, SIDE = 8, 32
-NUM_CODES = 1024
+NUM_CODES = 256
 NUM_TEXT_TOKENS = 3072
 LARGEST_GRID = 8
 
@@ -88,15 +88,16 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
         hidden_size=256,
         intermediate_size=768,
         moe_intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
         num_experts=16,
         num_experts_per_tok=2,
         n_group=4,
         topk_group=2,
         routed_scaling_factor=1.0,
+        block_length=16,  # a picture is a block; prompts and answers are shorter
         max_position_embeddings=1024,
         initializer_range=0.03,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
@@ -126,7 +127,7 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
     )
     model = LLaDAUniForConditionalGeneration(config)
     model.generation_config.update(
-        eos_token_id=[token_id("<|endoftext|>"), token_id("<|role_end|>")], num_steps_per_block=32, max_new_tokens=32
+        eos_token_id=[token_id("<|endoftext|>"), token_id("<|role_end|>")], num_steps_per_block=16, max_new_tokens=32
     )
     return model
 

@@ -4,7 +4,7 @@ The emoji of an npm package as a dataset of pictures with names, and as a text t
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/prepare_data.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/data
 
-Writes `pictures/` (splits "train" and "held_out"; columns image, caption, key) and `corpus.txt`. Graphics: Twemoji,
+Writes `pictures/` (splits "train" and "held_out"; columns image, caption, key, content, style) and `corpus.txt`. Graphics: Twemoji,
 CC-BY 4.0.
 """
 
@@ -16,7 +16,8 @@ from emoji_table import Emoji, load_emoji
 from tasks import texts_of_all_tasks
 
 
-FEATURES = Features({"image": Image(), "caption": Value("string"), "key": Value("string")})
+TEXT_COLUMNS = ("caption", "key", "content", "style")
+FEATURES = Features({"image": Image(), **{name: Value("string") for name in TEXT_COLUMNS}})
 
 
 def pictures(table: list[Emoji], is_held_out: bool) -> Dataset:
@@ -25,6 +26,9 @@ def pictures(table: list[Emoji], is_held_out: bool) -> Dataset:
         "image": [emoji.picture for emoji in rows],
         "caption": [emoji.answer_name for emoji in rows],
         "key": [emoji.key for emoji in rows],
+        # What the codes of variants share, and what tells them apart
+        "content": [emoji.base for emoji in rows],
+        "style": [", ".join(emoji.tones) for emoji in rows],
     }
     return Dataset.from_dict(columns, features=FEATURES)
 

@@ -23,9 +23,9 @@ from transformers_llada_uni.training.model_loading import load_model, load_proce
 
 
 # How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.
-PRETRAINING = {"drawing": 24, "naming": 8, "questions": 2, "thinking": 1, "editing": 24_000, "stories": 6}
-# A name is longer to learn than a picture: its rows have a picture before them.
-FINE_TUNING = {"drawing": 16, "conversations": 10, "questions": 1, "thinking": 1, "editing": 16_000, "stories": 4}
+# A name is longer to learn than a picture: a row of naming has five words to learn from, one of drawing sixteen codes.
+PRETRAINING = {"drawing": 8, "naming": 12, "questions": 1, "thinking": 2, "editing": 12_000, "stories": 10}
+FINE_TUNING = {"drawing": 6, "naming": 10, "conversations": 2, "thinking": 2, "editing": 12_000, "stories": 12}
 
 Row = dict[str, Any]
 
@@ -104,7 +104,7 @@ class TaskRows:
         for edit in self.tasks.edits():
             if not self.tasks.by_key[edit.target].is_held_out:
                 by_kind.setdefault(edit.kind, []).append(edit)
-        shares = {"skin tone": 0.5, "gender": 0.2, "hair": 0.1, "flag": 0.1, "clock": 0.07, "moon": 0.03}
+        shares = {"skin tone": 0.35, "gender": 0.3, "hair": 0.1, "flag": 0.12, "clock": 0.1, "moon": 0.03}
         rows = []
         for kind, share in shares.items():
             for edit in self.generator.choices(by_kind[kind], k=round(share * count)):

@@ -13,6 +13,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -28,7 +30,20 @@ def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
     own = [name for name in missing if ".visual." in name or ".vqmodel." in name]
     if own or unexpected:
         raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    embed_codes_by_likeness(model)
     put_model(model, pipeline)
+
+
+@torch.no_grad()
+def embed_codes_by_likeness(model: PreTrainedModel) -> None:
+    """Codes that look alike begin with embeddings that are alike: half of each is the same for its neighbours."""
+    codes = F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1)
+    embeddings = model.get_input_embeddings().weight
+    first, deviation = model.config.text_config.image_token_offset, model.config.text_config.initializer_range
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(codes.shape[1], embeddings.shape[1], generator=generator)
+    own = torch.randn(codes.shape[0], embeddings.shape[1], generator=generator)
+    embeddings[first : first + len(codes)] = deviation * (codes @ projection + own) / 2**0.5
 
 
 def put_model(model: PreTrainedModel, pipeline: Path) -> None:

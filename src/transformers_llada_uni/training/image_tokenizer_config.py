@@ -20,7 +20,16 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     Parameters:
         commitment_weight (`float`, defaults to 0.25): Weight of the loss that draws features to their code.
         reconstruction_weight (`float`, defaults to 0.0): Weight of the loss of a small network that says the pixels of
-            a patch by its code alone. Captions do not tell all that a picture shows; above 0 codes keep its look too.
+            a patch by its code. Captions do not tell all that a picture shows; above 0 codes keep its look too.
+        reconstruction_layers (`int`, defaults to 0): Layers in which that network sees the other codes of the picture;
+            0 for the patch's code alone. Above 0 all pictures must have as many patches as the vision tower's
+            `image_size` gives.
+        num_style_codes (`int`, defaults to 0): Of data with the columns `content` and `style`, the first so many codes
+            of a picture are shared by pictures of one style, all others by pictures of one content. Not with pictures
+            of several sizes.
+        sharing_weight (`float`, defaults to 1.0): Weight of the loss by which a picture finds the codes it shares.
+        centre_weight (`float`, defaults to 1.0): Weight of the loss that keeps the features of a patch apart, where
+            codes are shared.
         codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages
             (VQ-VAE-2, arXiv 1906.00446), or `"gradient"`, a loss that draws codes to features.
         codebook_decay (`float`, defaults to 0.99): Of the moving averages, also of those that count how often a code
@@ -49,6 +58,18 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     reconstruction_weight: float = field(
         default=0.0, metadata={"help": "Weight of the loss of a patch's pixels, said by its code."}
     )
+    reconstruction_layers: int = field(
+        default=0, metadata={"help": "Layers in which codes see each other before they say pixels."}
+    )
+    num_style_codes: int = field(
+        default=0, metadata={"help": "Codes of a picture that are shared by pictures of one `style`."}
+    )
+    sharing_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss by which a picture finds the codes it shares."}
+    )
+    centre_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss that keeps features apart where codes are shared."}
+    )
     codebook_update: str = field(
         default="ema", metadata={"help": "How codes follow their features.", "choices": list(CODEBOOK_UPDATES)}
     )
@@ -64,13 +85,17 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
 
     def __post_init__(self):
-        for name in ("commitment_weight", "reconstruction_weight", "codebook_weight", "revival_threshold"):
+        for name in ("commitment_weight", "reconstruction_weight", "codebook_weight", "sharing_weight"):
             check_number(name, getattr(self, name), 0)
+        check_number("centre_weight", self.centre_weight, 0)
+        check_number("revival_threshold", self.revival_threshold, 0)
         check_number("codebook_decay", self.codebook_decay, 0, 1)
         if self.codebook_update not in CODEBOOK_UPDATES:
             raise ValueError(f"`codebook_update` must be one of {CODEBOOK_UPDATES}, got {self.codebook_update!r}.")
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"`resize_mode` must be one of {RESIZE_MODES}, got {self.resize_mode!r}.")
+        check_integer("reconstruction_layers", self.reconstruction_layers, 0)
+        check_integer("num_style_codes", self.num_style_codes, 0)
         check_integer("revival_interval", self.revival_interval, 1)
         check_integer("max_text_length", self.max_text_length, 1)
         super().__post_init__()

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+# Of the cosines between a feature and the codes, in the loss of pictures that share codes.
+SHARING_TEMPERATURE = 0.05
 # Where SigLIP starts (arXiv 2303.15343, section 3.2).
 INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0
 
@@ -20,7 +22,8 @@ class ImageTokenizerOutput:
         image_embeds, text_embeds: `(batch, width)`, of length one.
         features: `(patches, embed_dim)`, of length one: what is quantised.
         codes: `(patches,)`.
-        commitment_loss, codebook_loss, reconstruction_loss: Scalars.
+        commitment_loss, codebook_loss, reconstruction_loss, sharing_loss, centre_loss: Scalars.
+        sharing_agreement: The share of patches whose own code is the one that they share with others.
     """
 
     image_embeds: torch.Tensor
@@ -30,6 +33,9 @@ class ImageTokenizerOutput:
     commitment_loss: torch.Tensor
     codebook_loss: torch.Tensor
     reconstruction_loss: torch.Tensor
+    sharing_loss: torch.Tensor
+    centre_loss: torch.Tensor
+    sharing_agreement: torch.Tensor
 
 
 class ImageTokenizerWithText(nn.Module):
@@ -38,19 +44,45 @@ class ImageTokenizerWithText(nn.Module):
     pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the picture is
     compared with its caption; each code, through two linear layers, with the pixels of its patch.
 
+    Pictures may share codes: of `style_ids` the first `num_style_codes` of a picture, of `content_ids` all others. What
+    shares a code is the normed mean of its features, so that a code cannot hold what tells such pictures apart. Then a
+    picture is put together of what others have, which a language model learns sooner and does for pairs never seen.
+    The cross-entropy of the shared code, by the cosines of a picture's own feature with all codes, teaches a picture
+    to find its codes when it is alone. What all pictures have in common at a patch tells nothing and crowds the codes
+    together; the centre loss is the squared length of that mean.
+
     Args:
         visual: The vision tower (`model.visual`). vqmodel: The quantiser (`model.vqmodel`).
         text_model ([`~transformers.PreTrainedModel`]): A text encoder; its `pooler_output` is taken, or else the mean
             of its last hidden states.
+        num_style_codes (`int`, defaults to 0): How many of a picture's codes belong to its style.
+        reconstruction_layers (`int`, defaults to 0): Layers in which the codes of a picture see each other before they
+            tell pixels. What is shared lies in other patches than what it looks like.
     """
 
-    def __init__(self, visual: nn.Module, vqmodel: nn.Module, text_model: PreTrainedModel):
+    def __init__(
+        self,
+        visual: nn.Module,
+        vqmodel: nn.Module,
+        text_model: PreTrainedModel,
+        num_style_codes: int = 0,
+        reconstruction_layers: int = 0,
+    ):
         super().__init__()
+        self.num_style_codes = num_style_codes
         self.visual, self.vqmodel, self.text_model = visual, vqmodel, text_model
         num_codes, embed_dim = vqmodel.quantize.embedding.weight.shape
         width = text_model.config.get_text_config().hidden_size
         channels, num_pixels = vqmodel.post_quant_conv.out_channels, visual.patch_embed.proj.weight[0].numel()
         self.image_projection = nn.Linear(channels, width)
+        self.pixel_context = None
+        if reconstruction_layers:
+            num_heads, num_patches = visual.config.num_heads, (visual.config.image_size // visual.config.patch_size) ** 2
+            layer = nn.TransformerEncoderLayer(
+                channels, num_heads, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.pixel_context = nn.TransformerEncoder(layer, reconstruction_layers, enable_nested_tensor=False)
+            self.pixel_positions = nn.Parameter(0.02 * torch.randn(num_patches, channels))
         self.pixel_projection = nn.Sequential(
             nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_pixels)
         )
@@ -66,15 +98,27 @@ class ImageTokenizerWithText(nn.Module):
         image_grid_thw: torch.LongTensor,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
+        content_ids: torch.LongTensor | None = None,
+        style_ids: torch.LongTensor | None = None,
     ) -> ImageTokenizerOutput:
         hidden_states = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
         # A 1 x 1 convolution sees each patch alone: the patches of all pictures are one row of them.
         as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
-        encoded = self.vqmodel.encode(as_row)
-        codes = encoded.image_tokens
         features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
-        chosen = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)[codes]
-        quantized = self.vqmodel.post_quant_conv(encoded.quantized_last_hidden_state)[0, :, 0].T
+        shared = features
+        if content_ids is not None:
+            shared = self._shared(features.unflatten(0, (len(content_ids), -1)), content_ids, style_ids).flatten(0, 1)
+        quantized, _, codes = self.vqmodel.quantize(shared.T[None, :, None])
+        codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
+        chosen = codebook[codes]
+        sharing_loss, centre_loss, agreement = features.new_zeros(()), features.new_zeros(()), features.new_ones(())
+        if shared is not features:
+            by_picture = features.unflatten(0, (len(content_ids), -1))[:, self.num_style_codes :]
+            centre_loss = by_picture.mean(dim=0).square().sum(dim=-1).mean()
+            similarity = features @ codebook.detach().T
+            sharing_loss = F.cross_entropy(similarity / SHARING_TEMPERATURE, codes)
+            agreement = (similarity.argmax(dim=-1) == codes).float().mean()
+        quantized = self.vqmodel.post_quant_conv(quantized)[0, :, 0].T
         lengths = image_grid_thw.prod(dim=-1).tolist()
         pooled = torch.stack([patches.mean(dim=0) for patches in quantized.split(lengths)])
 
@@ -90,8 +134,26 @@ class ImageTokenizerWithText(nn.Module):
             codes=codes,
             commitment_loss=(features - chosen.detach()).square().sum(dim=-1).mean(),
             codebook_loss=(features.detach() - chosen).square().sum(dim=-1).mean(),
-            reconstruction_loss=F.mse_loss(self.pixel_projection(quantized), pixel_values),
+            reconstruction_loss=F.mse_loss(self._pixels(quantized, len(lengths)), pixel_values),
+            sharing_loss=sharing_loss,
+            centre_loss=centre_loss,
+            sharing_agreement=agreement,
         )
+
+    def _shared(
+        self, features: torch.Tensor, content_ids: torch.LongTensor, style_ids: torch.LongTensor
+    ) -> torch.Tensor:
+        """`features` `(batch, patches, embed_dim)`, each in the mean of those that it shares a code with."""
+        split = self.num_style_codes
+        parts = ((features[:, :split], style_ids), (features[:, split:], content_ids))
+        return torch.cat([_means_of_groups(part, ids) for part, ids in parts], dim=1)
+
+    def _pixels(self, quantized: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """What the codes `(patches, channels)` tell of the pixels of their patches."""
+        if self.pixel_context is not None:
+            by_picture = quantized.unflatten(0, (batch_size, -1)) + self.pixel_positions
+            quantized = self.pixel_context(by_picture).flatten(0, 1)
+        return self.pixel_projection(quantized)
 
     @torch.no_grad()
     def update_codebook(
@@ -121,7 +183,9 @@ class ImageTokenizerWithText(nn.Module):
     @torch.no_grad()
     def revive_dead_codes(self, features: torch.Tensor, threshold: float, generator: torch.Generator) -> int:
         """
-        Sets codes that are used less than `threshold` times the mean to features of this batch, drawn at random.
+        Sets codes that are used less than `threshold` times the mean to features of this batch, drawn at random by
+        their squared distance to the nearest code, as k-means++ does (Arthur and Vassilvitskii 2007): where codes are
+        dense another would only split what belongs together.
 
         Returns:
             How many codes that were.
@@ -129,8 +193,11 @@ class ImageTokenizerWithText(nn.Module):
         is_dead = self.code_counts < threshold * self.code_counts.mean()
         num_dead = int(is_dead.sum())
         if num_dead:
-            drawn = torch.randint(len(features), (num_dead,), generator=generator).to(features.device)
-            replacements = features.detach()[drawn].float()
+            features = features.detach().float()
+            codebook = F.normalize(self.vqmodel.quantize.embedding.weight.float(), dim=-1)
+            distances = (1 - (features @ codebook.T).amax(dim=-1)).clamp(min=1e-9).cpu()
+            drawn = torch.multinomial(distances, num_dead, replacement=True, generator=generator).to(features.device)
+            replacements = features[drawn]
             if dist.is_available() and dist.is_initialized():
                 dist.broadcast(replacements, src=0)
             weight = self.vqmodel.quantize.embedding.weight
@@ -139,3 +206,10 @@ class ImageTokenizerWithText(nn.Module):
             self.code_counts[is_dead] = mean
             self.code_sums[is_dead] = replacements * mean
         return num_dead
+
+
+def _means_of_groups(features: torch.Tensor, ids: torch.LongTensor) -> torch.Tensor:
+    """Of `features` `(batch, ...)` with equal `ids` the mean, of length one."""
+    _, groups = ids.unique(return_inverse=True)
+    sums = features.new_zeros(features.shape).index_add(0, groups, features)
+    return F.normalize(sums, dim=-1)[groups]

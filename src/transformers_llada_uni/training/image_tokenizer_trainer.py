@@ -1,14 +1,18 @@
 """Training of the image tokenizer against captions."""
 
+import itertools
 import json
 import os
+import random
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..processing_llada_uni import LLaDAUniProcessor
@@ -21,6 +25,28 @@ from .noise import step_generator
 
 
 COLUMNS = ("image", "caption")
+SHARING_COLUMNS = ("content", "style")
+
+
+class GroupSampler(Sampler[int]):
+    """Rows in an order drawn anew each epoch in which rows of one group stay together, so that a batch holds both."""
+
+    def __init__(self, groups: list[Any], seed: int):
+        self._members: dict[Any, list[int]] = defaultdict(list)
+        for index, group in enumerate(groups):
+            self._members[group].append(index)
+        self._length, self._seed, self._epoch = len(groups), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        members = list(self._members.values())
+        random.Random(f"{self._seed} {self._epoch}").shuffle(members)
+        return itertools.chain.from_iterable(members)
 
 
 class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Trainer):
@@ -43,7 +69,8 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         model ([`LLaDAUniForConditionalGeneration`] or [`LLaDAUniModel`]): Holds the image tokenizer.
         text_model ([`~transformers.PreTrainedModel`]): A text encoder, such as the text tower of SigLIP. Trained too.
         args ([`LLaDAUniImageTokenizerConfig`], *optional*): Settings.
-        train_dataset, eval_dataset: Rows with an `image` and a `caption`.
+        train_dataset, eval_dataset: Rows with an `image` and a `caption`; with `num_style_codes` also with a `content`
+            and a `style`, two names.
         processing_class ([`LLaDAUniProcessor`]): Sizes the pictures.
         text_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Of `text_model`. Default: the
             processor's.
@@ -78,12 +105,15 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             if dataset is None and name == "eval_dataset":
                 continue
             columns = getattr(dataset, "column_names", None) or []
-            if not set(COLUMNS) <= set(columns):
-                raise ValueError(f"`{name}` must have the columns `image` and `caption`, it has {sorted(columns)}.")
+            wanted = COLUMNS + (SHARING_COLUMNS if args.num_style_codes else ())
+            if not set(wanted) <= set(columns):
+                raise ValueError(f"`{name}` must have the columns {', '.join(wanted)}, it has {sorted(columns)}.")
         self._holder = holder
         self._text_tokenizer = processing_class.tokenizer if text_tokenizer is None else text_tokenizer
         self._image_processor = processing_class.image_processor
-        tokenizer = ImageTokenizerWithText(holder.visual, holder.vqmodel, text_model).requires_grad_(True)
+        tokenizer = ImageTokenizerWithText(
+            holder.visual, holder.vqmodel, text_model, args.num_style_codes, args.reconstruction_layers
+        ).requires_grad_(True)
         # The gradient of the codebook is either a loss of its own or, with moving averages, not wanted at all.
         holder.vqmodel.quantize.embedding.requires_grad_(args.codebook_update == "gradient")
         super().__init__(
@@ -109,7 +139,20 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             return_tensors="pt",
         )
         batch = dict(self._image_processor(pictures, resize_mode=self.args.resize_mode, return_tensors="pt"))
-        return batch | {name: texts[name] for name in ("input_ids", "attention_mask")}
+        batch |= {name: texts[name] for name in ("input_ids", "attention_mask")}
+        if self.args.num_style_codes:
+            if len(batch["image_grid_thw"].unique(dim=0)) > 1:
+                raise ValueError("`num_style_codes`: pictures that share codes must have one size.")
+            for column in SHARING_COLUMNS:
+                numbers = {name: number for number, name in enumerate(dict.fromkeys(row[column] for row in rows))}
+                batch[f"{column}_ids"] = torch.tensor([numbers[row[column]] for row in rows])
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.num_style_codes or isinstance(dataset, IterableDataset):
+            return super()._get_train_sampler(train_dataset)
+        return GroupSampler(dataset["content"][:], self.args.seed)
 
     # Loss
 
@@ -131,10 +174,14 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         }
         if args.codebook_update == "gradient":
             weights["codebook_loss"] = args.codebook_weight
+        if args.num_style_codes:
+            terms |= {"sharing_loss": outputs.sharing_loss, "centre_loss": outputs.centre_loss}
+            weights |= {"sharing_loss": args.sharing_weight, "centre_loss": args.centre_weight}
         loss = sum(weight * terms[name] for name, weight in weights.items())
         if self.model.training:
             self._last_outputs = outputs
-            for name, term in terms.items():
+            reported = {**terms, "sharing_agreement": outputs.sharing_agreement} if args.num_style_codes else terms
+            for name, term in reported.items():
                 self._sums[name].append(term.detach().item())
         return (loss, outputs) if return_outputs else loss
 
