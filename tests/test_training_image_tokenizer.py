@@ -57,6 +57,14 @@ def shapes(offsets=(0,)):
     return Dataset.from_dict({"image": list(images), "caption": list(captions)}).cast_column("image", Image())
 
 
+def coloured_shapes():
+    return (
+        shapes()
+        .add_column("content", [s for _ in COLOURS for s in SHAPES])
+        .add_column("style", [c for c in COLOURS for _ in SHAPES])
+    )
+
+
 @pytest.fixture(scope="module")
 def processor(converted_dir):
     return AutoProcessor.from_pretrained(converted_dir / "processor")
@@ -81,7 +89,7 @@ def make_trainer(converted_dir, processor, tmp_path):
             SiglipTextModel(text_config),
             LLaDAUniImageTokenizerConfig(str(output_dir), **{**RUN, "max_text_length": 32, **settings}),
             train_dataset=shapes() if dataset is None else dataset,
-            eval_dataset=shapes(),
+            eval_dataset=coloured_shapes(),
             processing_class=processor,
         )
         trainer.whole_model = model
@@ -183,12 +191,6 @@ def test_straight_through_gradient_is_that_of_the_code(make_trainer):
 # Shared codes
 
 
-def coloured_shapes():
-    return shapes().add_column("content", [s for _ in COLOURS for s in SHAPES]).add_column(
-        "style", [c for c in COLOURS for _ in SHAPES]
-    )
-
-
 def test_shared_codes_by_hand(make_trainer):
     """Style codes are those of the mean over a colour, all others those of the mean over a shape."""
     trainer = make_trainer(dataset=coloured_shapes(), num_style_codes=2)
@@ -209,6 +211,20 @@ def test_shared_codes_by_hand(make_trainer):
     assert outputs.sharing_agreement < 1
     commitment = (features - codebook[codes]).square().sum(dim=-1).mean()
     torch.testing.assert_close(outputs.commitment_loss, commitment)
+    own_share = (features @ codebook.T / 0.05).log_softmax(dim=-1).gather(-1, codes[..., None])
+    torch.testing.assert_close(outputs.sharing_loss, -own_share.mean())
+
+    expected = 0.0
+    for column, members in (("style", slice(None, 2)), ("content", slice(2, None))):
+        values = trainer.train_dataset[column][:]
+        means = {
+            name: F.normalize(features[[value == name for value in values], members].mean(dim=0), dim=-1)
+            for name in set(values)
+        }
+        for row, name in enumerate(values):
+            cosines = {other: (features[row, members] * mean).sum(dim=-1).mean() for other, mean in means.items()}
+            expected -= cosines[name] / 0.1 - torch.stack([cosine / 0.1 for cosine in cosines.values()]).logsumexp(0)
+    torch.testing.assert_close(outputs.group_loss, expected / len(features))
 
 
 def test_pictures_learn_to_share_codes(make_trainer):
@@ -349,6 +365,8 @@ def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
         ({"revival_interval": 0}, "revival_interval"),
         ({"num_style_codes": -1}, "num_style_codes"),
         ({"reconstruction_layers": 1.5}, "reconstruction_layers"),
+        ({"sharing_weight": -1.0}, "sharing_weight"),
+        ({"group_weight": -1.0}, "group_weight"),
         ({"resize_mode": "stretch"}, "resize_mode"),
         ({"max_text_length": 0}, "max_text_length"),
     ],

@@ -4,8 +4,8 @@ The emoji of an npm package as a dataset of pictures with names, and as a text t
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/prepare_data.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/data
 
-Writes `pictures/` (splits "train" and "held_out"; columns image, caption, key, content, style) and `corpus.txt`. Graphics: Twemoji,
-CC-BY 4.0.
+Writes `pictures/` (splits "train" and "held_out"; columns image, caption, key, content, style) and `corpus.txt`.
+Graphics: Twemoji, CC-BY 4.0.
 """
 
 import argparse

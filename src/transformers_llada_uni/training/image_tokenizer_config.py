@@ -28,8 +28,7 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
             of a picture are shared by pictures of one style, all others by pictures of one content. Not with pictures
             of several sizes.
         sharing_weight (`float`, defaults to 1.0): Weight of the loss by which a picture finds the codes it shares.
-        centre_weight (`float`, defaults to 1.0): Weight of the loss that keeps the features of a patch apart, where
-            codes are shared.
+        group_weight (`float`, defaults to 1.0): Weight of the loss that keeps styles, and contents, apart.
         codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages
             (VQ-VAE-2, arXiv 1906.00446), or `"gradient"`, a loss that draws codes to features.
         codebook_decay (`float`, defaults to 0.99): Of the moving averages, also of those that count how often a code
@@ -67,8 +66,8 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     sharing_weight: float = field(
         default=1.0, metadata={"help": "Weight of the loss by which a picture finds the codes it shares."}
     )
-    centre_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss that keeps features apart where codes are shared."}
+    group_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the loss that keeps styles, and contents, apart."}
     )
     codebook_update: str = field(
         default="ema", metadata={"help": "How codes follow their features.", "choices": list(CODEBOOK_UPDATES)}
@@ -87,7 +86,7 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     def __post_init__(self):
         for name in ("commitment_weight", "reconstruction_weight", "codebook_weight", "sharing_weight"):
             check_number(name, getattr(self, name), 0)
-        check_number("centre_weight", self.centre_weight, 0)
+        check_number("group_weight", self.group_weight, 0)
         check_number("revival_threshold", self.revival_threshold, 0)
         check_number("codebook_decay", self.codebook_decay, 0, 1)
         if self.codebook_update not in CODEBOOK_UPDATES:

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 # Of the cosines between a feature and the codes, in the loss of pictures that share codes.
 SHARING_TEMPERATURE = 0.05
+# Of the mean cosines between the features of a picture and those of a group.
+GROUP_TEMPERATURE = 0.1
 # Where SigLIP starts (arXiv 2303.15343, section 3.2).
 INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0
 
@@ -22,7 +24,7 @@ class ImageTokenizerOutput:
         image_embeds, text_embeds: `(batch, width)`, of length one.
         features: `(patches, embed_dim)`, of length one: what is quantised.
         codes: `(patches,)`.
-        commitment_loss, codebook_loss, reconstruction_loss, sharing_loss, centre_loss: Scalars.
+        commitment_loss, codebook_loss, reconstruction_loss, sharing_loss, group_loss: Scalars.
         sharing_agreement: The share of patches whose own code is the one that they share with others.
     """
 
@@ -34,7 +36,7 @@ class ImageTokenizerOutput:
     codebook_loss: torch.Tensor
     reconstruction_loss: torch.Tensor
     sharing_loss: torch.Tensor
-    centre_loss: torch.Tensor
+    group_loss: torch.Tensor
     sharing_agreement: torch.Tensor
 
 
@@ -44,12 +46,13 @@ class ImageTokenizerWithText(nn.Module):
     pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the picture is
     compared with its caption; each code, through two linear layers, with the pixels of its patch.
 
-    Pictures may share codes: of `style_ids` the first `num_style_codes` of a picture, of `content_ids` all others. What
-    shares a code is the normed mean of its features, so that a code cannot hold what tells such pictures apart. Then a
-    picture is put together of what others have, which a language model learns sooner and does for pairs never seen.
+    Pictures may share codes: of `style_ids` the first `num_style_codes` of a picture, of `content_ids` all others.
+    What shares a code is the normed mean of its features, so that a code cannot hold what tells such pictures apart.
+    Then a picture is put together of what others have, which a language model learns sooner and does for pairs never
+    seen.
     The cross-entropy of the shared code, by the cosines of a picture's own feature with all codes, teaches a picture
-    to find its codes when it is alone. What all pictures have in common at a patch tells nothing and crowds the codes
-    together; the centre loss is the squared length of that mean.
+    to find its codes when it is alone. That of its group, by the mean cosine of its features with those of all groups
+    of the batch (prototypical networks, arXiv 1703.05175), keeps styles and contents apart from each other.
 
     Args:
         visual: The vision tower (`model.visual`). vqmodel: The quantiser (`model.vqmodel`).
@@ -77,7 +80,10 @@ class ImageTokenizerWithText(nn.Module):
         self.image_projection = nn.Linear(channels, width)
         self.pixel_context = None
         if reconstruction_layers:
-            num_heads, num_patches = visual.config.num_heads, (visual.config.image_size // visual.config.patch_size) ** 2
+            num_heads, num_patches = (
+                visual.config.num_heads,
+                (visual.config.image_size // visual.config.patch_size) ** 2,
+            )
             layer = nn.TransformerEncoderLayer(
                 channels, num_heads, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
@@ -105,16 +111,14 @@ class ImageTokenizerWithText(nn.Module):
         # A 1 x 1 convolution sees each patch alone: the patches of all pictures are one row of them.
         as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
         features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
-        shared = features
+        shared, group_loss = features, features.new_zeros(())
         if content_ids is not None:
-            shared = self._shared(features.unflatten(0, (len(content_ids), -1)), content_ids, style_ids).flatten(0, 1)
+            shared, group_loss = self._share(features, content_ids, style_ids)
         quantized, _, codes = self.vqmodel.quantize(shared.T[None, :, None])
         codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
         chosen = codebook[codes]
-        sharing_loss, centre_loss, agreement = features.new_zeros(()), features.new_zeros(()), features.new_ones(())
-        if shared is not features:
-            by_picture = features.unflatten(0, (len(content_ids), -1))[:, self.num_style_codes :]
-            centre_loss = by_picture.mean(dim=0).square().sum(dim=-1).mean()
+        sharing_loss, agreement = features.new_zeros(()), features.new_ones(())
+        if content_ids is not None:
             similarity = features @ codebook.detach().T
             sharing_loss = F.cross_entropy(similarity / SHARING_TEMPERATURE, codes)
             agreement = (similarity.argmax(dim=-1) == codes).float().mean()
@@ -136,17 +140,22 @@ class ImageTokenizerWithText(nn.Module):
             codebook_loss=(features.detach() - chosen).square().sum(dim=-1).mean(),
             reconstruction_loss=F.mse_loss(self._pixels(quantized, len(lengths)), pixel_values),
             sharing_loss=sharing_loss,
-            centre_loss=centre_loss,
+            group_loss=group_loss,
             sharing_agreement=agreement,
         )
 
-    def _shared(
+    def _share(
         self, features: torch.Tensor, content_ids: torch.LongTensor, style_ids: torch.LongTensor
-    ) -> torch.Tensor:
-        """`features` `(batch, patches, embed_dim)`, each in the mean of those that it shares a code with."""
-        split = self.num_style_codes
-        parts = ((features[:, :split], style_ids), (features[:, split:], content_ids))
-        return torch.cat([_means_of_groups(part, ids) for part, ids in parts], dim=1)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` `(patches, embed_dim)`, each the mean of those that share its code; the loss of groups."""
+        by_picture, split = features.unflatten(0, (len(content_ids), -1)), self.num_style_codes
+        shared, group_loss = [], features.new_zeros(())
+        for part, ids in ((by_picture[:, :split], style_ids), (by_picture[:, split:], content_ids)):
+            means, groups = _means_of_groups(part, ids)
+            shared.append(means[groups])
+            similarity = part.flatten(1) @ means.flatten(1).T / part.shape[1]
+            group_loss = group_loss + F.cross_entropy(similarity / GROUP_TEMPERATURE, groups)
+        return torch.cat(shared, dim=1).flatten(0, 1), group_loss
 
     def _pixels(self, quantized: torch.Tensor, batch_size: int) -> torch.Tensor:
         """What the codes `(patches, channels)` tell of the pixels of their patches."""
@@ -208,8 +217,8 @@ class ImageTokenizerWithText(nn.Module):
         return num_dead
 
 
-def _means_of_groups(features: torch.Tensor, ids: torch.LongTensor) -> torch.Tensor:
-    """Of `features` `(batch, ...)` with equal `ids` the mean, of length one."""
-    _, groups = ids.unique(return_inverse=True)
-    sums = features.new_zeros(features.shape).index_add(0, groups, features)
-    return F.normalize(sums, dim=-1)[groups]
+def _means_of_groups(features: torch.Tensor, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Of `features` `(batch, ...)` with equal `ids` the mean, of length one, and the number of each row's mean."""
+    names, groups = ids.unique(return_inverse=True)
+    sums = features.new_zeros(len(names), *features.shape[1:]).index_add(0, groups, features)
+    return F.normalize(sums, dim=-1), groups

@@ -175,8 +175,8 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         if args.codebook_update == "gradient":
             weights["codebook_loss"] = args.codebook_weight
         if args.num_style_codes:
-            terms |= {"sharing_loss": outputs.sharing_loss, "centre_loss": outputs.centre_loss}
-            weights |= {"sharing_loss": args.sharing_weight, "centre_loss": args.centre_weight}
+            terms |= {"sharing_loss": outputs.sharing_loss, "group_loss": outputs.group_loss}
+            weights |= {"sharing_loss": args.sharing_weight, "group_loss": args.group_weight}
         loss = sum(weight * terms[name] for name, weight in weights.items())
         if self.model.training:
             self._last_outputs = outputs
