@@ -1,5 +1,5 @@
 """
-Everything that made the shipped emoji model, in order, on a CPU: about seven hours on two cores.
+Everything that makes the emoji model, in order, on a CPU.
 
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/train.py emoji-datasource-twitter-16.0.0.tgz --minutes 85
