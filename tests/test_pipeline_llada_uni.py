@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from safetensors.torch import load_file
 
 from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
-from diffusers_llada_uni.code_decoding import decoder_sigmas, guided_velocity
+from diffusers_llada_uni.code_decoding import DECODERS, decoder_sigmas, guided_velocity
+from diffusers_llada_uni.decoder_caching import ConditionCache
 from diffusers_llada_uni.picture_inputs import touched_codes
 
 
@@ -196,6 +198,119 @@ def test_callback_sees_and_changes_tensors(decoding, codes):
     )
     assert seen == [(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]
     assert not latents.any()
+
+
+def count_calls(monkeypatch, module):
+    calls, forward = [], module.forward
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape[0])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", counted)
+    return calls
+
+
+def turn_off_condition_cache(monkeypatch):
+    monkeypatch.setattr(ConditionCache, "__enter__", lambda cache: cache)
+    monkeypatch.setattr(ConditionCache, "__exit__", lambda cache, *error: None)
+
+
+@pytest.mark.parametrize("decoder, rows", [("turbo", 2), ("normal", 4)])
+@pytest.mark.parametrize("grid", [(2, 3), (2, 4)])  # 24 features, which are padded to 32; and 32
+def test_condition_is_computed_once_per_decoding(decoding, monkeypatch, decoder, rows, grid):
+    codes = torch.arange(2 * grid[0] * grid[1]).view(2, *grid)
+    refined = count_calls(monkeypatch, getattr(decoding, DECODERS[decoder][0]).context_refiner[0])
+    embedded = count_calls(monkeypatch, getattr(decoding, DECODERS[decoder][0]).cap_embedder)
+
+    def run(codes):
+        arguments = {"decoder": decoder, "num_inference_steps": 5, "output_type": "latent"}
+        return decoding.decode_codes(codes, generator=seeded(0), **arguments)
+
+    cached = [run(codes), run(codes + 1)]  # the second picture has a condition of its own
+    assert refined == [rows] * 2 and embedded == [rows * 32] * 2
+    turn_off_condition_cache(monkeypatch)
+    every_step = [run(codes), run(codes + 1)]
+    assert len(refined) == 2 + 2 * decoding.num_timesteps
+    for ours, theirs in zip(cached, every_step, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.allclose(cached[0], cached[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_features_changed_by_a_callback_are_seen(decoding, codes, monkeypatch, in_place):
+    given, others = decoding.semantic_embedder(codes), decoding.semantic_embedder(codes.flip(1))
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            if in_place:
+                tensors["image_features"].copy_(others)
+            return {} if in_place else {"image_features": others}
+
+    latents = decoding.decode_codes(
+        codes,
+        "normal",
+        num_inference_steps=5,
+        generator=seeded(0),
+        output_type="latent",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["image_features"] if in_place else [],
+    )
+
+    velocity, times = decoding._velocity, []
+
+    def velocity_of_step(transformer, latents, time, image_features, guidance_scale):
+        times.append(time)
+        return velocity(transformer, latents, time, given if len(times) <= 2 else others, guidance_scale)
+
+    monkeypatch.setattr(decoding, "_velocity", velocity_of_step)
+    turn_off_condition_cache(monkeypatch)
+    expected = decoding.decode_codes(codes, "normal", num_inference_steps=5, generator=seeded(0), output_type="latent")
+    assert len(times) == 4 and torch.equal(latents, expected)
+
+
+def test_decoder_is_left_as_it_was(decoding, codes, monkeypatch):
+    features = decoding.semantic_embedder(codes)
+    arguments = (torch.ones(1, 16, 8, 8), torch.tensor(0.5))
+    before = decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0)
+
+    def callback(pipe, step, timestep, tensors):  # uses the decoder with other features
+        other = decoding._velocity(decoding.transformer_turbo, *arguments, 1 - features, 0.0)
+        assert not torch.allclose(other, before, atol=1e-3)
+        if step == 1:
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        decoding.decode_codes(codes, num_inference_steps=3, callback_on_step_end=callback)
+    assert torch.equal(decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0), before)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="inside of a step"):
+
+        def fail(*args):
+            raise RuntimeError("inside of a step")
+
+        patch.setattr(decoding.transformer_turbo, "unpatchify", fail)
+        decoding.decode_codes(codes, num_inference_steps=3)
+    assert torch.equal(decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0), before)
+
+
+@pytest.mark.parametrize("obstacle", ["group offloading", "compiled block", "compiled decoder"])
+def test_condition_is_not_skipped_where_it_must_not_be(decoding, codes, monkeypatch, obstacle):
+    turbo = copy.deepcopy(decoding.transformer_turbo)
+    decoding.register_modules(transformer_turbo=turbo)
+    refined = count_calls(monkeypatch, turbo.context_refiner[0].feed_forward)
+
+    def run():
+        return decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+
+    reference = run()
+    assert len(refined) == 1
+    if obstacle == "group offloading":
+        turbo.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    else:
+        (turbo if obstacle == "compiled decoder" else turbo.context_refiner[0]).compile(backend="eager")
+    refined.clear()
+    torch.testing.assert_close(run(), reference)
+    assert len(refined) == 3
 
 
 def test_interrupt(decoding, codes):

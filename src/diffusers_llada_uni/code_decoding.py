@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .decoder_caching import ConditionCache
 from .input_checks import (
     check_callback,
     check_choice,
@@ -214,11 +215,15 @@ class CodeDecodingMixin:
         self._interrupt = False
 
         # 4. From noise to latents
+        condition = ConditionCache(transformer)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             if self._interrupt:
                 continue
             sigma = timestep / scheduler.config.num_train_timesteps
-            velocity = self._velocity(transformer, latents, 1 - sigma, image_features, settings.decoder_guidance_scale)
+            with condition:
+                velocity = self._velocity(
+                    transformer, latents, 1 - sigma, image_features, settings.decoder_guidance_scale
+                )
             # The transformer points from noise to data, the scheduler wants the direction from data to noise.
             latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
             if settings.callback_on_step_end is not None:
@@ -227,6 +232,9 @@ class CodeDecodingMixin:
                 replaced = settings.callback_on_step_end(self, step, timestep, given) or {}
                 latents = replaced.get("latents", latents)
                 image_features = replaced.get("image_features", image_features)
+                if "image_features" in given or "image_features" in replaced:
+                    condition.forget()  # in place or by new ones, the features may have been changed
+        condition.forget()
 
         # 5. Latents to pixels
         if settings.output_type == "latent":
