@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
 from safetensors.torch import load_file
 
 from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
@@ -311,6 +312,90 @@ def test_condition_is_not_skipped_where_it_must_not_be(decoding, codes, monkeypa
     refined.clear()
     torch.testing.assert_close(run(), reference)
     assert len(refined) == 3
+
+
+@pytest.mark.parametrize("decoder, threshold, change", [("turbo", 0.2, 0.1), ("normal", 0.05, 0.01)])
+def test_decoder_cache(decoding, codes, monkeypatch, decoder, threshold, change):
+    transformer = getattr(decoding, DECODERS[decoder][0])
+    # Untrained, the decoder takes any two times for quite different; this makes it smooth, as training would.
+    monkeypatch.setattr(transformer, "t_scale", 1.0)
+    last_block = count_calls(monkeypatch, transformer.layers[-1].feed_forward)
+
+    def run(codes):
+        last_block.clear()
+        arguments = {"decoder": decoder, "num_inference_steps": 20, "output_type": "latent"}
+        latents = decoding.decode_codes(codes, generator=seeded(0), **arguments)
+        return latents, len(last_block)
+
+    exact, num_steps = run(codes)
+    assert num_steps == decoding.num_timesteps  # off by default
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=0.0))
+    latents, num_runs = run(codes)
+    assert num_runs == num_steps and torch.equal(latents, exact)
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=threshold))
+    latents, num_runs = run(codes)
+    assert 1 < num_runs < 0.9 * num_steps
+    assert 0 < (latents - exact).norm() < change * exact.norm()
+
+    # With this threshold what is left of a picture would be used for the next, whatever that is.
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    first, num_runs = run(codes)
+    assert num_runs == 1
+    _, num_runs = run(codes.flip(1))
+    assert num_runs == 1
+    assert torch.equal(run(codes)[0], first) and not torch.equal(first, exact)
+
+    decoding.disable_decoder_cache()
+    latents, num_runs = run(codes)
+    assert num_runs == num_steps and torch.equal(latents, exact)
+
+
+def test_decoder_cache_is_gone_after_an_error(decoding, codes, monkeypatch):
+    exact = decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+
+    def callback(pipe, step, timestep, tensors):
+        raise RuntimeError("stop here")
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    with pytest.raises(RuntimeError, match="stop here"):
+        decoding.decode_codes(codes, num_inference_steps=3, callback_on_step_end=callback)
+    decoding.disable_decoder_cache()
+    again = decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    assert torch.equal(again, exact)
+
+
+def test_decoder_of_one_block_has_nothing_to_skip(decoding, codes):
+    short = ZImageTransformer2DModel.from_config({**decoding.transformer_turbo.config, "n_layers": 1})
+    pipe = quiet(LLaDAUniPipeline(**{**decoding.components, "transformer_turbo": short}))
+    exact = pipe.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    again = pipe.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    assert torch.equal(again, exact)
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        (0.1, TypeError, "`config`.*FirstBlockCacheConfig.*float"),
+        (FirstBlockCacheConfig(threshold=-0.1), ValueError, "`threshold`.*at least 0"),
+        (FirstBlockCacheConfig(threshold=float("nan")), ValueError, "`threshold`.*finite"),
+        (FirstBlockCacheConfig(threshold="much"), TypeError, "`threshold`.*number"),
+    ],
+)
+def test_bad_settings_of_the_decoder_cache(decoding, config, error, words):
+    with pytest.raises(error, match=words):
+        decoding.enable_decoder_cache(config)
+
+
+def test_decoder_cache_is_refused_where_blocks_may_not_be_skipped(decoding, codes, monkeypatch):
+    decoding.register_modules(transformer_turbo=copy.deepcopy(decoding.transformer_turbo))
+    decoding.transformer_turbo.layers[1].compile(backend="eager")
+    decoding.enable_decoder_cache(FirstBlockCacheConfig())
+    monkeypatch.setattr(decoding.semantic_embedder, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="decoder cache.*'turbo'.*compiled"):
+        decoding.decode_codes(codes)
 
 
 def test_interrupt(decoding, codes):
