@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
 from safetensors.torch import load_file
 
 from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
-from diffusers_llada_uni.code_decoding import decoder_sigmas, guided_velocity
+from diffusers_llada_uni.code_decoding import DECODERS, decoder_sigmas, guided_velocity
+from diffusers_llada_uni.decoder_caching import ConditionCache
 from diffusers_llada_uni.picture_inputs import touched_codes
 
 
@@ -196,6 +199,203 @@ def test_callback_sees_and_changes_tensors(decoding, codes):
     )
     assert seen == [(0, 1000.0), (1, 750.0), (2, 500.0), (3, 250.0)]
     assert not latents.any()
+
+
+def count_calls(monkeypatch, module):
+    calls, forward = [], module.forward
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape[0])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", counted)
+    return calls
+
+
+def turn_off_condition_cache(monkeypatch):
+    monkeypatch.setattr(ConditionCache, "__enter__", lambda cache: cache)
+    monkeypatch.setattr(ConditionCache, "__exit__", lambda cache, *error: None)
+
+
+@pytest.mark.parametrize("decoder, rows", [("turbo", 2), ("normal", 4)])
+@pytest.mark.parametrize("grid", [(2, 3), (2, 4)])  # 24 features, which are padded to 32; and 32
+def test_condition_is_computed_once_per_decoding(decoding, monkeypatch, decoder, rows, grid):
+    codes = torch.arange(2 * grid[0] * grid[1]).view(2, *grid)
+    refined = count_calls(monkeypatch, getattr(decoding, DECODERS[decoder][0]).context_refiner[0])
+    embedded = count_calls(monkeypatch, getattr(decoding, DECODERS[decoder][0]).cap_embedder)
+
+    def run(codes):
+        arguments = {"decoder": decoder, "num_inference_steps": 5, "output_type": "latent"}
+        return decoding.decode_codes(codes, generator=seeded(0), **arguments)
+
+    cached = [run(codes), run(codes + 1)]  # the second picture has a condition of its own
+    assert refined == [rows] * 2 and embedded == [rows * 32] * 2
+    turn_off_condition_cache(monkeypatch)
+    every_step = [run(codes), run(codes + 1)]
+    assert len(refined) == 2 + 2 * decoding.num_timesteps
+    for ours, theirs in zip(cached, every_step, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.allclose(cached[0], cached[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_features_changed_by_a_callback_are_seen(decoding, codes, monkeypatch, in_place):
+    given, others = decoding.semantic_embedder(codes), decoding.semantic_embedder(codes.flip(1))
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            if in_place:
+                tensors["image_features"].copy_(others)
+            return {} if in_place else {"image_features": others}
+
+    latents = decoding.decode_codes(
+        codes,
+        "normal",
+        num_inference_steps=5,
+        generator=seeded(0),
+        output_type="latent",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["image_features"] if in_place else [],
+    )
+
+    velocity, times = decoding._velocity, []
+
+    def velocity_of_step(transformer, latents, time, image_features, guidance_scale):
+        times.append(time)
+        return velocity(transformer, latents, time, given if len(times) <= 2 else others, guidance_scale)
+
+    monkeypatch.setattr(decoding, "_velocity", velocity_of_step)
+    turn_off_condition_cache(monkeypatch)
+    expected = decoding.decode_codes(codes, "normal", num_inference_steps=5, generator=seeded(0), output_type="latent")
+    assert len(times) == 4 and torch.equal(latents, expected)
+
+
+def test_decoder_is_left_as_it_was(decoding, codes, monkeypatch):
+    features = decoding.semantic_embedder(codes)
+    arguments = (torch.ones(1, 16, 8, 8), torch.tensor(0.5))
+    before = decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0)
+
+    def callback(pipe, step, timestep, tensors):  # uses the decoder with other features
+        other = decoding._velocity(decoding.transformer_turbo, *arguments, 1 - features, 0.0)
+        assert not torch.allclose(other, before, atol=1e-3)
+        if step == 1:
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        decoding.decode_codes(codes, num_inference_steps=3, callback_on_step_end=callback)
+    assert torch.equal(decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0), before)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="inside of a step"):
+
+        def fail(*args):
+            raise RuntimeError("inside of a step")
+
+        patch.setattr(decoding.transformer_turbo, "unpatchify", fail)
+        decoding.decode_codes(codes, num_inference_steps=3)
+    assert torch.equal(decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0), before)
+
+
+@pytest.mark.parametrize("obstacle", ["group offloading", "compiled block", "compiled decoder"])
+def test_condition_is_not_skipped_where_it_must_not_be(decoding, codes, monkeypatch, obstacle):
+    turbo = copy.deepcopy(decoding.transformer_turbo)
+    decoding.register_modules(transformer_turbo=turbo)
+    refined = count_calls(monkeypatch, turbo.context_refiner[0].feed_forward)
+
+    def run():
+        return decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+
+    reference = run()
+    assert len(refined) == 1
+    if obstacle == "group offloading":
+        turbo.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    else:
+        (turbo if obstacle == "compiled decoder" else turbo.context_refiner[0]).compile(backend="eager")
+    refined.clear()
+    torch.testing.assert_close(run(), reference)
+    assert len(refined) == 3
+
+
+@pytest.mark.parametrize("decoder, threshold, change", [("turbo", 0.2, 0.1), ("normal", 0.05, 0.01)])
+def test_decoder_cache(decoding, codes, monkeypatch, decoder, threshold, change):
+    transformer = getattr(decoding, DECODERS[decoder][0])
+    # Untrained, the decoder takes any two times for quite different; this makes it smooth, as training would.
+    monkeypatch.setattr(transformer, "t_scale", 1.0)
+    last_block = count_calls(monkeypatch, transformer.layers[-1].feed_forward)
+
+    def run(codes):
+        last_block.clear()
+        arguments = {"decoder": decoder, "num_inference_steps": 20, "output_type": "latent"}
+        latents = decoding.decode_codes(codes, generator=seeded(0), **arguments)
+        return latents, len(last_block)
+
+    exact, num_steps = run(codes)
+    assert num_steps == decoding.num_timesteps  # off by default
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=0.0))
+    latents, num_runs = run(codes)
+    assert num_runs == num_steps and torch.equal(latents, exact)
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=threshold))
+    latents, num_runs = run(codes)
+    assert 1 < num_runs < 0.9 * num_steps
+    assert 0 < (latents - exact).norm() < change * exact.norm()
+
+    # With this threshold what is left of a picture would be used for the next, whatever that is.
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    first, num_runs = run(codes)
+    assert num_runs == 1
+    _, num_runs = run(codes.flip(1))
+    assert num_runs == 1
+    assert torch.equal(run(codes)[0], first) and not torch.equal(first, exact)
+
+    decoding.disable_decoder_cache()
+    latents, num_runs = run(codes)
+    assert num_runs == num_steps and torch.equal(latents, exact)
+
+
+def test_decoder_cache_is_gone_after_an_error(decoding, codes, monkeypatch):
+    exact = decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+
+    def callback(pipe, step, timestep, tensors):
+        raise RuntimeError("stop here")
+
+    decoding.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    with pytest.raises(RuntimeError, match="stop here"):
+        decoding.decode_codes(codes, num_inference_steps=3, callback_on_step_end=callback)
+    decoding.disable_decoder_cache()
+    again = decoding.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    assert torch.equal(again, exact)
+
+
+def test_decoder_of_one_block_has_nothing_to_skip(decoding, codes):
+    short = ZImageTransformer2DModel.from_config({**decoding.transformer_turbo.config, "n_layers": 1})
+    pipe = quiet(LLaDAUniPipeline(**{**decoding.components, "transformer_turbo": short}))
+    exact = pipe.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=1e9))
+    again = pipe.decode_codes(codes, num_inference_steps=3, generator=seeded(0), output_type="latent")
+    assert torch.equal(again, exact)
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        (0.1, TypeError, "`config`.*FirstBlockCacheConfig.*float"),
+        (FirstBlockCacheConfig(threshold=-0.1), ValueError, "`threshold`.*at least 0"),
+        (FirstBlockCacheConfig(threshold=float("nan")), ValueError, "`threshold`.*finite"),
+        (FirstBlockCacheConfig(threshold="much"), TypeError, "`threshold`.*number"),
+    ],
+)
+def test_bad_settings_of_the_decoder_cache(decoding, config, error, words):
+    with pytest.raises(error, match=words):
+        decoding.enable_decoder_cache(config)
+
+
+def test_decoder_cache_is_refused_where_blocks_may_not_be_skipped(decoding, codes, monkeypatch):
+    decoding.register_modules(transformer_turbo=copy.deepcopy(decoding.transformer_turbo))
+    decoding.transformer_turbo.layers[1].compile(backend="eager")
+    decoding.enable_decoder_cache(FirstBlockCacheConfig())
+    monkeypatch.setattr(decoding.semantic_embedder, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="decoder cache.*'turbo'.*compiled"):
+        decoding.decode_codes(codes)
 
 
 def test_interrupt(decoding, codes):

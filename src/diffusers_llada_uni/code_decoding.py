@@ -8,9 +8,11 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .decoder_caching import ConditionCache, first_block_cache, may_skip
 from .input_checks import (
     check_callback,
     check_choice,
@@ -80,6 +82,7 @@ class CodeDecodingMixin:
     """
 
     _callback_tensor_inputs = ["latents", "image_features"]
+    _decoder_cache_config: FirstBlockCacheConfig | None = None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -100,6 +103,33 @@ class CodeDecodingMixin:
     def interrupt(self) -> bool:
         """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
         return self._interrupt
+
+    def enable_decoder_cache(self, config: FirstBlockCacheConfig) -> None:
+        r"""
+        Lets the decoder skip all blocks but the first at steps where that one gives nearly what it gave before.
+
+        Faster and not exact: pictures change, the more the higher the threshold, and a picture also depends on those
+        decoded together with it, as all of a batch skip or none does. Helps with many steps ("normal"); the few of
+        "turbo" differ much.
+
+            pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=0.05))  # from diffusers.hooks
+
+        Args:
+            config ([`FirstBlockCacheConfig`]): diffusers' settings of its first block cache.
+
+        Raises:
+            TypeError: if `config` is of another class, as of another of diffusers' caches.
+            ValueError: if the threshold is negative or not finite; when decoding, if the decoder is compiled or under
+                other hooks of diffusers.
+        """
+        if not isinstance(config, FirstBlockCacheConfig):
+            raise TypeError(f"`config` must be a FirstBlockCacheConfig of diffusers, got {type(config).__name__}.")
+        check_finite("threshold", config.threshold, minimum=0.0)
+        self._decoder_cache_config = config
+
+    def disable_decoder_cache(self) -> None:
+        """Every step runs all blocks of the decoder again, as by default."""
+        self._decoder_cache_config = None
 
     @torch.no_grad()
     def decode_codes(
@@ -214,19 +244,8 @@ class CodeDecodingMixin:
         self._interrupt = False
 
         # 4. From noise to latents
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            if self._interrupt:
-                continue
-            sigma = timestep / scheduler.config.num_train_timesteps
-            velocity = self._velocity(transformer, latents, 1 - sigma, image_features, settings.decoder_guidance_scale)
-            # The transformer points from noise to data, the scheduler wants the direction from data to noise.
-            latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
-            if settings.callback_on_step_end is not None:
-                tensors = {"latents": latents, "image_features": image_features}
-                given = {name: tensors[name] for name in settings.callback_on_step_end_tensor_inputs}
-                replaced = settings.callback_on_step_end(self, step, timestep, given) or {}
-                latents = replaced.get("latents", latents)
-                image_features = replaced.get("image_features", image_features)
+        with first_block_cache(transformer, self._decoder_cache_config):
+            latents = self._denoise(transformer, scheduler, latents, image_features, settings, generator)
 
         # 5. Latents to pixels
         if settings.output_type == "latent":
@@ -238,6 +257,37 @@ class CodeDecodingMixin:
         return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor).postprocess(
             pixels, output_type=settings.output_type
         )
+
+    def _denoise(
+        self,
+        transformer: ZImageTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        latents: torch.Tensor,
+        image_features: torch.Tensor,
+        settings: CodeDecodingSettings,
+        generator: Generator,
+    ) -> torch.Tensor:
+        """All steps from noise to latents `(batch, channels, h, w)`, float32."""
+        condition = ConditionCache(transformer)
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            if self._interrupt:
+                continue
+            sigma = timestep / scheduler.config.num_train_timesteps
+            with condition:
+                velocity = self._velocity(
+                    transformer, latents, 1 - sigma, image_features, settings.decoder_guidance_scale
+                )
+            # The transformer points from noise to data, the scheduler wants the direction from data to noise.
+            latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
+            if settings.callback_on_step_end is not None:
+                tensors = {"latents": latents, "image_features": image_features}
+                given = {name: tensors[name] for name in settings.callback_on_step_end_tensor_inputs}
+                replaced = settings.callback_on_step_end(self, step, timestep, given) or {}
+                latents = replaced.get("latents", latents)
+                image_features = replaced.get("image_features", image_features)
+                if "image_features" in given or "image_features" in replaced:
+                    condition.forget()  # in place or by new ones, the features may have been changed
+        return latents
 
     def _velocity(
         self,
@@ -299,6 +349,11 @@ class CodeDecodingMixin:
                 f"`decoder_guidance_scale` must be 0 for the decoder 'turbo', distilled without it, got {guidance}."
             )
         transformer, embedder = getattr(self, DECODERS[decoder][0]), self.semantic_embedder
+        if self._decoder_cache_config is not None and not may_skip(transformer, transformer.layers):
+            raise ValueError(
+                f"The decoder cache cannot work in the decoder {decoder!r}, which is compiled or under other hooks of "
+                "diffusers, as of group offloading; undo that, or call `disable_decoder_cache()`."
+            )
         feature_dim = embedder.config.out_dim or embedder.config.embedding_dim
         if feature_dim != transformer.config.cap_feat_dim:
             raise ValueError(
