@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
@@ -103,6 +104,8 @@ class LLaDA2MoeAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if can_share_key_value_heads(self.config._attn_implementation, query_states, attention_mask):
+            attention_interface = shared_key_value_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
