@@ -900,7 +900,8 @@ def test_save_and_load(loaded, loader, tmp_path):
     arguments = {**SMALL, "output_type": "np"}
     ours, theirs = loaded("a cat", **arguments, generator=seeded(0)), again("a cat", **arguments, generator=seeded(0))
     assert torch.equal(ours.codes[0], theirs.codes[0])
-    np.testing.assert_array_equal(ours.images, theirs.images)
+    # Equal weights elsewhere in memory: on some processors kernels go by their alignment.
+    np.testing.assert_allclose(ours.images, theirs.images, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("loader", [DiffusionPipeline, LLaDAUniPipeline])
@@ -963,7 +964,10 @@ def test_model_cpu_offload(offloadable):
     assert list(dict.fromkeys(entered)) == ["model", "transformer", "vae"]
     for _ in range(2):  # the hooks are put back after a call
         for ours, theirs in zip(run_all(offloadable), reference, strict=True):
-            assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
+            if isinstance(ours, str):
+                assert ours == theirs
+            else:
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_sequential_cpu_offload(offloadable, monkeypatch):

@@ -109,7 +109,7 @@ def test_few_steps_do_what_many_did(tmp_path):
     trainer = make_trainer(
         tmp_path / "student",
         components,
-        max_steps=100,
+        max_steps=160,
         num_teacher_steps=12,
         per_device_train_batch_size=16,
         learning_rate=1e-3,
