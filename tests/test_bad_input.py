@@ -377,6 +377,9 @@ rows(
     ({"input_ids": IDS, "position_ids": torch.zeros(1, 5)}, ValueError, ["`position_ids`", "(1, 3)"]),
     ({"input_ids": IDS, "past_key_values": ((1, 2),)}, TypeError, ["`past_key_values`", "tuple"]),
     ({"input_ids": IDS, "block_length": 2.5}, ValueError, ["`block_length`", "2.5"]),
+    ({"input_ids": IDS, "columns_to_keep": [[1]]}, TypeError, ["`columns_to_keep`", "list"]),
+    ({"input_ids": IDS, "columns_to_keep": IDS.float()}, ValueError, ["`columns_to_keep`", "float32"]),
+    ({"input_ids": IDS, "columns_to_keep": TWO}, ValueError, ["`columns_to_keep`", "(1, 3)", "(2, 3)"]),
     ({"input_ids": IDS, "labels": IDS.float()}, ValueError, ["`labels`", "float32"]),
     ({"input_ids": IDS, "labels": TWO}, ValueError, ["`labels`", "(1, 3)", "(2, 3)"]),
     (

@@ -130,6 +130,35 @@ class TestCacheIsExact:
             method, arguments = random_case(seed)
             assert torch.equal(getattr(model, method)(**arguments), getattr(backbone, method)(**arguments))
 
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_last_layer_computes_only_masked_columns(self, backbone, use_cache):
+        """Two rows of unequal prompts: the tail of the shorter leaves it more masks in the first block."""
+        lengths = []
+        hook = backbone.model.layers[-1].register_forward_hook(
+            lambda module, args, output: lengths.append(output.shape[1])
+        )
+        ids = torch.randint(0, 60, (2, 13), generator=torch.Generator().manual_seed(0))
+        attention_mask = torch.ones_like(ids)
+        attention_mask[1, :2] = 0
+        backbone.generate(
+            ids,
+            attention_mask=attention_mask,
+            max_new_tokens=13,
+            block_length=8,
+            num_steps_per_block=4,
+            threshold=1.0,
+            eos_token_id=None,
+            use_cache=use_cache,
+        )
+        hook.remove()
+        if use_cache:
+            # The shorter row starts with 5 masks, the longer with 3; each step fills in two. The last block's rows
+            # have room past their ends, which is masked too.
+            assert lengths == [5, 3, 1, 8, 6, 4, 2, 8, 6, 4, 2]
+        else:
+            # The plain loop stays what it is, so that it can tell whether the narrow one is right.
+            assert lengths == [16] * 3 + [24] * 4 + [32] * 4
+
     def test_forwards_only_the_current_block(self, backbone):
         """No step but a block's first forwards more than one block, and committing takes no pass of its own."""
         lengths = []

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
 from tests.common import ModelTesterMixin, saved_tensors
+from tests.property_cases import tiny_backbone
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion, LLaDA2MoeModel
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
 
@@ -252,6 +253,43 @@ class TestLoading:
                 and all(a in ("*", b) for a, b in zip(parts, name.split("."), strict=True))
                 for name in names
             ), pattern
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("padding", [0, 3])
+@torch.no_grad()
+def test_columns_to_keep_changes_only_what_is_computed(official_tiny, implementation, padding):
+    """Kept columns, whatever their order, are those of the whole forward, and the cache takes in all columns."""
+    model = LLaDA2MoeModel.from_pretrained(official_tiny, attn_implementation=implementation)
+    ids = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, :padding] = 0
+    arguments = {"input_ids": ids, "attention_mask": attention_mask, "block_length": 8}
+    whole = model(**arguments, past_key_values=DynamicCache())
+    columns = torch.tensor([[4, 23, 9], [8, 7, 21]])
+    last_mlp_lengths = []
+    hook = model.layers[-1].mlp.register_forward_hook(lambda *call: last_mlp_lengths.append(call[-1].shape[1]))
+    some = model(**arguments, past_key_values=DynamicCache(), columns_to_keep=columns)
+    hook.remove()
+    expected = torch.stack([whole.last_hidden_state[row, columns[row]] for row in range(2)])
+    torch.testing.assert_close(some.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    for layer, expected_layer in zip(some.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        assert torch.equal(layer.keys, expected_layer.keys) and torch.equal(layer.values, expected_layer.values)
+    # flex attention's masks cannot be narrowed
+    assert last_mlp_lengths == [24 if implementation == "flex_attention" else 3]
+
+
+@torch.no_grad()
+def test_columns_to_keep_with_one_mask_for_all_rows():
+    model = tiny_backbone().model
+    ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
+    visible = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.7
+    visible |= torch.eye(16, dtype=torch.bool)
+    whole = model(input_ids=ids, attention_mask=visible).last_hidden_state
+    columns = torch.tensor([[3, 15], [0, 6]])
+    some = model(input_ids=ids, attention_mask=visible, columns_to_keep=columns).last_hidden_state
+    expected = torch.stack([whole[row, columns[row]] for row in range(2)])
+    torch.testing.assert_close(some, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_flash_attention_refuses_what_it_cannot_mask():

@@ -179,16 +179,21 @@ class BlockDiffusionDecoder:
         schedule = commit_schedule(self.block_length, config.num_steps_per_block)
         masked = canvas.masked[rows, start:stop]
         for step, count in enumerate(schedule):
-            if not bool(masked.any()):
+            num_kept = int(masked.sum(dim=-1).max())
+            if num_kept == 0:
                 break
             # SPRINT: the last warm-up step shows which part of the prefix the others need.
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 cache.observe(self._visible(canvas, stop), self.block_length)
-            hidden_states = self._forward(canvas, start, stop, cache)  # (branches, rows, block, hidden)
+            # Only masked columns are predicted; rows that have fewer than another are filled up with columns that are
+            # not. They stay in order, which sampling goes by.
+            columns = (~masked).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_kept]
+            hidden_states = self._forward(canvas, start, stop, cache, columns)  # (branches, rows, kept, hidden)
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
-            row_index, column_index = masked.nonzero(as_tuple=True)
-            logits = self.head(hidden_states[:, row_index, column_index])
+            row_index, kept_index = masked.gather(-1, columns).nonzero(as_tuple=True)
+            column_index = columns[row_index, kept_index]
+            logits = self.head(hidden_states[:, row_index, kept_index])
             tokens, probabilities, ranking = predict_tokens(
                 logits,
                 rows[row_index],
@@ -222,9 +227,11 @@ class BlockDiffusionDecoder:
         if isinstance(cache, SprintCache):
             cache.restore()
 
-    def _forward(self, canvas: Canvas, start: int, stop: int, cache: Cache | None) -> torch.Tensor:
+    def _forward(
+        self, canvas: Canvas, start: int, stop: int, cache: Cache | None, columns: torch.Tensor
+    ) -> torch.Tensor:
         """
-        Hidden states of the block, `(branches, rows, block, hidden)`.
+        Hidden states of these columns of the block, `(rows, kept)`: `(branches, rows, kept, hidden)`.
 
         A block's first step forwards whatever is not committed yet along with it (the prompt, or the block before it
         with its final tokens) and commits that; so committing takes no pass of its own.
@@ -236,12 +243,25 @@ class BlockDiffusionDecoder:
                 self._forward_columns(canvas, block, block + self.block_length, cache)
                 cache.commit(self.block_length)
             first = start
-        hidden_states = self._forward_columns(canvas, first, stop, cache)
-        if cache is not None:
+        num_branches = canvas.ids.shape[0]
+        columns_to_keep = (columns + (start - first)).repeat(num_branches, 1)
+        if cache is None:
+            # The plain loop, which the caches are held against, computes all that the release computes.
+            hidden_states = self._forward_columns(canvas, first, stop, cache)
+            hidden_states = hidden_states.take_along_dim(columns_to_keep[..., None], dim=1)
+        else:
+            hidden_states = self._forward_columns(canvas, first, stop, cache, columns_to_keep)
             cache.commit(start - first)
-        return hidden_states[:, -self.block_length :].unflatten(0, (canvas.ids.shape[0], -1))
+        return hidden_states.unflatten(0, (num_branches, -1))
 
-    def _forward_columns(self, canvas: Canvas, first: int, stop: int, cache: Cache | None) -> torch.Tensor:
+    def _forward_columns(
+        self,
+        canvas: Canvas,
+        first: int,
+        stop: int,
+        cache: Cache | None,
+        columns_to_keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self.num_forward_passes += 1
         padding = canvas.padding[:, self.rows].flatten()
         columns = torch.arange(first, stop, device=canvas.ids.device)
@@ -252,6 +272,7 @@ class BlockDiffusionDecoder:
             past_key_values=cache,
             use_cache=False,
             block_length=self.block_length,
+            columns_to_keep=columns_to_keep,
         )
         return outputs.last_hidden_state
 

@@ -89,6 +89,13 @@ def check_forward_inputs(
             check_shape("position_ids", position_ids, (batch_size, length))
 
 
+def check_columns_to_keep(columns_to_keep: Any, inputs: torch.Tensor) -> None:
+    """Columns of each row, `(batch, kept)`. Their values are not read: an accelerator would have to be waited for."""
+    if columns_to_keep is not None:
+        check_tensor("columns_to_keep", columns_to_keep, (torch.long,), ndim=2)
+        check_shape("columns_to_keep", columns_to_keep, (inputs.shape[0], columns_to_keep.shape[1]))
+
+
 def check_labels(labels: Any, inputs: torch.Tensor, logits_to_keep: int | torch.Tensor) -> None:
     """Labels belong to the positions that logits are computed for: all, unless `logits_to_keep` says otherwise."""
     if labels is not None:

@@ -32,7 +32,7 @@ from .attention_shared_key_value import can_share_key_value_heads, shared_key_va
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
-from .input_checks import check_forward_inputs, check_labels
+from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
 from .masking_block_causal import create_block_causal_mask
 
 
@@ -53,6 +53,15 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
+
+
+def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+    """
+    Of states `(batch, ..., length, width)`, where the batch may be 1 for all rows, the columns of each row,
+    `(batch, kept)`: `(batch, ..., kept, width)`.
+    """
+    index = columns.view(columns.shape[0], *[1] * (states.ndim - 3), columns.shape[1], 1)
+    return states.take_along_dim(index, dim=-2)
 
 
 class LLaDA2MoeAttention(nn.Module):
@@ -83,8 +92,16 @@ class LLaDA2MoeAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        columns_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            columns_to_keep: `(batch, kept)`, the columns that attend; all of them are attended to. Default: all.
+
+        Returns:
+            `(batch, kept, hidden_size)` and, where the implementation has them, the attention weights.
+        """
         input_shape = hidden_states.shape[:-1]
         heads = self.query_key_value(hidden_states).view(*input_shape, -1, self.head_dim)
         query_states, key_states, value_states = heads.split(
@@ -100,6 +117,10 @@ class LLaDA2MoeAttention(nn.Module):
             key_states, value_states = past_key_values.update(
                 key_states, value_states, self.layer_idx, query_states=query_states
             )
+        if columns_to_keep is not None:
+            query_states = take_columns(query_states, columns_to_keep)
+            if attention_mask is not None:
+                attention_mask = take_columns(attention_mask, columns_to_keep)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -117,7 +138,7 @@ class LLaDA2MoeAttention(nn.Module):
             is_causal=False,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        attn_output = attn_output.flatten(-2).contiguous()
         return self.dense(attn_output), attn_weights
 
 
@@ -192,14 +213,16 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        columns_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        residual = hidden_states
+        residual = hidden_states if columns_to_keep is None else take_columns(hidden_states, columns_to_keep)
         hidden_states, _ = self.attention(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
+            columns_to_keep=columns_to_keep,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -324,6 +347,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         use_cache: bool | None = None,
         block_length: int | None = None,
         block_start: torch.LongTensor | None = None,
+        columns_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
@@ -336,9 +360,12 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
             use_cache: Whether to make a cache where none is given.
             block_length: Tokens of an attention block. Default: `config.block_length`.
             block_start: `(batch,)`, see [`create_block_causal_mask`].
+            columns_to_keep: `(batch, kept)`, the columns of each row that hidden states are wanted of, counted from
+                the first of this call. The cache still takes in all columns; of those not kept the last layer
+                computes nothing beyond attention's inputs. Default: all.
 
         Returns:
-            `last_hidden_state` `(batch, length, hidden_size)`, after the final norm.
+            `last_hidden_state` `(batch, length or kept, hidden_size)`, after the final norm.
 
         Raises:
             ValueError, TypeError: unless exactly one of `input_ids` and `inputs_embeds` is given; for a shape that
@@ -351,6 +378,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         check_forward_inputs(
             input_ids, inputs_embeds, attention_mask, position_ids, block_length, self.config.hidden_size, start
         )
+        check_columns_to_keep(columns_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if use_cache and past_key_values is None:
@@ -366,14 +394,21 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        # Only masks with a row per query can be narrowed: with those of flash and flex attention the last layer
+        # computes all columns.
+        is_narrow = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
+        for layer_idx, layer in enumerate(self.layers):
+            is_last = layer_idx + 1 == len(self.layers)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
+                columns_to_keep=columns_to_keep if is_last and is_narrow else None,
                 **kwargs,
             )
+        if columns_to_keep is not None and not is_narrow:
+            hidden_states = take_columns(hidden_states, columns_to_keep.to(hidden_states.device))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
