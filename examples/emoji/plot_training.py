@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from build_model import NUM_CODES
+
 
 # Stage, what to draw, and whether the axis is logarithmic.
 PANELS = (
@@ -54,8 +56,8 @@ def main() -> None:
         for name in names:
             points = [(entry["step"], entry[name]) for entry in histories[stage] if name in entry]
             if name == "codebook_perplexity":
-                points = [(step, value / 1024) for step, value in points]
-                name = "codebook_perplexity / 1024"
+                points = [(step, value / NUM_CODES) for step, value in points]
+                name = f"codebook_perplexity / {NUM_CODES}"
             axis.plot(*zip(*points, strict=True), label=name)
         axis.set_title(stage)
         axis.set_xlabel("step")

@@ -80,10 +80,8 @@ class ImageTokenizerWithText(nn.Module):
         self.image_projection = nn.Linear(channels, width)
         self.pixel_context = None
         if reconstruction_layers:
-            num_heads, num_patches = (
-                visual.config.num_heads,
-                (visual.config.image_size // visual.config.patch_size) ** 2,
-            )
+            num_heads = visual.config.num_heads
+            num_patches = (visual.config.image_size // visual.config.patch_size) ** 2
             layer = nn.TransformerEncoderLayer(
                 channels, num_heads, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )

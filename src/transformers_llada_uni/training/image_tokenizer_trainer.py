@@ -57,10 +57,12 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         L = sigmoid contrastive loss + commitment_weight * |h - sg(e)|^2 + reconstruction_weight * mean |f(e) - x|^2
             (+ codebook_weight * |sg(h) - e|^2)
 
-    with features h and codes e of length one (arXiv 1711.00937), and f(e) the pixels x of a patch as its code alone
-    tells them. The last term is there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of
-    their features. Codes that nobody uses are set to features of the batch. Logged are the terms, and the codebook's
-    usage and perplexity since the last log; evaluation adds the recall of captions and pictures.
+    with features h and codes e of length one (arXiv 1711.00937), and f(e) the pixels x of a patch as its code tells
+    them (or all codes of the picture, with `reconstruction_layers`). With `num_style_codes` pictures share codes, and
+    two losses of [`ImageTokenizerWithText`] are added by `sharing_weight` and `group_weight`. The term in brackets is
+    there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody
+    uses are set to features of the batch. Logged are the terms, and the codebook's usage and perplexity since the last
+    log; evaluation adds the recall of captions and pictures.
 
     `save_model` writes `image_tokenizer/` in the released layout and `text_model/`. `model.save_pretrained` of the
     model that was given saves the whole.
