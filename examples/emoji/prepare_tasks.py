@@ -4,7 +4,8 @@ All tasks on the emoji as token ids, for a model whose image tokenizer is traine
     python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
 
 Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/`, `sft/` (all tasks, with more
-naming) and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
+naming), `refining/` (more drawing by name, more skin tones) and `sentences/` (for the adapter) as prepared datasets
+(input_ids, labels) for `llada-uni train sft`.
 """
 
 import argparse
@@ -26,6 +27,17 @@ from transformers_llada_uni.training.model_loading import load_model, load_proce
 # A name is longer to learn than a picture: a row of naming has five words to learn from, one of drawing sixteen codes.
 PRETRAINING = {"drawing": 8, "naming": 12, "questions": 1, "thinking": 2, "editing": 12_000, "stories": 10}
 FINE_TUNING = {"drawing": 6, "naming": 10, "conversations": 2, "thinking": 2, "editing": 12_000, "stories": 12}
+# What was weakest after fine-tuning (drawing by name, changing tones) makes most of the last stage.
+REFINING = {
+    "drawing": 3,
+    "drawing_by_name": 8,
+    "naming": 6,
+    "conversations": 1,
+    "thinking": 1,
+    "editing": 6_000,
+    "toning": 9_000,
+    "stories": 8,
+}
 
 Row = dict[str, Any]
 
@@ -56,6 +68,16 @@ class TaskRows:
                 subject = emoji.name if is_plain else self.generator.choice(subjects(emoji))
                 rows.append({"caption": wording.format(subject), "image_codes": [self.codes[emoji.key]]})
         return rows
+
+    def drawing_by_name(self, repeats: int) -> list[Row]:
+        return [
+            {
+                "caption": self.generator.choice(TRAINED_DRAWING).format(emoji.name),
+                "image_codes": [self.codes[emoji.key]],
+            }
+            for emoji in self.trained
+            for _ in range(repeats)
+        ]
 
     def thinking(self, repeats: int) -> list[Row]:
         rows = []
@@ -100,14 +122,20 @@ class TaskRows:
 
     def editing(self, count: int) -> list[Row]:
         """Each kind of edit is drawn alike, skin tones more often: there are fifty times as many."""
+        shares = {"skin tone": 0.35, "gender": 0.3, "hair": 0.1, "flag": 0.12, "clock": 0.1, "moon": 0.03}
+        return self._edits({kind: round(share * count) for kind, share in shares.items()})
+
+    def toning(self, count: int) -> list[Row]:
+        return self._edits({"skin tone": count})
+
+    def _edits(self, counts: dict[str, int]) -> list[Row]:
         by_kind: dict[str, list] = {}
         for edit in self.tasks.edits():
             if not self.tasks.by_key[edit.target].is_held_out:
                 by_kind.setdefault(edit.kind, []).append(edit)
-        shares = {"skin tone": 0.35, "gender": 0.3, "hair": 0.1, "flag": 0.12, "clock": 0.1, "moon": 0.03}
         rows = []
-        for kind, share in shares.items():
-            for edit in self.generator.choices(by_kind[kind], k=round(share * count)):
+        for kind, count in counts.items():
+            for edit in self.generator.choices(by_kind[kind], k=count):
                 instruction = self.generator.choice(edit.instructions)
                 pair = [self.codes[edit.source], self.codes[edit.target]]
                 rows.append({"instruction": instruction, "image_codes": pair})
@@ -157,7 +185,7 @@ def main() -> None:
     prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")
     prepared(rows.drawing(4), rows.naming(4)).save_to_disk(arguments.output_dir / "alignment")
     prepared(rows.sentences()).save_to_disk(arguments.output_dir / "sentences")
-    for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING)):
+    for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING), ("refining", REFINING)):
         tasks = [getattr(rows, task)(count) for task, count in counts.items()]
         prepared(*tasks).save_to_disk(arguments.output_dir / name)
 
