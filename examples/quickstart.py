@@ -1,10 +1,11 @@
 """
-Reads a photograph, answers about it, makes a picture from a prompt, edits the photograph; saves everything.
+Draws three prompts, names a picture, edits it, tells a story in words and pictures; saves everything.
 
-    python examples/quickstart.py                               # the tiny checkpoint in this repository, on a CPU
-    python examples/quickstart.py --checkpoint DIR --size 1024  # the released weights, or a converted folder
+    python examples/quickstart.py                                # the emoji model of this package, on a CPU
+    python examples/quickstart.py --image mine.png --instruction "make it a man"
+    python examples/quickstart.py --checkpoint DIR --prompts "a red fox in the snow"  # the released weights
 
-The tiny checkpoint has random weights: it shows that everything runs, its words and pictures are noise.
+The emoji model knows 3,786 emoji of 64 x 64 pixels and little else.
 """
 
 import argparse
@@ -17,21 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-import diffusers_llada_uni  # noqa: F401  registers the pipeline and the models
+from diffusers_llada_uni import embedded_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY_CHECKPOINT = ROOT / "tests" / "fixtures" / "official_tiny"
-
-
-def photograph(size: int) -> Image.Image:
-    """The Summer Palace, a photograph that comes with scikit-learn, cut to a square."""
-    from sklearn.datasets import load_sample_image
-
-    picture = Image.fromarray(load_sample_image("china.jpg"))
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+PICTURE = ROOT / "examples" / "emoji" / "pictures" / "waving_hand.png"
+PROMPTS = ("a red apple", "thumbs up with dark skin", "show me an emoji of a rocket")
 
 
 def load_pipeline(checkpoint: Path, output_dir: Path) -> DiffusionPipeline:
@@ -51,54 +43,65 @@ def load_pipeline(checkpoint: Path, output_dir: Path) -> DiffusionPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=TINY_CHECKPOINT)
+    parser.add_argument("--checkpoint", type=Path, help="A pipeline folder; default: the emoji model.")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "quickstart")
-    parser.add_argument("--prompt", default="a red apple on a wooden table")
-    parser.add_argument("--question", default="What is in this picture?")
-    parser.add_argument("--instruction", default="Change the background to a beach.")
-    parser.add_argument("--image", type=Path, help="Your own picture in place of the photograph.")
-    parser.add_argument("--size", type=int, default=256, help="Sides of the pictures made, in pixels.")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--image", type=Path, default=PICTURE, help="A picture of your own to name and edit.")
+    parser.add_argument("--question", default="what is this?")
+    parser.add_argument("--instruction", default="change the skin tone to dark")
+    parser.add_argument("--story", default="a story of 4 moon phases from the new moon")
+    parser.add_argument("--size", type=int, help="Sides of the pictures made, in pixels; default: the model's own.")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Length of the answer at most.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not arguments.image.is_file():
+        parser.error(f"--image: there is no file {arguments.image}.")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     report = []
 
     @contextmanager
-    def timed(what: str, path: Path | None = None):
+    def timed(what: str):
         start = time.perf_counter()
         yield
-        where = "" if path is None else f" -> {path}"
-        report.append(f"{time.perf_counter() - start:7.2f} s  {what}{where}")
+        report.append(f"{time.perf_counter() - start:7.2f} s  {what}")
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(arguments.seed)
 
+    def save(picture: Image.Image, name: str) -> Path:
+        path = arguments.output_dir / f"{name}.png"
+        picture.save(path)
+        return path
+
     with timed("loaded the model"):
-        pipe = load_pipeline(arguments.checkpoint, arguments.output_dir)
+        pipe = load_pipeline(arguments.checkpoint or embedded_checkpoint(), arguments.output_dir)
+    size = {"height": arguments.size, "width": arguments.size} if arguments.size else {}
 
-    source_path = arguments.output_dir / "photograph.png"
-    source = Image.open(arguments.image) if arguments.image else photograph(arguments.size)
-    source.save(source_path)
+    with timed("drew " + ", ".join(map(repr, arguments.prompts))):
+        pictures = pipe(list(arguments.prompts), **size, generator=generator()).images
+    for number, picture in enumerate(pictures, start=1):
+        save(picture, f"drawn_{number}")
 
-    answer_path = arguments.output_dir / "answer.txt"
-    with timed("read the photograph and answered", answer_path):
-        content = [{"type": "image", "image": source}, {"type": "text", "text": arguments.question}]
-        messages = [{"role": "user", "content": content}]
-        answer = pipe.chat(messages, max_new_tokens=arguments.max_new_tokens)
-        answer_path.write_text(f"{arguments.question}\n{answer}\n", encoding="utf-8")
+    source = Image.open(arguments.image).convert("RGB")
+    content = [{"type": "image", "image": source}, {"type": "text", "text": arguments.question}]
+    with timed(f"read {arguments.image.name}"):
+        answer = pipe.chat([{"role": "user", "content": content}], max_new_tokens=arguments.max_new_tokens).strip()
+    with timed(f"edited it: {arguments.instruction!r}"):
+        edited = pipe(arguments.instruction, image=source, **size, generator=generator()).images[0]
+    save(source, "picture")
+    save(edited, "edited")
 
-    size = {"height": arguments.size, "width": arguments.size}
-    drawn_path = arguments.output_dir / "drawn.png"
-    with timed(f"drew {arguments.prompt!r}", drawn_path):
-        pipe(arguments.prompt, **size, generator=generator()).images[0].save(drawn_path)
+    with timed(f"told {arguments.story!r}"):
+        parts = pipe.interleave(arguments.story, max_images=4, **size, generator=generator())
+    story = []
+    for part in parts:
+        if isinstance(part, Image.Image):
+            part = f"[{save(part, f'story_{len(story) + 1}').name}]"
+        story.append(part.strip())
+    text = f"{arguments.question}\n{answer}\n\n{arguments.story}\n" + "\n".join(filter(None, story)) + "\n"
+    (arguments.output_dir / "words.txt").write_text(text, encoding="utf-8")
 
-    edited_path = arguments.output_dir / "edited.png"
-    with timed(f"edited the photograph: {arguments.instruction!r}", edited_path):
-        pipe(arguments.instruction, image=source, **size, generator=generator()).images[0].save(edited_path)
-
-    print("\n" + "\n".join(report))
-    print(f"\nphotograph: {source_path}\neverything: {arguments.output_dir}")
+    print("\n" + text + "\n" + "\n".join(report) + f"\n\nEverything: {arguments.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""The checkpoint that comes with the package does what it was trained for: a handful of prompts, the right emoji."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from diffusers_llada_uni import embedded_checkpoint
+
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures" / "emoji"
+MOONS = ["new moon", "waxing crescent moon", "first quarter moon", "waxing gibbous moon"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = DiffusionPipeline.from_pretrained(embedded_checkpoint("emoji"), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """64 emoji by their names, those that the tests ask for among them. Twemoji, CC-BY 4.0."""
+    sheet = Image.open(FIXTURES / "emoji.png").convert("RGB")
+    names = json.loads((FIXTURES / "names.json").read_text())
+    corners = [(number % 8 * 64, number // 8 * 64) for number in range(len(names))]
+    return {name: sheet.crop((x, y, x + 64, y + 64)) for name, (x, y) in zip(names, corners, strict=True)}
+
+
+def nearest(picture, emoji):
+    def pixels(image):
+        return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+
+    return min(emoji, key=lambda name: np.square(pixels(emoji[name]) - pixels(picture)).sum())
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("decoder", ["turbo", "normal"])
+def test_draws_what_is_asked_for(pipe, emoji, decoder):
+    prompts = {
+        "red apple": "red apple",
+        "draw a rocket": "rocket",
+        "show me an emoji of slice of pizza": "slice of pizza",
+        "a picture of waving hand: dark skin tone": "waving hand: dark skin tone",
+        "please draw norway flag": "norway flag",
+    }
+    pictures = pipe(list(prompts), decoder=decoder, generator=generator()).images
+    assert [picture.size for picture in pictures] == [(64, 64)] * len(prompts)
+    assert [nearest(picture, emoji) for picture in pictures] == list(prompts.values())
+
+
+def test_names_what_it_sees(pipe, emoji):
+    for name in ("red apple", "rocket", "dog face", "waving hand: medium-light skin tone"):
+        content = [{"type": "image", "image": emoji[name]}, {"type": "text", "text": "what is this?"}]
+        assert pipe.chat([{"role": "user", "content": content}], max_new_tokens=32).strip() == name
+
+
+def test_edits(pipe, emoji):
+    edits = [
+        ("waving hand", "change the skin tone to dark", "waving hand: dark skin tone"),
+        ("waving hand: dark skin tone", "make the skin medium-light", "waving hand: medium-light skin tone"),
+        ("three oclock", "set the clock to nine oclock", "nine oclock"),
+        ("new moon", "change it to the full moon", "full moon"),
+    ]
+    sources, instructions, targets = zip(*edits, strict=True)
+    pictures = pipe(list(instructions), image=[[emoji[name]] for name in sources], generator=generator()).images
+    assert [nearest(picture, emoji) for picture in pictures] == list(targets)
+
+
+def test_tells_a_story(pipe, emoji):
+    parts = pipe.interleave("a story of 4 moon phases from the new moon", max_images=6, generator=generator())
+    words = [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+    pictures = [part for part in parts if isinstance(part, Image.Image)]
+    assert words == [f"then comes the {name}." for name in MOONS]
+    assert [nearest(picture, emoji) for picture in pictures] == MOONS
+
+
+def test_transformers_alone_reads_it(emoji):
+    folder = embedded_checkpoint("emoji")
+    processor = AutoProcessor.from_pretrained(folder / "processor")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    inputs = processor(images=emoji["rocket"], text="what is this?", task="understanding")
+    sequence = model.generate(**inputs, max_new_tokens=32)
+    answer = processor.batch_decode(sequence[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    assert answer.strip() == "rocket"
+
+
+def test_checkpoint_is_small_safe_and_complete(pipe):
+    folder = embedded_checkpoint("emoji")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 50 * 2**20
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
+    assert pipe.loaded_decoders == ["turbo", "normal"]
+    config = pipe.model.config.text_config
+    assert config.num_experts >= 16 and config.n_group > config.topk_group and config.num_shared_experts
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="`name` must be one of .*emoji.*'emojis'"):
+        embedded_checkpoint("emojis")
+
+
+def test_first_command_of_the_readme(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert {"drawn_1.png", "drawn_2.png", "drawn_3.png", "picture.png", "edited.png", "words.txt"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
+    assert len(list(tmp_path.glob("story_*.png"))) == 4
