@@ -1,5 +1,5 @@
 """
-An untrained LLaDA-Uni of 18 million parameters for pictures of 64 x 64, with a tokenizer trained on the corpus.
+An untrained LLaDA-Uni of 15 million parameters for pictures of 64 x 64, with a tokenizer trained on the corpus.
 
     python examples/emoji/build_model.py runs/emoji/data/corpus.txt runs/emoji/model
 

@@ -24,6 +24,7 @@ PANELS = (
     ("pretraining", ("image_loss", "text_loss"), True),
     ("pretraining", ("max_load_violation",), False),
     ("sft", ("image_loss", "text_loss"), True),
+    ("refining", ("image_loss", "text_loss"), True),
     ("decoder", ("loss",), True),
     ("distill", ("loss",), True),
 )

@@ -11,7 +11,7 @@ def embedded_checkpoint(name: str = "emoji") -> Path:
     The pipeline folder of a checkpoint that comes with the package.
 
     Args:
-        name (`str`, defaults to `"emoji"`): `"emoji"` is a LLaDA-Uni of 14 million parameters that draws, names and
+        name (`str`, defaults to `"emoji"`): `"emoji"` is a LLaDA-Uni of 19 million parameters that draws, names and
             edits emoji of 64 x 64 pixels; see `model_cards/emoji/README.md`.
 
     Raises:
