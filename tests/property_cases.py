@@ -55,6 +55,7 @@ def random_case(seed: int) -> tuple[str, dict]:
     arguments["block_length"] = rng.choice([1, 2, 3, 5, 8, 16, 32, 64, rng.randint(1, 64)])
     arguments["num_steps_per_block"] = rng.choice([1, 2, 3, 4, 8, rng.randint(1, 70)])
     arguments["threshold"] = rng.choice([0.0, 0.05, 0.3, 0.6, 0.95, 1.0])
+    arguments["editing_threshold"] = rng.choice([None, None, None, 0.1, 0.5])
     if rng.random() < 0.5:
         arguments["max_new_tokens"] = rng.randint(1, 80)
         if rng.random() < 0.4:  # gaps to fill in the prompt

@@ -17,6 +17,7 @@ from .block_diffusion_sampling import (
     predict_tokens,
     select_positions,
 )
+from .block_diffusion_token_editing import TokenEditing
 from .generation_configuration import BlockDiffusionGenerationConfig
 from .guided_head import GuidedHead
 from .masking_block_causal import create_block_causal_mask
@@ -178,20 +179,24 @@ class BlockDiffusionDecoder:
         num_branches = canvas.ids.shape[0]
         schedule = commit_schedule(self.block_length, config.num_steps_per_block)
         masked = canvas.masked[rows, start:stop]
-        for step, count in enumerate(schedule):
-            num_kept = int(masked.sum(dim=-1).max())
+        editing = None if config.editing_threshold is None else TokenEditing(config, masked)
+        num_steps = len(schedule) + (0 if editing is None else config.max_post_steps)
+        for step in range(num_steps):
+            predicted = masked if editing is None else editing.columns()
+            num_kept = int(predicted.sum(dim=-1).max())
             if num_kept == 0:
                 break
+            count = schedule[step] if step < len(schedule) else 0  # steps beyond the schedule only edit
             # SPRINT: the last warm-up step shows which part of the prefix the others need.
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 cache.observe(self._visible(canvas, stop), self.block_length)
-            # Only masked columns are predicted; rows that have fewer than another are filled up with columns that are
+            # Only these columns are predicted; rows that have fewer than another are filled up with columns that are
             # not. They stay in order, which sampling goes by.
-            columns = (~masked).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_kept]
+            columns = (~predicted).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_kept]
             hidden_states = self._forward(canvas, start, stop, cache, columns)  # (branches, rows, kept, hidden)
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
-            row_index, kept_index = masked.gather(-1, columns).nonzero(as_tuple=True)
+            row_index, kept_index = predicted.gather(-1, columns).nonzero(as_tuple=True)
             column_index = columns[row_index, kept_index]
             logits = self.head(hidden_states[:, row_index, kept_index])
             tokens, probabilities, ranking = predict_tokens(
@@ -207,7 +212,7 @@ class BlockDiffusionDecoder:
             block_ranking = block_probabilities.clone()
             block_probabilities[row_index, column_index] = probabilities
             block_ranking[row_index, column_index] = ranking
-            if sprint is not None:
+            if sprint is not None and step < len(schedule):
                 count = torch.ceil(masked.sum(dim=-1) / (len(schedule) - step))
             commit = select_positions(
                 masked,
@@ -217,8 +222,13 @@ class BlockDiffusionDecoder:
                 config.threshold,
                 at_least_count=self.is_image or sprint is not None,
             )
+            changed = commit
+            if editing is not None:
+                block_tokens = canvas.ids[0, rows, start:stop]
+                new_tokens = block_tokens.index_put((row_index, column_index), tokens)
+                changed = commit | editing.edit(masked, commit, block_tokens, new_tokens, block_probabilities)
             # All branches take the same tokens.
-            chosen = commit[row_index, column_index]
+            chosen = changed[row_index, column_index]
             at = (rows[row_index[chosen]], start + column_index[chosen])
             canvas.ids[:, at[0], at[1]] = tokens[chosen].expand(num_branches, -1)
             canvas.confidence[at] = probabilities[chosen].to(canvas.confidence.dtype)

@@ -19,6 +19,11 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         block_length (`int`, defaults to 32): Tokens that are denoised together; also the block of the attention mask.
         num_steps_per_block (`int`, defaults to 32): Steps a block may take.
         threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
+        editing_threshold (`float`, *optional*): Replace a token that the block has generated before where another is
+            now predicted with a higher probability than this (LLaDA2.1, arXiv 2602.08676). Not exact; made for
+            checkpoints that were trained for it.
+        max_post_steps (`int`, defaults to 16): With `editing_threshold`, steps a block may take after its last mask;
+            they end with the first that replaces nothing.
         do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
         temperature (`float`, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*): Shape what is
             sampled from.
@@ -40,6 +45,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         "block_length": 32,
         "num_steps_per_block": 32,
         "threshold": 0.95,
+        "editing_threshold": None,
+        "max_post_steps": 16,
         "do_sample": False,
         "temperature": 1.0,
         "top_k": None,
@@ -70,12 +77,15 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, **unused_kwargs: Any) -> None:
         """Raises ValueError that names the setting, if one is out of its range."""
-        for name, minimum in (("block_length", 1), ("num_steps_per_block", 1), ("max_new_tokens", 0)):
+        minima = {"block_length": 1, "num_steps_per_block": 1, "max_new_tokens": 0, "max_post_steps": 0}
+        for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
         for name in ("max_length", "top_k"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
         check_number("threshold", self.threshold, 0.0, 1.0)
+        if self.editing_threshold is not None:
+            check_number("editing_threshold", self.editing_threshold, 0.0, 1.0)
         check_number("temperature", self.temperature, 0.0, exclude_low=True)
         if self.top_p is not None:
             check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
