@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
     parser.add_argument("model", type=Path, help="The pipeline folder.")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="How often each emoji is drawn.")
+    parser.add_argument("--rounds", type=int, default=2, help="How often each emoji is drawn.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     table = load_emoji(arguments.package)
