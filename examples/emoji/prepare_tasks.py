@@ -4,8 +4,8 @@ All tasks on the emoji as token ids, for a model whose image tokenizer is traine
     python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
 
 Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/`, `sft/` (all tasks, with more
-naming), `refining/` (more drawing by name, more skin tones) and `sentences/` (for the adapter) as prepared datasets
-(input_ids, labels) for `llada-uni train sft`.
+naming), `refining/` (more drawing by name, more skin tones), `polishing/` (more naming, above all of pairs of people)
+and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers_llada_uni.training.model_loading import load_model, load_proce
 # A name is longer to learn than a picture: a row of naming has five words to learn from, one of drawing sixteen codes.
 PRETRAINING = {"drawing": 8, "naming": 12, "questions": 1, "thinking": 2, "editing": 12_000, "stories": 10}
 FINE_TUNING = {"drawing": 6, "naming": 10, "conversations": 2, "thinking": 2, "editing": 12_000, "stories": 12}
-# What was weakest after fine-tuning (drawing by name, changing tones) makes most of the last stage.
+# What was weakest after fine-tuning (drawing by name, changing tones) makes most of the next stage.
 REFINING = {
     "drawing": 3,
     "drawing_by_name": 8,
@@ -37,6 +37,18 @@ REFINING = {
     "editing": 6_000,
     "toning": 9_000,
     "stories": 8,
+}
+# And what was weakest after that: names, most of all of two people with a skin tone each.
+POLISHING = {
+    "drawing": 2,
+    "drawing_by_name": 5,
+    "naming": 12,
+    "naming_of_pairs": 12,
+    "conversations": 1,
+    "thinking": 1,
+    "editing": 6_000,
+    "toning": 9_000,
+    "stories": 6,
 }
 
 Row = dict[str, Any]
@@ -89,9 +101,15 @@ class TaskRows:
         return rows
 
     def naming(self, repeats: int) -> list[Row]:
+        return self._names(self.trained, repeats)
+
+    def naming_of_pairs(self, repeats: int) -> list[Row]:
+        return self._names([emoji for emoji in self.trained if len(emoji.tones) > 1], repeats)
+
+    def _names(self, named: list[Emoji], repeats: int) -> list[Row]:
         return [
             self._question(emoji, self.generator.choice(NAMING), emoji.answer_name)
-            for emoji in self.trained
+            for emoji in named
             for _ in range(repeats)
         ]
 
@@ -185,7 +203,7 @@ def main() -> None:
     prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")
     prepared(rows.drawing(4), rows.naming(4)).save_to_disk(arguments.output_dir / "alignment")
     prepared(rows.sentences()).save_to_disk(arguments.output_dir / "sentences")
-    for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING), ("refining", REFINING)):
+    for name, counts in (("all", PRETRAINING), ("sft", FINE_TUNING), ("refining", REFINING), ("polishing", POLISHING)):
         tasks = [getattr(rows, task)(count) for task, count in counts.items()]
         prepared(*tasks).save_to_disk(arguments.output_dir / name)
 
