@@ -176,16 +176,18 @@ class BlockDiffusionDecoder:
         self, canvas: Canvas, start: int, stop: int, cache: Cache | None, sprint: SprintConfig | None
     ) -> None:
         config, rows = self.config, self.rows
-        num_branches = canvas.ids.shape[0]
         schedule = commit_schedule(self.block_length, config.num_steps_per_block)
         masked = canvas.masked[rows, start:stop]
         editing = None if config.editing_threshold is None else TokenEditing(config, masked)
         num_steps = len(schedule) + (0 if editing is None else config.max_post_steps)
+        # Where nothing can be sure, the schedule alone tells how many are left; else the device must be asked, which
+        # waits for it: the price of a block that ends early.
+        is_scheduled = config.threshold >= 1 and editing is None and sprint is None
+        num_kept = int(masked.sum(dim=-1).max())
         for step in range(num_steps):
-            predicted = masked if editing is None else editing.columns()
-            num_kept = int(predicted.sum(dim=-1).max())
             if num_kept == 0:
                 break
+            predicted = masked if editing is None else editing.columns()
             count = schedule[step] if step < len(schedule) else 0  # steps beyond the schedule only edit
             # SPRINT: the last warm-up step shows which part of the prefix the others need.
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
@@ -196,7 +198,12 @@ class BlockDiffusionDecoder:
             hidden_states = self._forward(canvas, start, stop, cache, columns)  # (branches, rows, kept, hidden)
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
-            row_index, kept_index = predicted.gather(-1, columns).nonzero(as_tuple=True)
+            if self.warpers is None:
+                kept_index = torch.arange(num_kept, device=columns.device).repeat(len(rows))
+                row_index = torch.arange(len(rows), device=columns.device).repeat_interleave(num_kept)
+            else:
+                # A row in a batch draws no more random numbers than the row alone.
+                row_index, kept_index = predicted.gather(-1, columns).nonzero(as_tuple=True)
             column_index = columns[row_index, kept_index]
             logits = self.head(hidden_states[:, row_index, kept_index])
             tokens, probabilities, ranking = predict_tokens(
@@ -222,17 +229,21 @@ class BlockDiffusionDecoder:
                 config.threshold,
                 at_least_count=self.is_image or sprint is not None,
             )
+            block_tokens, block_confidence = canvas.ids[:, rows, start:stop], canvas.confidence[rows, start:stop]
+            new_tokens = block_tokens[0].index_put((row_index, column_index), tokens)
             changed = commit
             if editing is not None:
-                block_tokens = canvas.ids[0, rows, start:stop]
-                new_tokens = block_tokens.index_put((row_index, column_index), tokens)
-                changed = commit | editing.edit(masked, commit, block_tokens, new_tokens, block_probabilities)
+                changed = commit | editing.edit(masked, commit, block_tokens[0], new_tokens, block_probabilities)
             # All branches take the same tokens.
-            chosen = changed[row_index, column_index]
-            at = (rows[row_index[chosen]], start + column_index[chosen])
-            canvas.ids[:, at[0], at[1]] = tokens[chosen].expand(num_branches, -1)
-            canvas.confidence[at] = probabilities[chosen].to(canvas.confidence.dtype)
+            canvas.ids[:, rows, start:stop] = torch.where(changed, new_tokens, block_tokens)
+            canvas.confidence[rows, start:stop] = torch.where(
+                changed, block_probabilities.to(block_confidence.dtype), block_confidence
+            )
             masked = masked & ~commit
+            if is_scheduled:
+                num_kept = max(num_kept - count, 0)
+            else:
+                num_kept = int((masked if editing is None else editing.columns()).sum(dim=-1).max())
         canvas.masked[rows, start:stop] = masked
         if isinstance(cache, SprintCache):
             cache.restore()

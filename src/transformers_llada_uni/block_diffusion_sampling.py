@@ -137,11 +137,12 @@ def select_positions(
     Returns:
         `(rows, block)`, true where the token is committed.
     """
-    count = torch.as_tensor(count, device=masked.device).expand(masked.shape[0])
+    if isinstance(count, torch.Tensor):
+        count = count[:, None]
     order = ranking.masked_fill(~masked, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    best = masked & (order.argsort(dim=-1) < count[:, None])
+    best = masked & (order.argsort(dim=-1) < count)
     sure = masked & (probabilities > threshold)
     if at_least_count:
         return best | sure
-    enough = sure.sum(dim=-1, keepdim=True) >= count[:, None].clamp(max=masked.sum(dim=-1, keepdim=True))
+    enough = sure.sum(dim=-1, keepdim=True) >= masked.sum(dim=-1, keepdim=True).clamp(max=count)
     return torch.where(enough, sure, best)
