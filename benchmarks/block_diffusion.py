@@ -1,36 +1,47 @@
 """
-Plain loop, exact cache and SPRINT side by side, in one run on one random mid-size model.
+The released loop, the exact cache and SPRINT side by side, in one run on one random mid-size model.
 
-    python benchmarks/block_diffusion.py                    # text and image codes, 256 and 512 new tokens
-    python benchmarks/block_diffusion.py --new-tokens 1024 --repeats 5
+    python benchmarks/block_diffusion.py                                 # text, 8,192 ids, batch 1, no guidance
+    python benchmarks/block_diffusion.py --vocabulary released --guidance --new-tokens 256 --batch-sizes 1 4
 
-Every row is the median of alternating runs, so that a slow minute of the machine hits all of them alike. The exact
-cache must give the tokens of the plain loop; the run checks that in float64 on a small model of the same shape.
+The small vocabulary (8,192 ids) writes text, the released one (173,568 ids, 16,384 of them codes) writes image codes.
+Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; a first run of
+each, untimed, counts floating-point operations and watches the process's memory. The tokens of the exact cache are
+compared with the loop's: in float64 on a small model, where they must be equal, and in the rows themselves, where
+float32 may round two equal experts apart.
 """
 
 import argparse
+import ctypes
+import gc
 import statistics
+import threading
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 
+import psutil
 import torch
+from released_loop import released_loop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 
 
-MASK, EOS, PAD = 8189, 8190, 8191
-PROMPT_LENGTH = 64
-METHODS = {
-    "plain loop": {"use_cache": False},
-    "exact cache": {},
-    "SPRINT": {"cache_implementation": "sprint"},
-}
+# Ids of all, first code, codes
+VOCABULARIES = {"small": (8_192, 6_144, 2_048), "released": (173_568, 157_184, 16_384)}
+PROMPT_LENGTH, STEPS = 64, 8
+METHODS = {"released loop": None, "exact cache": {}, "SPRINT": {"cache_implementation": "sprint"}}
 
 
-def make_model(hidden_size: int, num_layers: int, num_experts: int) -> LLaDA2MoeForBlockDiffusion:
+def make_model(
+    vocabulary: str, hidden_size: int = 512, num_layers: int = 8, num_experts: int = 64
+) -> LLaDA2MoeForBlockDiffusion:
     torch.manual_seed(0)
+    vocab_size, image_token_offset, _ = VOCABULARIES[vocabulary]
     config = LLaDA2MoeConfig(
-        vocab_size=8192,
-        image_token_offset=6144,
+        vocab_size=vocab_size,
+        image_token_offset=image_token_offset,
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 5 // 2,
         moe_intermediate_size=hidden_size // 4,
@@ -41,86 +52,178 @@ def make_model(hidden_size: int, num_layers: int, num_experts: int) -> LLaDA2Moe
         num_experts=num_experts,
         num_experts_per_tok=min(8, num_experts // 2),
         max_position_embeddings=4096,
-        mask_token_id=MASK,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        mask_token_id=image_token_offset - 3,
+        eos_token_id=image_token_offset - 2,
+        pad_token_id=image_token_offset - 1,
     )
     return LLaDA2MoeForBlockDiffusion(config).eval()
 
 
-def make_call(model: LLaDA2MoeForBlockDiffusion, task: str, num_new_tokens: int):
+def make_call(
+    model: LLaDA2MoeForBlockDiffusion, vocabulary: str, batch_size: int, num_new_tokens: int, is_guided: bool
+) -> Callable[[dict | None], torch.LongTensor]:
+    """From a method to the new tokens; a threshold of 1 is never met, so that all methods take the same steps."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, 6000, (1, PROMPT_LENGTH), generator=generator)
-    # A threshold of 1 is never met: all methods take the same number of steps, as an untrained model would not.
-    settings = {"num_steps_per_block": 8, "threshold": 1.0, "return_dict_in_generate": True}
-    if task == "text":
-        return lambda **method: model.generate(
-            prompt, max_new_tokens=num_new_tokens, eos_token_id=[], **settings, **method
-        )
-    companion = torch.randint(0, 6000, (1, PROMPT_LENGTH - 9), generator=generator)
-    return lambda **method: model.generate_image_codes(
-        prompt,
-        (num_new_tokens // 32, 32),
-        negative_input_ids=companion,
-        guidance_scale=2.0,
-        **settings,
-        **method,
+    prompts = torch.randint(0, 6000, (1 + is_guided, batch_size, PROMPT_LENGTH), generator=generator)
+    _, offset, num_codes = VOCABULARIES[vocabulary]
+    scales = {"guidance_scale": 2.0, "guidance_rescale": 0.7} if is_guided else {}
+    writes_codes = vocabulary == "released"
+
+    def call(method: dict | None) -> torch.LongTensor:
+        if method is None:
+            allowed = (offset, offset + num_codes) if writes_codes else None
+            return released_loop(model, prompts, num_new_tokens, STEPS, allowed=allowed, **scales)
+        settings = {"num_steps_per_block": STEPS, "threshold": 1.0} | method
+        if not writes_codes:
+            sequences = model.generate(prompts[0], max_new_tokens=num_new_tokens, eos_token_id=[], **settings)
+            return sequences[:, PROMPT_LENGTH:]
+        companions = {"negative_input_ids": prompts[1]} if is_guided else {}
+        grid = (num_new_tokens // 32, 32)
+        return offset + model.generate_image_codes(prompts[0], grid, **companions, **scales, **settings)
+
+    return call
+
+
+def grouped_mm_flops(tokens_shape, weights_shape, *args, **kwargs) -> int:
+    """Each token passes the weights of one group."""
+    return 2 * tokens_shape[0] * weights_shape[-1] * weights_shape[-2]
+
+
+def counter_of_flops() -> FlopCounterMode:
+    """torch's own knows neither the grouped product of the experts nor attention on CPU."""
+    custom = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    custom[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = lambda query, key, value, *args, **kwargs: (
+        sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
     )
+    return FlopCounterMode(display=False, custom_mapping=custom)
 
 
-def cache_megabytes(model: LLaDA2MoeForBlockDiffusion, task: str, num_new_tokens: int) -> float:
-    config, branches = model.config, 1 if task == "text" else 2
-    columns = PROMPT_LENGTH + num_new_tokens
-    return branches * columns * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4 / 2**20
+@contextmanager
+def watched_memory():
+    """A list that receives the largest growth of the process's memory, in MB."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    process, is_done, found = psutil.Process(), threading.Event(), []
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not is_done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        is_done.set()
+        watcher.join()
+        found.append((peak - before) / 2**20)
+
+
+@contextmanager
+def clock_of_forwards(model: LLaDA2MoeForBlockDiffusion):
+    """The times at which forwards of the backbone begin."""
+    times = []
+    hook = model.model.register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
+    try:
+        yield times
+    finally:
+        hook.remove()
+
+
+def gemm_peak() -> float:
+    """Operations a second of a large product of matrices, the best of ten."""
+    size = 2048
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def growth(times: list[float], num_blocks: int) -> float:
+    """Time of the last tenth of the blocks by that of the first, without the block that takes in the prompt."""
+    blocks = [times[index * STEPS] for index in range(num_blocks)] + [times[-1]]
+    spans = [later - earlier for earlier, later in zip(blocks[1:-2], blocks[2:-1], strict=True)]
+    some = max(1, len(spans) // 10)
+    return statistics.median(spans[-some:]) / statistics.median(spans[:some])
 
 
 def check_exactness() -> None:
-    small = make_model(64, 2, 16).double()
-    small.set_experts_implementation("eager")  # grouped_mm knows no float64
-    for task in ("text", "guided codes"):
-        call = make_call(small, task, 128)
-        assert torch.equal(call().sequences, call(use_cache=False).sequences), f"{task}: the cache changed a token"
-    print("exact cache == plain loop in float64: checked for text and guided codes\n")
+    for vocabulary, is_guided in (("small", False), ("released", False), ("released", True)):
+        model = make_model(vocabulary, 64, 2, 16).double()
+        model.set_experts_implementation("eager")  # grouped_mm knows no float64
+        call = make_call(model, vocabulary, 2, 128, is_guided)
+        assert torch.equal(call(None), call({})), f"{vocabulary}, guided {is_guided}: the cache changed a token"
+    print("exact cache == released loop in float64, 2 rows of 128: checked for text, codes and guided codes\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--vocabulary", choices=VOCABULARIES, default="small")
+    parser.add_argument("--guidance", action="store_true", help="With a companion; needs image codes.")
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=64)
     arguments = parser.parse_args()
+    if arguments.guidance and arguments.vocabulary != "released":
+        parser.error("--guidance needs --vocabulary released: only image codes are guided.")
 
     check_exactness()
-    model = make_model(arguments.hidden_size, arguments.layers, arguments.experts)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = make_model(arguments.vocabulary, arguments.hidden_size, arguments.layers, arguments.experts)
+    parameters, peak = sum(parameter.numel() for parameter in model.parameters()), gemm_peak()
     print(
         f"{parameters / 1e6:.0f}M parameters, {arguments.layers} layers, {model.config.num_experts} experts, "
-        f"float32, {torch.get_num_threads()} threads, blocks of 32, 8 steps a block, prompt of {PROMPT_LENGTH}\n"
+        f"{model.config.vocab_size:,} ids, {'guided ' * arguments.guidance}"
+        f"{'image codes' if arguments.vocabulary == 'released' else 'text'}, float32, {torch.get_num_threads()} threads, "
+        f"blocks of 32, {STEPS} steps a block, prompt of {PROMPT_LENGTH}; large products of matrices reach "
+        f"{peak / 1e9:.0f} GFLOP/s\n"
     )
-    print("| task | new tokens | method | seconds | tokens/s | forwards | tokens/forward | cache MB | speed-up |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for task in ("text", "guided codes"):
+    names = ["batch", "new tokens", "method", "seconds", "tokens/s", "forwards", "GFLOP", "of the peak", "memory MB"]
+    names += ["last blocks / first", "same tokens", "speed-up"]
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for batch_size in arguments.batch_sizes:
         for num_new_tokens in arguments.new_tokens:
-            call = make_call(model, task, num_new_tokens)
-            seconds = {name: [] for name in METHODS}
-            outputs = {}
+            call = make_call(model, arguments.vocabulary, batch_size, num_new_tokens, arguments.guidance)
+            tokens, operations, memory, forwards, seconds, growths = {}, {}, {}, {}, {}, {}
+            for name, method in METHODS.items():
+                with watched_memory() as found, counter_of_flops() as counter:
+                    tokens[name] = call(method)
+                memory[name], operations[name] = found[0], counter.get_total_flops()
+                seconds[name], growths[name] = [], []
             for _ in range(arguments.repeats):
                 for name, method in METHODS.items():
-                    start = time.perf_counter()
-                    outputs[name] = call(**method)
-                    seconds[name].append(time.perf_counter() - start)
-            plain = statistics.median(seconds["plain loop"])
-            for name, times in seconds.items():
-                median, output = statistics.median(times), outputs[name]
-                memory = 0.0 if name == "plain loop" else cache_megabytes(model, task, num_new_tokens)
-                print(
-                    f"| {task} | {num_new_tokens} | {name} | {median:.2f} | {num_new_tokens / median:.1f} "
-                    f"| {output.num_forward_passes} | {output.tokens_per_forward:.2f} | {memory:.1f} "
-                    f"| {plain / median:.2f}x |",
-                    flush=True,
-                )
+                    with clock_of_forwards(model) as times:
+                        start = time.perf_counter()
+                        call(method)
+                        seconds[name].append(time.perf_counter() - start)
+                    forwards[name] = len(times)
+                    growths[name].append(growth(times, num_new_tokens // 32))
+            plain = statistics.median(seconds["released loop"])
+            for name in METHODS:
+                median = statistics.median(seconds[name])
+                same = (tokens[name] == tokens["released loop"]).float().mean().item()
+                cells = [
+                    str(batch_size),
+                    str(num_new_tokens),
+                    name,
+                    f"{median:.2f}",
+                    f"{batch_size * num_new_tokens / median:.1f}",
+                    str(forwards[name]),
+                    f"{operations[name] / 1e9:.0f}",
+                    f"{100 * operations[name] / median / peak:.0f}%",
+                    f"{memory[name]:.0f}",
+                    f"{statistics.median(growths[name]):.2f}",
+                    f"{100 * same:.1f}%",
+                    f"{plain / median:.2f}x",
+                ]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
