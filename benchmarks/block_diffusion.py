@@ -5,8 +5,8 @@ The released loop, the exact cache and SPRINT side by side, in one run on one ra
     python benchmarks/block_diffusion.py --vocabulary released --guidance --new-tokens 256 --batch-sizes 1 4
 
 The small vocabulary (8,192 ids) writes text, the released one (173,568 ids, 16,384 of them codes) writes image codes.
-Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; a first run of
-each, untimed, counts floating-point operations and watches the process's memory. The tokens of the exact cache are
+Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; a first run
+of each, untimed, counts floating-point operations and watches the process's memory. The tokens of the exact cache are
 compared with the loop's: in float64 on a small model, where they must be equal, and in the rows themselves, where
 float32 may round two equal experts apart.
 """
@@ -178,10 +178,11 @@ def main() -> None:
     check_exactness()
     model = make_model(arguments.vocabulary, arguments.hidden_size, arguments.layers, arguments.experts)
     parameters, peak = sum(parameter.numel() for parameter in model.parameters()), gemm_peak()
+    written = "text" if arguments.vocabulary == "small" else "image codes"
+    written = f"guided {written}" if arguments.guidance else written
     print(
         f"{parameters / 1e6:.0f}M parameters, {arguments.layers} layers, {model.config.num_experts} experts, "
-        f"{model.config.vocab_size:,} ids, {'guided ' * arguments.guidance}"
-        f"{'image codes' if arguments.vocabulary == 'released' else 'text'}, float32, {torch.get_num_threads()} threads, "
+        f"{model.config.vocab_size:,} ids, {written}, float32, {torch.get_num_threads()} threads, "
         f"blocks of 32, {STEPS} steps a block, prompt of {PROMPT_LENGTH}; large products of matrices reach "
         f"{peak / 1e9:.0f} GFLOP/s\n"
     )

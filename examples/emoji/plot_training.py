@@ -25,6 +25,8 @@ PANELS = (
     ("pretraining", ("max_load_violation",), False),
     ("sft", ("image_loss", "text_loss"), True),
     ("refining", ("image_loss", "text_loss"), True),
+    ("polishing", ("image_loss", "text_loss"), True),
+    ("dpo", ("rewards/accuracies",), False),
     ("decoder", ("loss",), True),
     ("distill", ("loss",), True),
 )
