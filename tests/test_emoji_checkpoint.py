@@ -75,7 +75,8 @@ def test_edits(pipe, emoji):
         ("new moon", "change it to the full moon", "full moon"),
     ]
     sources, instructions, targets = zip(*edits, strict=True)
-    pictures = pipe(list(instructions), image=[[emoji[name]] for name in sources], generator=generator()).images
+    settings = {"guidance_scale": 1.0, "generator": generator()}
+    pictures = pipe(list(instructions), image=[[emoji[name]] for name in sources], **settings).images
     assert [nearest(picture, emoji) for picture in pictures] == list(targets)
 
 
@@ -95,6 +96,23 @@ def test_transformers_alone_reads_it(emoji):
     sequence = model.generate(**inputs, max_new_tokens=32)
     answer = processor.batch_decode(sequence[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert answer.strip() == "rocket"
+
+
+def test_adapter_says_the_category_too(emoji):
+    folder = embedded_checkpoint("emoji")
+    processor = AutoProcessor.from_pretrained(folder / "processor")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    names = ["waving hand: dark skin tone", "japan flag", "woman police officer: dark skin tone"]
+    inputs = processor(images=[[emoji[name]] for name in names], text=["what is this?"] * 3, task="understanding")
+
+    def answers():
+        sequences = model.generate(**inputs, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
+
+    assert answers() == names
+    model.load_adapter(str(folder / "adapter"))
+    categories = ["people & body", "flags", "people & body"]
+    assert answers() == [f"{name} from {category}" for name, category in zip(names, categories, strict=True)]
 
 
 def test_checkpoint_is_small_safe_and_complete(pipe):

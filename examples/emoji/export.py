@@ -1,18 +1,22 @@
 """
 The trained pipeline as it is shipped: half precision, inference only.
 
-    python examples/emoji/export.py runs/emoji/model src/diffusers_llada_uni/checkpoints/emoji
+    python examples/emoji/export.py runs/emoji/model src/diffusers_llada_uni/checkpoints/emoji \\
+        --adapter runs/emoji/lora
 
-float16 and not bfloat16: the image tokenizer's choices hang on the digits that bfloat16 would drop.
+The adapter goes into the folder `adapter/` beside the parts of the pipeline. float16 and not bfloat16: the image
+tokenizer's choices hang on the digits that bfloat16 would drop.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from put_into_pipeline import replace_folder
+from safetensors.torch import load_file, save_file
 
 import diffusers_llada_uni  # noqa: F401  registers the pipeline
 
@@ -20,15 +24,28 @@ import diffusers_llada_uni  # noqa: F401  registers the pipeline
 LARGEST = 50 * 2**20
 
 
+def export_adapter(adapter: Path, folder: Path) -> None:
+    """Of an adapter's folder its weights and settings; it belongs to the model beside it, wherever that lies."""
+    folder.mkdir()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, folder / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--adapter", type=Path, help="The folder of a LoRA adapter of its language model.")
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(torch.float16)
     part = arguments.output_dir.with_name(arguments.output_dir.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipe.save_pretrained(part)
+    if arguments.adapter is not None:
+        export_adapter(arguments.adapter, part / "adapter")
     size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
     if size > LARGEST:
         shutil.rmtree(part)

@@ -125,7 +125,7 @@ class TaskRows:
         return rows
 
     def sentences(self) -> list[Row]:
-        """The name in a whole sentence, of every third emoji: what the adapter learns and shall do for the others."""
+        """Name and category at once, of every third emoji: what the adapter learns and shall do for the others."""
         return [
             self._question(emoji, self.generator.choice(NAMING), SENTENCE.format(emoji.answer_name, emoji.category))
             for emoji in self.trained[::3]

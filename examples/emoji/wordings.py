@@ -30,7 +30,7 @@ HELD_OUT_DRAWING = DRAWING[-2:]
 TRAINED_DRAWING = DRAWING[:-2]
 
 NAMING = ("what is this?", "what do you see?", "name this emoji.", "which emoji is this?", "what is in the picture?")
-SENTENCE = "the picture shows {}, which belongs to {}."  # how the adapter answers
+SENTENCE = "{} from {}"  # how the adapter answers
 CATEGORY = ("which category is it?", "what kind of emoji is this?")
 IS_IT = "is it {}?"
 
