@@ -12,33 +12,28 @@ float32 may round two equal experts apart.
 """
 
 import argparse
-import ctypes
-import gc
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import psutil
 import torch
 from released_loop import released_loop
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from watched_memory import watched_memory
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 
 
-# Ids of all, first code, codes
-VOCABULARIES = {"small": (8_192, 6_144, 2_048), "released": (173_568, 157_184, 16_384)}
+# All ids, and the first of the codes, which are the last
+VOCABULARIES = {"small": (8_192, 6_144), "released": (173_568, 157_184)}
 PROMPT_LENGTH, STEPS = 64, 8
 METHODS = {"released loop": None, "exact cache": {}, "SPRINT": {"cache_implementation": "sprint"}}
 
 
-def make_model(
-    vocabulary: str, hidden_size: int = 512, num_layers: int = 8, num_experts: int = 64
-) -> LLaDA2MoeForBlockDiffusion:
+def make_model(vocabulary: str, hidden_size: int, num_layers: int, num_experts: int) -> LLaDA2MoeForBlockDiffusion:
     torch.manual_seed(0)
-    vocab_size, image_token_offset, _ = VOCABULARIES[vocabulary]
+    vocab_size, image_token_offset = VOCABULARIES[vocabulary]
     config = LLaDA2MoeConfig(
         vocab_size=vocab_size,
         image_token_offset=image_token_offset,
@@ -65,13 +60,13 @@ def make_call(
     """From a method to the new tokens; a threshold of 1 is never met, so that all methods take the same steps."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 6000, (1 + is_guided, batch_size, PROMPT_LENGTH), generator=generator)
-    _, offset, num_codes = VOCABULARIES[vocabulary]
+    vocab_size, offset = VOCABULARIES[vocabulary]
     scales = {"guidance_scale": 2.0, "guidance_rescale": 0.7} if is_guided else {}
     writes_codes = vocabulary == "released"
 
     def call(method: dict | None) -> torch.LongTensor:
         if method is None:
-            allowed = (offset, offset + num_codes) if writes_codes else None
+            allowed = (offset, vocab_size) if writes_codes else None
             return released_loop(model, prompts, num_new_tokens, STEPS, allowed=allowed, **scales)
         settings = {"num_steps_per_block": STEPS, "threshold": 1.0} | method
         if not writes_codes:
@@ -96,29 +91,6 @@ def counter_of_flops() -> FlopCounterMode:
         sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
     )
     return FlopCounterMode(display=False, custom_mapping=custom)
-
-
-@contextmanager
-def watched_memory():
-    """A list that receives the largest growth of the process's memory, in MB."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    process, is_done, found = psutil.Process(), threading.Event(), []
-    before = peak = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        is_done.set()
-        watcher.join()
-        found.append((peak - before) / 2**20)
 
 
 @contextmanager
@@ -194,9 +166,9 @@ def main() -> None:
             call = make_call(model, arguments.vocabulary, batch_size, num_new_tokens, arguments.guidance)
             tokens, operations, memory, forwards, seconds, growths = {}, {}, {}, {}, {}, {}
             for name, method in METHODS.items():
-                with watched_memory() as found, counter_of_flops() as counter:
+                with watched_memory() as growth_of_memory, counter_of_flops() as counter:
                     tokens[name] = call(method)
-                memory[name], operations[name] = found[0], counter.get_total_flops()
+                memory[name], operations[name] = growth_of_memory.own / 2**20, counter.get_total_flops()
                 seconds[name], growths[name] = [], []
             for _ in range(arguments.repeats):
                 for name, method in METHODS.items():

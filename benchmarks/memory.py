@@ -12,16 +12,14 @@ the files that the system maps and can drop at any time are counted apart.
 import argparse
 import multiprocessing
 import tempfile
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from transformers import AutoModelForCausalLM
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+from watched_memory import watched_memory
 
 from diffusers_llada_uni import LLaDAUniSemanticEmbedder
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
@@ -77,23 +75,10 @@ def print_shape() -> None:
 
 def load(path: str, results) -> None:
     """Loads in this process; a thread watches its memory."""
-    process, peaks, is_loaded = psutil.Process(), {"own": 0, "mapped": 0}, threading.Event()
-
-    def watch() -> None:
-        while not is_loaded.is_set():
-            memory = process.memory_info()
-            peaks["own"] = max(peaks["own"], memory.rss - memory.shared)
-            peaks["mapped"] = max(peaks["mapped"], memory.shared)
-            time.sleep(0.002)
-
-    memory = process.memory_info()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    is_loaded.set()
-    watcher.join()
+    with watched_memory() as growth:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-    results.put((size, peaks["own"] - (memory.rss - memory.shared), peaks["mapped"] - memory.shared))
+    results.put((size, growth.own, growth.mapped))
 
 
 def measure_load(options: argparse.Namespace) -> None:

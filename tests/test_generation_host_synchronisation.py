@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from tests.property_cases import tiny_backbone
 
 
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
@@ -22,28 +22,7 @@ class CountReads(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LLaDA2MoeConfig(
-        vocab_size=128,
-        image_token_offset=96,
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=8,
-        num_experts_per_tok=2,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-        block_length=8,
-        mask_token_id=125,
-        eos_token_id=126,
-        pad_token_id=127,
-    )
-    model = LLaDA2MoeForBlockDiffusion(config).eval()
+    model = tiny_backbone().float()
     model.set_experts_implementation("grouped_mm")
     return model
 

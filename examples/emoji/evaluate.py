@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from emoji_table import Emoji, load_emoji
 from nearest_emoji import NearestEmoji
 from PIL import Image
-from tasks import Edit, EmojiTasks, Story
+from tasks import Edit, EmojiTasks, Story, shown_to_adapter
 from tqdm import tqdm
 from wordings import HELD_OUT_DRAWING, NAMING, SENTENCE, TRAINED_DRAWING
 
@@ -176,7 +176,8 @@ def evaluate(
     add("codes used", ">= 80%", evaluation.codebook_usage(trained), len(trained))
     if adapter.is_dir():
         pipe.model.load_adapter(str(adapter))
-        others = some([emoji for number, emoji in enumerate(trained) if number % 3], most=500)
+        shown = {emoji.key for emoji in shown_to_adapter(trained)}
+        others = some([emoji for emoji in trained if emoji.key not in shown], most=500)
         measure("name and category, emoji the adapter was not shown", "", evaluation.naming, others, SENTENCE)
     return rows
 

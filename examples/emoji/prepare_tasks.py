@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
-from tasks import EmojiTasks, Story, texts_of_all_tasks
+from tasks import EmojiTasks, Story, shown_to_adapter, texts_of_all_tasks
 from wordings import NAMING, SENTENCE, TRAINED_DRAWING, subjects
 
 from transformers_llada_uni.training import prepare_dataset
@@ -125,10 +125,10 @@ class TaskRows:
         return rows
 
     def sentences(self) -> list[Row]:
-        """Name and category at once, of every third emoji: what the adapter learns and shall do for the others."""
+        """Name and category at once, for the adapter."""
         return [
             self._question(emoji, self.generator.choice(NAMING), SENTENCE.format(emoji.answer_name, emoji.category))
-            for emoji in self.trained[::3]
+            for emoji in shown_to_adapter(self.trained)
         ]
 
     def questions(self, repeats: int) -> list[Row]:

@@ -183,11 +183,10 @@ class BlockDiffusionDecoder:
         # Where nothing can be sure, the schedule alone tells how many are left; else the device must be asked, which
         # waits for it: the price of a block that ends early.
         is_scheduled = config.threshold >= 1 and editing is None and sprint is None
-        num_kept = int(masked.sum(dim=-1).max())
+        predicted, num_kept = masked, int(masked.sum(dim=-1).max())
         for step in range(num_steps):
             if num_kept == 0:
                 break
-            predicted = masked if editing is None else editing.columns()
             count = schedule[step] if step < len(schedule) else 0  # steps beyond the schedule only edit
             # SPRINT: the last warm-up step shows which part of the prefix the others need.
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
@@ -240,10 +239,8 @@ class BlockDiffusionDecoder:
                 changed, block_probabilities.to(block_confidence.dtype), block_confidence
             )
             masked = masked & ~commit
-            if is_scheduled:
-                num_kept = max(num_kept - count, 0)
-            else:
-                num_kept = int((masked if editing is None else editing.columns()).sum(dim=-1).max())
+            predicted = masked if editing is None else editing.columns()
+            num_kept = max(num_kept - count, 0) if is_scheduled else int(predicted.sum(dim=-1).max())
         canvas.masked[rows, start:stop] = masked
         if isinstance(cache, SprintCache):
             cache.restore()
