@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from . import experts_fused_gather as _  # registers the implementation
 from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation_block_diffusion import BlockDiffusionGenerationMixin

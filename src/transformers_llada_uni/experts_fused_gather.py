@@ -1,0 +1,73 @@
+"""Experts of few tokens on a CPU: every token is multiplied by its expert's weights where they lie, in one kernel."""
+
+import math
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+
+# Beyond so many tokens an expert `grouped_mm` is as fast (`benchmarks/experts.py`). In half precision its products of
+# matrices are twice as fast, while this loop computes in float32; float64 it does not know.
+MAX_TOKENS_PER_EXPERT = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16, torch.float64: math.inf}
+
+
+def fused_gather_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    transformers' interface of experts, as `experts_implementation="fused_gather"`.
+
+    A step of block diffusion has some tens of tokens, a few for each expert. One product of matrices per expert, as
+    `grouped_mm` makes them, is then too small for threads, and the time goes into starting them. Here all products
+    are one loop over pairs of token and expert, sorted by expert so that weights are read from memory once; the
+    order of summation is a pair's own, so a token's result does not depend on what else is in the batch.
+
+    `torch.compile` writes the loop: the first call takes some seconds and a C++ compiler. With more than
+    `MAX_TOKENS_PER_EXPERT` tokens an expert, with gradients, with experts spread over devices, and off CPUs, this is
+    `grouped_mm`.
+
+    Args:
+        hidden_states: `(tokens, hidden_size)`.
+        top_k_index, top_k_weights: `(tokens, top_k)`.
+
+    Returns:
+        `(tokens, hidden_size)`.
+    """
+    max_pairs = self.num_experts * MAX_TOKENS_PER_EXPERT[hidden_states.dtype]
+    is_small = 0 < top_k_index.numel() <= max_pairs and hidden_states.device.type == "cpu"
+    if not is_small or torch.is_grad_enabled() or self._is_expert_parallel:
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    expert, pair = top_k_index.flatten().sort()
+    token = pair // top_k_index.shape[1]
+    gate_up = linear_of_expert(hidden_states[token], self.gate_up_proj, expert)
+    output = linear_of_expert(self._apply_gate(gate_up), self.down_proj, expert)
+    output = output * top_k_weights.flatten()[pair, None]
+    return torch.empty_like(output).index_copy(0, pair, output).unflatten(0, top_k_index.shape).sum(dim=1)
+
+
+def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
+    """
+    Args:
+        states: `(pairs, in_features)`.
+        weight: `(experts, out_features, in_features)`.
+        expert: `(pairs,)`, sorted.
+
+    Returns:
+        `(pairs, out_features)`.
+    """
+    if not torch.compiler.is_compiling():
+        # One kernel for any number of pairs. The shape of the weight stays fixed: loops of known length are faster.
+        torch._dynamo.maybe_mark_dynamic(states, 0)
+        torch._dynamo.maybe_mark_dynamic(expert, 0)
+    return _linear_of_expert(states, weight, expert)
+
+
+# Not compiled, this would be a copy of an expert for every pair.
+@torch.compile(fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
+    return (states[:, None, :] * weight[expert]).sum(dim=-1)
+
+
+ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)
