@@ -8,8 +8,8 @@ The small vocabulary (8,192 ids) writes text, the released one (173,568 ids, 16,
 Weights are random, and large enough that masks do not all choose the same few experts: a step uses two thirds of them.
 
 Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; two first
-runs of each, untimed, count floating-point operations and watch the process's memory. The tokens of the exact cache are
-compared with the loop's: in float64 on a small model, where they must be equal, and in the rows themselves, where
+runs of each, untimed, count floating-point operations and watch the process's memory. The tokens of the exact cache
+are compared with the loop's: in float64 on a small model, where they must be equal, and in the rows themselves, where
 float32 may round two equal experts apart.
 """
 
@@ -140,7 +140,8 @@ def check_exactness() -> None:
         call = make_call(model, vocabulary, 2, 128, is_guided)
         plain = call(None, "eager")  # grouped_mm knows no float64
         for experts in ("eager", "fused_gather"):
-            assert torch.equal(plain, call({}, experts)), f"{vocabulary}, guided {is_guided}: {experts} changed a token"
+            is_same = torch.equal(plain, call({}, experts))
+            assert is_same, f"{vocabulary}, guided {is_guided}: the cache changed a token, experts {experts}"
     print("exact cache == released loop in float64, 2 rows of 128: checked for text, codes and guided codes\n")
 
 

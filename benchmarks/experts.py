@@ -3,8 +3,8 @@ The experts of one layer by the number of tokens: `fused_gather` against the imp
 
     python benchmarks/experts.py
 
-Milliseconds, the median of alternating runs. Weights of several layers are used in turn, so that they come from memory,
-as in a model. `fused_gather` is forced here for any number of tokens, to show where it stops paying.
+Milliseconds, the median of alternating runs. Weights of several layers are used in turn, so that they come from
+memory, as in a model. `fused_gather` is forced here for any number of tokens, to show where it stops paying.
 """
 
 import argparse

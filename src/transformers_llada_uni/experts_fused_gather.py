@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 
 # Beyond so many tokens an expert `grouped_mm` is as fast (`benchmarks/experts.py`). In half precision its products of
@@ -68,6 +68,3 @@ def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.L
 @torch.compile(fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
 def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
     return (states[:, None, :] * weight[expert]).sum(dim=-1)
-
-
-ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)

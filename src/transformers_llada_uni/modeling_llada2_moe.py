@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
@@ -28,9 +29,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from . import experts_fused_gather as _  # registers the implementation
 from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .experts_fused_gather import fused_gather_experts_forward
 from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
@@ -54,6 +55,8 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
+
+ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)
 
 
 def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
