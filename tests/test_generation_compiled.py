@@ -1,4 +1,4 @@
-"""A step of the backbone with the cache compiles as one graph, without breaks and not anew for every block."""
+"""A step of the backbone with the cache compiles as one graph, without breaks and not anew for every block or step."""
 
 import pytest
 import torch
@@ -39,14 +39,28 @@ def hidden_states_of_blocks(model, ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "batched_mm", "fused_gather"])
 def test_a_step_is_one_graph_at_any_length_of_the_prefix(model, experts_implementation):
     model.set_experts_implementation(experts_implementation)
     ids = torch.arange(10, 58)[None]
     wanted = hidden_states_of_blocks(model, ids)
+    counters.clear()  # fused_gather has compiled its loops
     # "eager" runs what was captured as it is: what is tested is that all of it was, not the code that inductor writes.
     model.model.compile(fullgraph=True, backend="eager")
     torch.testing.assert_close(hidden_states_of_blocks(model, ids), wanted, rtol=1e-5, atol=1e-6)
     assert not counters["graph_break"]
     # The first block makes the buffers, and has a graph of its own; the length of the prefix is a variable.
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+def test_generate_takes_one_graph_for_the_prompt_and_two_for_all_steps(model):
+    model.set_experts_implementation("grouped_mm")
+    arguments = {"input_ids": torch.arange(10, 34)[None], "max_new_tokens": 40, "eos_token_id": []}
+    arguments |= {"block_length": BLOCK_LENGTH, "num_steps_per_block": 4, "threshold": 1.0}
+    wanted = model.generate(**arguments)
+    model.model.compile(fullgraph=True, backend="eager")
+    assert torch.equal(model.generate(**arguments), wanted)
+    # The first step of a block takes the block before it along. How many columns are kept, and how many tokens stand
+    # before, are variables.
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3

@@ -64,8 +64,11 @@ def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tenso
     Of states `(batch, ..., length, width)`, where the batch may be 1 for all rows, the columns of each row,
     `(batch, kept)`: `(batch, ..., kept, width)`.
     """
-    index = columns.view(columns.shape[0], *[1] * (states.ndim - 3), columns.shape[1], 1)
-    return states.take_along_dim(index, dim=-2)
+    rows, num_kept = columns.shape
+    index = columns.view(rows, *[1] * (states.ndim - 3), num_kept, 1)
+    # Not `take_along_dim`: its broadcasting would tie a compiled graph to the length of the prefix.
+    index = index.expand(-1, *states.shape[1:-2], -1, states.shape[-1])
+    return states.expand(rows, *states.shape[1:]).gather(-2, index)
 
 
 class LLaDA2MoeAttention(nn.Module):
