@@ -57,14 +57,14 @@ class Evaluation:
 
     # Measures: each gives the share of what is right
 
-    def naming(self, rows: list[Emoji], answer: str = "{}") -> float:
+    def naming(self, rows: list[Emoji], answer: str = "{}", **settings: Any) -> float:
         """The exact name, asked with a wording that goes round, or an `answer` with name and category."""
         processor, model, results = self.pipe.processor, self.pipe.model, []
         for batch, _ in self._batches("naming", rows):
             questions = [NAMING[number % len(NAMING)] for number in range(len(batch))]
             pictures = [[emoji.picture] for emoji in batch]
             inputs = processor(images=pictures, text=questions, task="understanding")
-            sequences = model.generate(**inputs, max_new_tokens=32)
+            sequences = model.generate(**inputs, max_new_tokens=32, **settings)
             answers = sequences[:, inputs["input_ids"].shape[1] :]
             texts = processor.batch_decode(answers, skip_special_tokens=True)
             for text, emoji in zip(texts, batch, strict=True):

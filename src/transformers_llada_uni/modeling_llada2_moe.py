@@ -308,6 +308,9 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
                 f"{len(info['mismatched_keys'])} tensors in {pretrained_model_name_or_path} do not fit the "
                 f"configuration: {'; '.join(misshapen)}."
             )
+        is_default = model.config.get_text_config()._experts_implementation == "grouped_mm"
+        if is_default and getattr(model, "quantization_method", None) == "torchao":
+            model.set_experts_implementation("eager")  # the only one that torchao's tensors go through
         return (model, info) if wants_info else model
 
     @torch.no_grad()

@@ -1,0 +1,115 @@
+"""
+What the faster but not exact settings cost in quality: the shipped emoji model, same subjects, same seeds.
+
+    npm pack emoji-datasource-twitter@16.0.0
+    python benchmarks/emoji_quality.py emoji-datasource-twitter-16.0.0.tgz
+
+Shares of exact names and of right drawings (of all emoji, the asked one is the nearest to the drawn one), and seconds.
+The model was trained on these emoji; its card has held-out ones. Eight-bit weights need `pip install torchao`.
+"""
+
+import argparse
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ZImageTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig
+from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchao_available
+
+from diffusers_llada_uni import embedded_checkpoint
+from transformers_llada_uni import backbone_quantization_config
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
+from emoji_table import load_emoji  # noqa: E402
+from evaluate import Evaluation, timed  # noqa: E402
+from wordings import TRAINED_DRAWING  # noqa: E402
+
+
+@dataclass
+class Setting:
+    """What of a pipeline is set otherwise: of `generate`, of the decoder's cache, of the weights."""
+
+    generation: dict[str, Any] = field(default_factory=dict)
+    cache_threshold: float | None = None
+    int8_backbone: bool = False
+    int8_decoder: bool = False
+
+
+SETTINGS = {
+    "exact": Setting(),
+    "threshold 0.7 in place of 0.95": Setting({"threshold": 0.7}),
+    "SPRINT": Setting({"cache_implementation": "sprint"}),
+    "token editing above 0.9": Setting({"editing_threshold": 0.9}),
+    "first block cache at 0.05": Setting(cache_threshold=0.05),
+    "first block cache at 0.2": Setting(cache_threshold=0.2),
+    "int8 backbone": Setting(int8_backbone=True),
+    "int8 backbone and decoder": Setting(int8_backbone=True, int8_decoder=True),
+}
+
+
+def int8_backbone(folder: Path) -> torch.nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = backbone_quantization_config(Int8WeightOnlyConfig())
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+
+
+def int8_decoder(folder: Path) -> torch.nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    return ZImageTransformer2DModel.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
+
+
+def make_pipeline(folder: Path, setting: Setting) -> DiffusionPipeline:
+    components = {}
+    if setting.int8_backbone:
+        components["model"] = int8_backbone(folder / "model")
+    if setting.int8_decoder:
+        components["transformer_turbo"] = int8_decoder(folder / "transformer_turbo")
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **components)
+    if setting.cache_threshold is not None:
+        pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=setting.cache_threshold))
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("--subjects", type=int, default=512, help="emoji to name and to draw")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    table = load_emoji(arguments.package)
+    trained = [emoji for emoji in table if not emoji.is_held_out]
+    subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
+    print(f"{len(subjects)} emoji, {torch.get_num_threads()} threads, float32\n")
+    print("| setting | names | seconds | drawings | seconds |\n|---|---|---|---|---|")
+    for name in arguments.settings:
+        setting = SETTINGS[name]
+        if setting.int8_backbone and not is_torchao_available():
+            print(f"| {name} | torchao is not installed | | | |")
+            continue
+        evaluation = Evaluation(make_pipeline(embedded_checkpoint(), setting), table, arguments.seed)
+        cells = [name]
+        # What concerns the decoder alone changes no name.
+        if setting.cache_threshold is None and not setting.int8_decoder:
+            names, seconds = timed(evaluation.naming, subjects, **setting.generation)
+            cells += [f"{100 * names:.1f}%", f"{seconds:.0f}"]
+        else:
+            cells += ["", ""]
+        drawings, seconds = timed(evaluation.drawing, subjects, TRAINED_DRAWING, generation_kwargs=setting.generation)
+        cells += [f"{100 * drawings:.1f}%", f"{seconds:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Eight-bit weights of attention and experts through `quantization_config`, on the checkpoint that comes with us."""
+
+import pytest
+import torch
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from diffusers_llada_uni import embedded_checkpoint
+from transformers_llada_uni import backbone_quantization_config
+
+
+FOLDER = embedded_checkpoint("emoji")
+PROMPTS = ["a red apple", "full moon", "flag of Japan", "dog face"]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    config = backbone_quantization_config(Int8WeightOnlyConfig())
+    return AutoModelForImageTextToText.from_pretrained(
+        FOLDER / "model", dtype=torch.float32, quantization_config=config
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def full():
+    return AutoModelForImageTextToText.from_pretrained(FOLDER / "model", dtype=torch.float32).eval()
+
+
+def is_int8(model) -> dict[str, bool]:
+    return {name: isinstance(parameter.data, Int8Tensor) for name, parameter in model.named_parameters()}
+
+
+def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
+    wanted = {
+        name: ".language_model." in name
+        and ("attention" in name or "mlp" in name)
+        and "layernorm" not in name
+        and not name.endswith("mlp.gate.weight")
+        for name, _ in full.named_parameters()
+    }
+    assert is_int8(quantized) == wanted
+    experts = [weight for name, weight in quantized.named_parameters() if name.endswith("experts.gate_up_proj")]
+    assert experts and all(weight.data.qdata.dtype == torch.int8 for weight in experts)
+
+
+def test_predicts_what_the_full_weights_predict(quantized, full):
+    inputs = AutoProcessor.from_pretrained(FOLDER / "processor")(text=PROMPTS, task="text_to_image")
+    found, wanted = (model.generate_image_codes(**inputs, guidance_scale=2.0) for model in (quantized, full))
+    assert (found == wanted).float().mean() > 0.9
+
+
+def test_comes_back_from_disk_as_it_was(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert is_int8(again) == is_int8(quantized)
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        hidden_states = [model.get_decoder()(ids).last_hidden_state for model in (again, quantized)]
+    assert torch.equal(*hidden_states)
+
+
+def test_an_implementation_that_is_asked_for_is_kept():
+    model = AutoModelForImageTextToText.from_pretrained(
+        FOLDER / "model",
+        quantization_config=backbone_quantization_config(Int8WeightOnlyConfig()),
+        experts_implementation="batched_mm",
+    )
+    assert model.config.text_config._experts_implementation == "batched_mm"
