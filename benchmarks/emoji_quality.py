@@ -27,9 +27,9 @@ from transformers_llada_uni import backbone_quantization_config
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
-from emoji_table import load_emoji  # noqa: E402
-from evaluate import Evaluation, timed  # noqa: E402
-from wordings import TRAINED_DRAWING  # noqa: E402
+from emoji_table import load_emoji
+from evaluate import Evaluation, timed
+from wordings import TRAINED_DRAWING
 
 
 @dataclass

@@ -16,6 +16,7 @@ _EXPORTS = {
     "block_diffusion_cache": ["BlockDiffusionCache", "SprintCache", "SprintConfig"],
     "configuration_llada2_moe": ["LLaDA2MoeConfig"],
     "configuration_llada_uni": ["LLaDAUniConfig"],
+    "expert_offloading": ["expert_offload_device_map"],
     "generation_block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
     "generation_interleaved": ["InterleavedGenerationMixin"],
     "generation_configuration": ["BlockDiffusionGenerationConfig"],
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .block_diffusion_cache import *
     from .configuration_llada2_moe import *
     from .configuration_llada_uni import *
+    from .expert_offloading import *
     from .generation_block_diffusion import *
     from .generation_configuration import *
     from .generation_interleaved import *
