@@ -3,21 +3,24 @@ The released loop, the exact cache and SPRINT side by side, in one run on one ra
 
     python benchmarks/block_diffusion.py                                 # text, 8,192 ids, batch 1, no guidance
     python benchmarks/block_diffusion.py --vocabulary released --guidance --new-tokens 256 --batch-sizes 1 4
+    python benchmarks/block_diffusion.py --prompt-length 4096 --new-tokens 128       # a picture to edit stands before
 
 The small vocabulary (8,192 ids) writes text, the released one (173,568 ids, 16,384 of them codes) writes image codes.
 Weights are random, and large enough that masks do not all choose the same few experts: a step uses two thirds of them.
 
-Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; two first
-runs of each, untimed, count floating-point operations and watch the process's memory. The tokens of the exact cache
+Every row is the median of alternating runs, so that a slow minute of the machine hits all methods alike; first
+runs, untimed, count floating-point operations and watch the process's memory. The tokens of the exact cache
 are compared with the loop's: in float64 on a small model, where they must be equal, and in the rows themselves, where
 float32 may round two equal experts apart.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from released_loop import released_loop
@@ -29,13 +32,24 @@ from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 
 # All ids, and the first of the codes, which are the last
 VOCABULARIES = {"small": (8_192, 6_144), "released": (173_568, 157_184)}
-PROMPT_LENGTH, STEPS = 64, 8
-# Arguments of `generate` (the loop has none), and the implementation of the experts
+STEPS = 8
+
+
+@dataclass
+class Method:
+    """Arguments of `generate` (`None`: the loop), implementation of the experts, whether the backbone is compiled."""
+
+    arguments: dict[str, Any] | None
+    experts: str = "grouped_mm"
+    is_compiled: bool = False
+
+
 METHODS = {
-    "released loop": (None, "grouped_mm"),
-    "exact cache": ({}, "grouped_mm"),
-    "exact cache, fused experts": ({}, "fused_gather"),
-    "SPRINT, fused experts": ({"cache_implementation": "sprint"}, "fused_gather"),
+    "released loop": Method(None),
+    "exact cache": Method({}),
+    "exact cache, fused experts": Method({}, "fused_gather"),
+    "exact cache, compiled": Method({}, "fused_gather", is_compiled=True),
+    "SPRINT, fused experts": Method({"cache_implementation": "sprint"}, "fused_gather"),
 }
 
 
@@ -64,29 +78,51 @@ def make_model(vocabulary: str, hidden_size: int, num_layers: int, num_experts: 
 
 
 def make_call(
-    model: LLaDA2MoeForBlockDiffusion, vocabulary: str, batch_size: int, num_new_tokens: int, is_guided: bool
-) -> Callable[[dict | None, str], torch.LongTensor]:
-    """From a method to the new tokens; a threshold of 1 is never met, so that all methods take the same steps."""
+    model: LLaDA2MoeForBlockDiffusion,
+    vocabulary: str,
+    batch_size: int,
+    prompt_length: int,
+    num_new_tokens: int,
+    is_guided: bool,
+) -> Callable[..., torch.LongTensor]:
+    """
+    From a method, and a list for the times at which forwards of the backbone begin, to the new tokens. A threshold of
+    1 is never met, so that all methods take the same steps.
+    """
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, 6000, (1 + is_guided, batch_size, PROMPT_LENGTH), generator=generator)
+    prompts = torch.randint(0, 6000, (1 + is_guided, batch_size, prompt_length), generator=generator)
     vocab_size, offset = VOCABULARIES[vocabulary]
     scales = {"guidance_scale": 2.0, "guidance_rescale": 0.7} if is_guided else {}
     writes_codes = vocabulary == "released"
 
-    def call(method: dict | None, experts_implementation: str) -> torch.LongTensor:
-        model.set_experts_implementation(experts_implementation)
-        if method is None:
+    def call(method: Method, times: list[float] | None = None) -> torch.LongTensor:
+        model.set_experts_implementation(method.experts)
+        forward = compiled_call(model) if method.is_compiled else model.model._call_impl
+
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            if times is not None:
+                times.append(time.perf_counter())
+            return forward(*args, **kwargs)
+
+        model.model._compiled_call_impl = clocked  # what a module calls in place of its own, if there is one
+        if method.arguments is None:
             allowed = (offset, vocab_size) if writes_codes else None
             return released_loop(model, prompts, num_new_tokens, STEPS, allowed=allowed, **scales)
-        settings = {"num_steps_per_block": STEPS, "threshold": 1.0} | method
+        settings = {"num_steps_per_block": STEPS, "threshold": 1.0} | method.arguments
         if not writes_codes:
             sequences = model.generate(prompts[0], max_new_tokens=num_new_tokens, eos_token_id=[], **settings)
-            return sequences[:, PROMPT_LENGTH:]
+            return sequences[:, prompt_length:]
         companions = {"negative_input_ids": prompts[1]} if is_guided else {}
         grid = (num_new_tokens // 32, 32)
         return offset + model.generate_image_codes(prompts[0], grid, **companions, **scales, **settings)
 
     return call
+
+
+@functools.cache
+def compiled_call(model: LLaDA2MoeForBlockDiffusion) -> Callable:
+    model.model.compile(fullgraph=True)
+    return model.model._compiled_call_impl
 
 
 def grouped_mm_flops(tokens_shape, weights_shape, *args, **kwargs) -> int:
@@ -101,17 +137,6 @@ def counter_of_flops() -> FlopCounterMode:
         sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
     )
     return FlopCounterMode(display=False, custom_mapping=custom)
-
-
-@contextmanager
-def clock_of_forwards(model: LLaDA2MoeForBlockDiffusion):
-    """The times at which forwards of the backbone begin."""
-    times = []
-    hook = model.model.register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
-    try:
-        yield times
-    finally:
-        hook.remove()
 
 
 def gemm_peak() -> float:
@@ -137,10 +162,10 @@ def growth(times: list[float], num_blocks: int) -> float:
 def check_exactness() -> None:
     for vocabulary, is_guided in (("small", False), ("released", False), ("released", True)):
         model = make_model(vocabulary, 64, 2, 16).double()
-        call = make_call(model, vocabulary, 2, 128, is_guided)
-        plain = call(None, "eager")  # grouped_mm knows no float64
+        call = make_call(model, vocabulary, 2, 64, 128, is_guided)
+        plain = call(Method(None, "eager"))  # grouped_mm knows no float64
         for experts in ("eager", "fused_gather"):
-            is_same = torch.equal(plain, call({}, experts))
+            is_same = torch.equal(plain, call(Method({}, experts)))
             assert is_same, f"{vocabulary}, guided {is_guided}: the cache changed a token, experts {experts}"
     print("exact cache == released loop in float64, 2 rows of 128: checked for text, codes and guided codes\n")
 
@@ -150,6 +175,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", choices=VOCABULARIES, default="small")
     parser.add_argument("--guidance", action="store_true", help="With a companion; needs image codes.")
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--prompt-length", type=int, default=64, help="A multiple of 32.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="The loop always runs.")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden-size", type=int, default=512)
@@ -159,6 +186,7 @@ def main() -> None:
     if arguments.guidance and arguments.vocabulary != "released":
         parser.error("--guidance needs --vocabulary released: only image codes are guided.")
 
+    methods = {name: METHODS[name] for name in METHODS if name in ["released loop", *arguments.methods]}
     check_exactness()
     model = make_model(arguments.vocabulary, arguments.hidden_size, arguments.layers, arguments.experts)
     parameters, peak = sum(parameter.numel() for parameter in model.parameters()), gemm_peak()
@@ -167,7 +195,7 @@ def main() -> None:
     print(
         f"{parameters / 1e6:.0f}M parameters, {arguments.layers} layers, {model.config.num_experts} experts, "
         f"{model.config.vocab_size:,} ids, {written}, float32, {torch.get_num_threads()} threads, "
-        f"blocks of 32, {STEPS} steps a block, prompt of {PROMPT_LENGTH}; large products of matrices reach "
+        f"blocks of 32, {STEPS} steps a block, prompt of {arguments.prompt_length}; large products of matrices reach "
         f"{peak / 1e9:.0f} GFLOP/s\n"
     )
     names = ["batch", "new tokens", "method", "seconds", "tokens/s", "forwards", "GFLOP", "of the peak", "memory MB"]
@@ -175,25 +203,29 @@ def main() -> None:
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for batch_size in arguments.batch_sizes:
         for num_new_tokens in arguments.new_tokens:
-            call = make_call(model, arguments.vocabulary, batch_size, num_new_tokens, arguments.guidance)
+            call = make_call(
+                model, arguments.vocabulary, batch_size, arguments.prompt_length, num_new_tokens, arguments.guidance
+            )
             tokens, operations, memory, forwards, seconds, growths = {}, {}, {}, {}, {}, {}
-            for name, method in METHODS.items():
-                with counter_of_flops() as counter:  # sees nothing of compiled kernels, which do the same products
-                    call(method[0], "grouped_mm")
-                with watched_memory() as growth_of_memory:
-                    tokens[name] = call(*method)
+            for name, method in methods.items():
+                counted = Method(method.arguments)  # the counter sees nothing of compiled kernels
+                with watched_memory() as growth_of_memory, counter_of_flops() as counter:
+                    tokens[name] = call(counted)
+                if method != counted:
+                    with watched_memory() as growth_of_memory:
+                        tokens[name] = call(method)
                 memory[name], operations[name] = growth_of_memory.own / 2**20, counter.get_total_flops()
                 seconds[name], growths[name] = [], []
             for _ in range(arguments.repeats):
-                for name, method in METHODS.items():
-                    with clock_of_forwards(model) as times:
-                        start = time.perf_counter()
-                        call(*method)
-                        seconds[name].append(time.perf_counter() - start)
+                for name, method in methods.items():
+                    times = []
+                    start = time.perf_counter()
+                    call(method, times)
+                    seconds[name].append(time.perf_counter() - start)
                     forwards[name] = len(times)
                     growths[name].append(growth(times, num_new_tokens // 32))
             plain = statistics.median(seconds["released loop"])
-            for name in METHODS:
+            for name in methods:
                 median = statistics.median(seconds[name])
                 same = (tokens[name] == tokens["released loop"]).float().mean().item()
                 cells = [
