@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffusers_llada_uni import embedded_checkpoint
 from transformers_llada_uni import backbone_quantization_config
 
+
+torchao = pytest.importorskip("torchao.quantization", reason="needs `pip install .[quantization]`")
 
 FOLDER = embedded_checkpoint("emoji")
 PROMPTS = ["a red apple", "full moon", "flag of Japan", "dog face"]
@@ -15,7 +16,7 @@ PROMPTS = ["a red apple", "full moon", "flag of Japan", "dog face"]
 
 @pytest.fixture(scope="module")
 def quantized():
-    config = backbone_quantization_config(Int8WeightOnlyConfig())
+    config = backbone_quantization_config(torchao.Int8WeightOnlyConfig())
     return AutoModelForImageTextToText.from_pretrained(
         FOLDER / "model", dtype=torch.float32, quantization_config=config
     ).eval()
@@ -27,7 +28,7 @@ def full():
 
 
 def is_int8(model) -> dict[str, bool]:
-    return {name: isinstance(parameter.data, Int8Tensor) for name, parameter in model.named_parameters()}
+    return {name: isinstance(parameter.data, torchao.Int8Tensor) for name, parameter in model.named_parameters()}
 
 
 def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
@@ -63,7 +64,7 @@ def test_comes_back_from_disk_as_it_was(quantized, tmp_path):
 def test_an_implementation_that_is_asked_for_is_kept():
     model = AutoModelForImageTextToText.from_pretrained(
         FOLDER / "model",
-        quantization_config=backbone_quantization_config(Int8WeightOnlyConfig()),
+        quantization_config=backbone_quantization_config(torchao.Int8WeightOnlyConfig()),
         experts_implementation="batched_mm",
     )
     assert model.config.text_config._experts_implementation == "batched_mm"
