@@ -87,8 +87,7 @@ def main() -> None:
     with timed(f"read {arguments.image.name}"):
         answer = pipe.chat([{"role": "user", "content": content}], max_new_tokens=arguments.max_new_tokens).strip()
     with timed(f"edited it: {arguments.instruction!r}"):
-        scale = {} if arguments.checkpoint else {"guidance_scale": 1.0}  # the emoji model edits best without guidance
-        edited = pipe(arguments.instruction, image=source, **scale, **size, generator=generator()).images[0]
+        edited = pipe(arguments.instruction, image=source, **size, generator=generator()).images[0]
     save(source, "picture")
     save(edited, "edited")
 

@@ -75,8 +75,7 @@ def test_edits(pipe, emoji):
         ("new moon", "change it to the full moon", "full moon"),
     ]
     sources, instructions, targets = zip(*edits, strict=True)
-    settings = {"guidance_scale": 1.0, "generator": generator()}
-    pictures = pipe(list(instructions), image=[[emoji[name]] for name in sources], **settings).images
+    pictures = pipe(list(instructions), image=[[emoji[name]] for name in sources], generator=generator()).images
     assert [nearest(picture, emoji) for picture in pictures] == list(targets)
 
 

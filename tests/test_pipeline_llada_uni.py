@@ -716,6 +716,25 @@ def test_editing_keeps_the_grid_of_the_source(pipe, calls):
     assert calls[0]["image_grid_thw"].tolist() == [[1, 6, 8]]
 
 
+def test_a_checkpoint_says_how_strongly_edits_are_guided(loaded, monkeypatch, tmp_path):
+    LLaDAUniPipeline(**loaded.components, editing_guidance_scale=1.5).save_pretrained(tmp_path)
+    pipe = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    pipe.processor.image_processor.editing_max_pixels = 64 * 64
+    scales, original = [], pipe.model.generate_image_codes
+
+    def recorded(guidance_scale, **kwargs):
+        scales.append(guidance_scale)
+        return original(guidance_scale=guidance_scale, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "generate_image_codes", recorded)
+    pipe("make it blue", image=photo(), **FEW)
+    pipe("make it blue", image=photo(), guidance_scale=3.0, **FEW)
+    pipe("a blue one", **SMALL)
+    assert scales == [1.5, 3.0, 2.0]
+    with pytest.raises(ValueError, match="`editing_guidance_scale` must be at least 0"):
+        LLaDAUniPipeline(**loaded.components, editing_guidance_scale=-1.0)
+
+
 def test_editing_to_a_given_size(pipe, calls):
     output = pipe("make it blue", image=photo(), height=64, width=32, **FEW)
     assert calls[0]["grid"] == (2, 1) and output.images[0].size == (32, 64)

@@ -201,6 +201,7 @@ def main() -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer_turbo=None,
         scheduler_turbo=None,
+        editing_guidance_scale=1.0,  # unlike the released model, this one edits best without (tried on trained edits)
     )
     pipe.save_pretrained(arguments.output_dir)
     text_model = build_text_model(processor.tokenizer)

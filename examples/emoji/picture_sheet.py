@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from emoji_table import load_emoji
-from evaluate import EDITING_GUIDANCE_SCALE
 from PIL import Image, ImageDraw, ImageFont
 from tasks import EmojiTasks
 from wordings import DRAWING
@@ -69,8 +68,7 @@ def main() -> None:
     edits += chosen.sample([edit for edit in tasks.edits() if tasks.by_key[edit.target].is_held_out], 4)
     sources = [tasks.by_key[edit.source].picture for edit in edits]
     instructions = [chosen.choice(edit.instructions) for edit in edits]
-    settings = {"guidance_scale": EDITING_GUIDANCE_SCALE, "generator": generator()}
-    edited = pipe(instructions, image=[[source] for source in sources], **settings).images
+    edited = pipe(instructions, image=[[source] for source in sources], generator=generator()).images
     for edit, source, result, words in zip(edits, sources, edited, instructions, strict=True):
         is_new = tasks.by_key[edit.target].is_held_out
         cells.append(cell([source, result], words + (" (held out)" if is_new else "")))

@@ -28,7 +28,6 @@ Generator = torch.Generator | list[torch.Generator] | None
 
 DEFAULT_MAX_THINKING_TOKENS = 1024
 DEFAULT_GUIDANCE_SCALE = 2.0
-DEFAULT_EDITING_GUIDANCE_SCALE = 4.0
 # Tokens of `<|image|>`, height, width and `<boi>` before the codes.
 HEADER_LENGTH = 4
 

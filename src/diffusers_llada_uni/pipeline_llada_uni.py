@@ -12,13 +12,8 @@ from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGene
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
 
 from .code_decoding import Callback, CodeDecodingMixin, CodeDecodingSettings, Generator
-from .code_generation import (
-    DEFAULT_EDITING_GUIDANCE_SCALE,
-    DEFAULT_GUIDANCE_SCALE,
-    CodeGenerationMixin,
-    CodeGenerationSettings,
-)
-from .input_checks import check_generator, check_integer, check_prompt, require_components
+from .code_generation import DEFAULT_GUIDANCE_SCALE, CodeGenerationMixin, CodeGenerationSettings
+from .input_checks import check_finite, check_generator, check_integer, check_prompt, require_components
 from .picture_inputs import masks_per_prompt, pictures_per_prompt
 from .pipeline_output import LLaDAUniPipelineOutput
 from .semantic_embedder import LLaDAUniSemanticEmbedder
@@ -41,6 +36,8 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         scheduler ([`FlowMatchEulerDiscreteScheduler`], *optional*): That of the many-step decoder.
         transformer_turbo ([`ZImageTransformer2DModel`], *optional*): The few-step decoder, "turbo".
         scheduler_turbo ([`FlowMatchEulerDiscreteScheduler`], *optional*): That of the few-step decoder.
+        editing_guidance_scale (`float`, defaults to 4.0): The `guidance_scale` of edits, where none is given; what is
+            best is a matter of the model. Saved in `model_index.json`.
     """
 
     model_cpu_offload_seq = "model->semantic_embedder->transformer->transformer_turbo->vae"
@@ -65,8 +62,10 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         scheduler: FlowMatchEulerDiscreteScheduler | None,
         transformer_turbo: ZImageTransformer2DModel | None,
         scheduler_turbo: FlowMatchEulerDiscreteScheduler | None,
+        editing_guidance_scale: float = 4.0,
     ) -> None:
         super().__init__()
+        check_finite("editing_guidance_scale", editing_guidance_scale, minimum=0.0)
         self.register_modules(
             model=model,
             processor=processor,
@@ -77,6 +76,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             transformer_turbo=transformer_turbo,
             scheduler_turbo=scheduler_turbo,
         )
+        self.register_to_config(editing_guidance_scale=editing_guidance_scale)
 
     @torch.no_grad()
     def __call__(
@@ -127,7 +127,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             num_inference_steps (`int`, *optional*): Of the decoder: 8 for turbo, 50 for normal by default; see
                 [`decode_codes`].
             guidance_scale (`float`, *optional*): Guidance of the language model by the text, 1 is none; 2.0 by
-                default, 4.0 for editing.
+                default, for editing what the checkpoint was made for: 4.0 if it does not say.
             image_guidance_scale (`float`, defaults to 0.0): Guidance by the source picture, for editing.
             guidance_rescale (`float`, defaults to 0.7): Share of rescaled logits in guidance, 0 to 1.
             num_steps_per_block (`int`, defaults to 8): Steps the language model takes for a block of codes.
@@ -169,7 +169,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             )
         )
         if guidance_scale is None:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE if image is None else DEFAULT_EDITING_GUIDANCE_SCALE
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if image is None else self.config.editing_guidance_scale
         generation = CodeGenerationSettings(
             guidance_scale, image_guidance_scale, guidance_rescale, num_steps_per_block, generation_kwargs or {}
         )
