@@ -55,12 +55,15 @@ def test_a_step_is_one_graph_at_any_length_of_the_prefix(model, experts_implemen
 
 def test_generate_takes_one_graph_for_the_prompt_and_two_for_all_steps(model):
     model.set_experts_implementation("grouped_mm")
-    arguments = {"input_ids": torch.arange(10, 34)[None], "max_new_tokens": 40, "eos_token_id": []}
+    arguments = {"input_ids": torch.arange(10, 34)[None], "eos_token_id": []}
     arguments |= {"block_length": BLOCK_LENGTH, "num_steps_per_block": 4, "threshold": 1.0}
-    wanted = model.generate(**arguments)
+    wanted = {length: model.generate(max_new_tokens=length, **arguments) for length in (24, 40, 56)}
     model.model.compile(fullgraph=True, backend="eager")
-    assert torch.equal(model.generate(**arguments), wanted)
+    num_graphs = []
+    for length, tokens in wanted.items():
+        assert torch.equal(model.generate(max_new_tokens=length, **arguments), tokens)
+        num_graphs.append(counters["stats"]["unique_graphs"])
     # The first step of a block takes the block before it along. How many columns are kept, and how many tokens stand
-    # before, are variables.
+    # before, are variables; so is the length of the buffers, but the prompt's graph, which makes them, learns it late.
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 3
+    assert num_graphs == [3, 4, 4]

@@ -43,6 +43,10 @@ class BlockDiffusionLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def commit(self, num_columns: int) -> None:
+        if self.length == 0 and self.is_initialized:
+            # A compiled backbone shall take buffers of any length.
+            torch._dynamo.maybe_mark_dynamic(self.keys, 2)
+            torch._dynamo.maybe_mark_dynamic(self.values, 2)
         self.length += num_columns
 
     def select_rows(self, rows: torch.Tensor) -> None:
