@@ -122,7 +122,7 @@ def make_call(
 
 @functools.cache
 def compiled_call(model: LLaDA2MoeForBlockDiffusion) -> Callable:
-    model.model.compile(fullgraph=True)
+    model.model.compile(fullgraph=True, isolate_recompiles=True)  # another model has a limit of its own
     return model.model._compiled_call_impl
 
 

@@ -13,14 +13,19 @@ import statistics
 import time
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from transformers_llada_uni import LLaDA2MoeConfig, experts_fused_gather
 
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 8, 8
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "fused_gather"]
+IMPLEMENTATIONS = {
+    "eager": Glm4MoeExperts.forward.__wrapped__,
+    "grouped_mm": grouped_mm_experts_forward,
+    "batched_mm": batched_mm_experts_forward,
+    "fused_gather": experts_fused_gather.fused_gather_experts_forward,
+}
 
 
 @torch.no_grad()
@@ -64,11 +69,10 @@ def main() -> None:
         weights = weights.to(dtype)
         seconds = {name: [] for name in IMPLEMENTATIONS}
         for repeat in range(arguments.repeats + 1):
-            for name in IMPLEMENTATIONS:
+            for name, forward in IMPLEMENTATIONS.items():
                 # batched_mm copies an expert for every pair
                 if name == "batched_mm" and num_tokens > 64:
                     continue
-                forward = Glm4MoeExperts.forward.__wrapped__ if name == "eager" else ALL_EXPERTS_FUNCTIONS[name]
                 start = time.perf_counter()
                 for layer, index, weight in zip(layers, indices, weights, strict=True):
                     forward(layer, states, index, weight)

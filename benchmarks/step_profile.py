@@ -26,8 +26,8 @@ METHODS = {
 # What a name in the profile belongs to; the first that matches.
 KINDS = {
     "attention": ("scaled_dot_product",),
-    "experts, or all that is compiled": ("_grouped_mm", "CompiledFxGraph"),
-    "other products of matrices": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "compiled kernels": ("CompiledFxGraph",),
+    "products of matrices": ("_grouped_mm", "aten::mm", "aten::addmm", "aten::bmm"),
     "small operations": ("",),
 }
 
