@@ -69,7 +69,7 @@ def make_model(vocabulary: str, hidden_size: int, num_layers: int, num_experts: 
         head_dim=hidden_size // 8,
         num_experts=num_experts,
         num_experts_per_tok=min(8, num_experts // 2),
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         initializer_range=0.2,
         mask_token_id=image_token_offset - 3,
         eos_token_id=image_token_offset - 2,

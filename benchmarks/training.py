@@ -42,6 +42,7 @@ def make_model(options: argparse.Namespace) -> LLaDA2MoeForBlockDiffusion:
         head_dim=hidden_size // 8,
         num_experts=32,
         num_experts_per_tok=4,
+        mask_token_id=options.vocab_size - 1,
     )
     return LLaDA2MoeForBlockDiffusion(config).to(options.device).train()
 
@@ -50,7 +51,7 @@ def make_batch(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     """One document a row whose first part, the prompt, carries no loss."""
     generator = torch.Generator().manual_seed(0)
     shape = (options.batch_size, options.length)
-    input_ids = torch.randint(0, min(options.vocab_size, 150_000), shape, generator=generator)
+    input_ids = torch.randint(0, options.vocab_size - 1, shape, generator=generator)
     labels = input_ids.clone()
     labels[:, : int(options.length * options.prompt_share)] = -100
     masked, weights = NOISE.sample(labels, None, 32, generator)
