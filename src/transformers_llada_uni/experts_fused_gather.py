@@ -1,10 +1,13 @@
 """Experts of few tokens on a CPU: every token is multiplied by its expert's weights where they lie, in one kernel."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 
 # Beyond so many tokens an expert `grouped_mm` is as fast (`benchmarks/experts.py`). In half precision its products of
@@ -33,8 +36,11 @@ def fused_gather_experts_forward(
 
     Returns:
         `(tokens, hidden_size)`.
+
+    Raises:
+        ImportError: with torch before 2.13.
     """
-    max_pairs = self.num_experts * MAX_TOKENS_PER_EXPERT[hidden_states.dtype]
+    max_pairs = self.num_experts * MAX_TOKENS_PER_EXPERT.get(hidden_states.dtype, 0)
     is_small = 0 < top_k_index.numel() <= max_pairs and hidden_states.device.type == "cpu"
     if not is_small or torch.is_grad_enabled() or self._is_expert_parallel:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -57,14 +63,22 @@ def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.L
     Returns:
         `(pairs, out_features)`.
     """
-    if not torch.compiler.is_compiling():
-        # One kernel for any number of pairs. The shape of the weight stays fixed: loops of known length are faster.
-        torch._dynamo.maybe_mark_dynamic(states, 0)
-        torch._dynamo.maybe_mark_dynamic(expert, 0)
-    return _linear_of_expert(states, weight, expert)
+    if torch.compiler.is_compiling():
+        return _linear_of_expert(states, weight, expert)  # part of the graph that is being made
+    # One kernel for any number of pairs. The shape of the weight stays fixed: loops of known length are faster.
+    torch._dynamo.maybe_mark_dynamic(states, 0)
+    torch._dynamo.maybe_mark_dynamic(expert, 0)
+    return _compiled_linear_of_expert()(states, weight, expert)
 
 
-# Not compiled, this would be a copy of an expert for every pair.
-@torch.compile(fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
 def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
+    # Not compiled, this would be a copy of an expert for every pair.
     return (states[:, None, :] * weight[expert]).sum(dim=-1)
+
+
+@functools.cache
+def _compiled_linear_of_expert() -> Callable:
+    if not is_torch_greater_or_equal("2.13"):
+        raise ImportError(f"`experts_implementation='fused_gather'` needs torch 2.13, this is {torch.__version__}.")
+    # As many shapes and types of weights as there are models in the process
+    return torch.compile(_linear_of_expert, fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
