@@ -17,6 +17,7 @@ float32 may round two equal experts apart.
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def make_model(vocabulary: str, hidden_size: int, num_layers: int, num_experts: 
         head_dim=hidden_size // 8,
         num_experts=num_experts,
         num_experts_per_tok=min(8, num_experts // 2),
-        max_position_embeddings=8192,
+        max_position_embeddings=65_536,
         initializer_range=0.2,
         mask_token_id=image_token_offset - 3,
         eos_token_id=image_token_offset - 2,
@@ -160,6 +161,11 @@ def growth(times: list[float], num_blocks: int) -> float:
     return statistics.median(spans[-some:]) / statistics.median(spans[:some])
 
 
+def milliseconds_of_a_step(times: list[float]) -> float:
+    """The median of all forwards, the one that takes in the prompt among them."""
+    return 1e3 * statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+
+
 def check_exactness() -> None:
     for vocabulary, is_guided in (("small", False), ("released", False), ("released", True)):
         model = make_model(vocabulary, 64, 2, 16).double()
@@ -207,14 +213,14 @@ def main() -> None:
         f"{peak / 1e9:.0f} GFLOP/s\n"
     )
     names = ["batch", "new tokens", "method", "seconds", "tokens/s", "forwards", "GFLOP", "of the peak", "memory MB"]
-    names += ["last blocks / first", "same tokens", "speed-up"]
+    names += ["ms a step", "last blocks / first", "same tokens", "speed-up"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for batch_size in arguments.batch_sizes:
         for num_new_tokens in arguments.new_tokens:
             call = make_call(
                 model, arguments.vocabulary, batch_size, arguments.prompt_length, num_new_tokens, arguments.guidance
             )
-            tokens, operations, memory, forwards, seconds, growths = {}, {}, {}, {}, {}, {}
+            tokens, operations, memory, forwards, seconds, steps, growths = {}, {}, {}, {}, {}, {}, {}
             for name, method in methods.items():
                 counted = Method(method.arguments)  # the counter sees nothing of compiled kernels
                 with watched_memory() as growth_of_memory, counter_of_flops() as counter:
@@ -223,7 +229,7 @@ def main() -> None:
                     with watched_memory() as growth_of_memory:
                         tokens[name] = call(method)
                 memory[name], operations[name] = growth_of_memory.own / 2**20, counter.get_total_flops()
-                seconds[name], growths[name] = [], []
+                seconds[name], steps[name], growths[name] = [], [], []
             for _ in range(arguments.repeats):
                 for name, method in methods.items():
                     times = []
@@ -231,6 +237,7 @@ def main() -> None:
                     call(method, times)
                     seconds[name].append(time.perf_counter() - start)
                     forwards[name] = len(times)
+                    steps[name].append(milliseconds_of_a_step(times))
                     growths[name].append(growth(times, num_new_tokens // 32))
             slowest = statistics.median(seconds[first])
             for name in methods:
@@ -246,6 +253,7 @@ def main() -> None:
                     f"{operations[name] / 1e9:.0f}",
                     f"{100 * operations[name] / median / peak:.0f}%",
                     f"{memory[name]:.0f}",
+                    f"{statistics.median(steps[name]):.1f}",
                     f"{statistics.median(growths[name]):.2f}",
                     f"{100 * same:.1f}%",
                     f"{slowest / median:.2f}x",

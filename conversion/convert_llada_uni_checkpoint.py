@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 if not __package__:  # run as a script: the repository is not on the path, but this folder is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from conversion import block_fp8
 from conversion import llada_uni_layout as layout
 from conversion import tensor_files as files
 from conversion.output_plan import Plan, by_source_file, carry_out, main_dtype, plan_outputs
@@ -79,7 +80,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
+    dropped = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config")
     return {name: value for name, value in raw.items() if name not in dropped}
 
 
@@ -120,7 +121,12 @@ def _plan_model(plan: Plan, source: Path, dtype: torch.dtype | None) -> tuple[LL
     config = _read_released_config(source, tokens, raw)
 
     backbone = files.list_checkpoint(source, "model")
-    files.check_tensors("the backbone", backbone, layout.backbone_shapes(config))
+    block_fp8.check_quantization_config(raw, backbone, source / "config.json")
+    files.check_tensors(
+        "the backbone", backbone, layout.backbone_shapes(config) | block_fp8.scale_shapes(backbone, raw)
+    )
+    if "quantization_config" in raw:
+        config.quantization_config = block_fp8.quantization_config_to_ours(raw["quantization_config"], backbone)
     image_tokenizer = files.list_tensors(source / "image_tokenizer" / "image_tokenizer.safetensors")
     files.check_tensors("the image tokenizer", image_tokenizer, layout.image_tokenizer_shapes(config))
 
@@ -322,15 +328,20 @@ def _plan_released_model(plan: Plan, folder: Path, dtype: torch.dtype | None) ->
     with _naming(folder / "config.json"):
         config = LLaDAUniConfig.from_pretrained(folder, local_files_only=True)
     refs = files.list_checkpoint(folder, "model")
-    expected = {layout.backbone_name_to_ours(name): s for name, s in layout.backbone_shapes(config).items()}
-    files.check_tensors("the model", refs, expected | layout.image_tokenizer_shapes(config))
-
     of_tokenizer = {name: ref for name, ref in refs.items() if name.startswith(layout.IMAGE_TOKENIZER_PREFIXES)}
     backbone = {name: ref for name, ref in refs.items() if name not in of_tokenizer}
+    block_fp8.check_quantization_config(raw, backbone, folder / "config.json")
+    expected = {layout.backbone_name_to_ours(name): s for name, s in layout.backbone_shapes(config).items()}
+    expected |= block_fp8.scale_shapes(backbone, raw) | layout.image_tokenizer_shapes(config)
+    files.check_tensors("the model", refs, expected)
+
     outputs = plan_outputs(backbone, dtype, layout.backbone_name_to_released)
     plan.add_checkpoint("", "model", by_source_file(outputs))
     plan.tensors["image_tokenizer/image_tokenizer.safetensors"] = plan_outputs(of_tokenizer, dtype)
-    plan.add_json("config.json", _released_config(config.text_config, main_dtype(outputs)))
+    released = _released_config(config.text_config, main_dtype(outputs))
+    if "quantization_config" in raw:
+        released["quantization_config"] = block_fp8.quantization_config_to_released(raw["quantization_config"])
+    plan.add_json("config.json", released)
     tokenizer_config = {name: _without_generic(getattr(config, name)) for name in ("vision_config", "vq_config")}
     plan.add_json("image_tokenizer/config.json", tokenizer_config)
     return config

@@ -24,6 +24,7 @@ DECODERS = {
     "turbo": ("decoder-turbo", "transformer_turbo", "scheduler_turbo", {"shift": 1.0, "stochastic_sampling": True}),
 }
 IMAGE_TOKENIZER_PREFIXES = ("model.visual.", "model.vqmodel.")
+SCALE_SUFFIX = "_scale_inv"  # of the scales of an FP8 weight
 # Arguments of our image processor that the released preprocessor_config.json states. Its `merge_size` is left out: the
 # release says 2, a slip, for patches are in raster order.
 IMAGE_PROCESSOR_FIELDS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "patch_size")
@@ -52,9 +53,9 @@ def decoder_name_to_released(name: str) -> str:
 def stored_dtype(name: str, dtype: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
     """
     The dtype in which a tensor is written. The router adds its bias to float32 scores to choose experts, so a
-    requested dtype does not apply to `expert_bias`; nor does it to integers.
+    requested dtype does not apply to `expert_bias`; nor does it to integers, or to FP8 weights and their scales.
     """
-    if requested is None or not dtype.is_floating_point:
+    if requested is None or not dtype.is_floating_point or dtype.itemsize == 1 or name.endswith(SCALE_SUFFIX):
         return dtype
     return torch.float32 if name.endswith(".expert_bias") else requested
 

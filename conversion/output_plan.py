@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from conversion import tensor_files as files
-from conversion.llada_uni_layout import stored_dtype
+from conversion.llada_uni_layout import SCALE_SUFFIX, stored_dtype
 from conversion.tensor_files import OutputTensor, TensorRef
 
 
@@ -70,10 +70,11 @@ def by_source_file(outputs: list[OutputTensor]) -> list[list[OutputTensor]]:
 
 
 def main_dtype(outputs: list[OutputTensor]) -> str:
-    """The dtype most of the data has, as configs name it."""
+    """The dtype most of the data has, as configs name it; FP8 weights are not computed in theirs."""
     sizes: Counter[torch.dtype] = Counter()
     for output in outputs:
-        sizes[output.dtype] += prod(output.source.shape)
+        if output.dtype.itemsize > 1 and not output.name.endswith(SCALE_SUFFIX):
+            sizes[output.dtype] += prod(output.source.shape)
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 

@@ -1,11 +1,12 @@
 """
-What the model gets wrong, as preferences: for DPO, the codes of the asked emoji over those that the model wrote.
+What the model gets wrong, as preferences: for DPO, the right codes or the right name over what the model wrote.
 
     python examples/emoji/prepare_preferences.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model \
         runs/emoji/preferences
 
 The model draws every trained emoji a few times, by wordings of the training and by samples; codes that are nearer to
-another emoji's than to the asked one's become rejected answers. Writes prompt_ids, chosen_ids, rejected_ids.
+another emoji's than to the asked one's become rejected answers. It names each as often, and wrong names become
+rejected answers, too. Writes prompt_ids, chosen_ids, rejected_ids.
 """
 
 import argparse
@@ -13,19 +14,20 @@ import random
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
 from tqdm import tqdm
-from wordings import TRAINED_DRAWING, subjects
+from wordings import NAMING, TRAINED_DRAWING, subjects
 
+from transformers_llada_uni.training import prepare_preference_dataset
 from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
 BATCH = 128
 
 
-def wrong_answers(
+def wrong_drawings(
     model, processor, table: list[Emoji], codes: torch.LongTensor, rounds: int, seed: int
 ) -> list[dict[str, list[int]]]:
     """Rows of preferences, from `rounds` drawings of each trained emoji; `codes` `(emoji, 16)` are the right ones."""
@@ -54,6 +56,33 @@ def wrong_answers(
     return rows
 
 
+def wrong_names(
+    model, processor, table: list[Emoji], encoded: dict[str, dict[str, list[int]]], rounds: int, seed: int
+) -> list[dict]:
+    """The same from `rounds` namings of each trained emoji, as messages; `encoded` holds the codes of each."""
+    chosen, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    named = [emoji for _ in range(rounds) for emoji in table if not emoji.is_held_out]
+    rows = []
+    for start in tqdm(range(0, len(named), BATCH), unit="batch"):
+        batch = named[start : start + BATCH]
+        questions = [chosen.choice(NAMING) for _ in batch]
+        inputs = processor(images=[[emoji.picture] for emoji in batch], text=questions, task="understanding")
+        sequences = model.generate(**inputs, max_new_tokens=32, do_sample=True, generator=generator)
+        answers = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for emoji, question, answer in zip(batch, questions, answers, strict=True):
+            if answer.strip() in emoji.names:
+                continue
+            texts = {"chosen": emoji.answer_name, "rejected": answer.strip()}
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = {
+                name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+                for name, text in texts.items()
+            }
+            prompt = [{"role": "user", "content": content}]
+            rows.append({"prompt": prompt, **messages, "image_codes": [encoded[emoji.key]]})
+    return rows
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,9 +96,15 @@ def main() -> None:
     model, processor = load_model(str(arguments.model)).eval(), load_processor(str(arguments.model))
     encoded = codes_of(table, model, processor)
     codes = torch.tensor([encoded[emoji.key]["codes"] for emoji in table])
-    rows = wrong_answers(model, processor, table, codes, arguments.rounds, arguments.seed)
-    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(arguments.output_dir)
-    print(f"{len(rows)} wrong answers.")
+    drawings = wrong_drawings(model, processor, table, codes, arguments.rounds, arguments.seed)
+    names = wrong_names(model, processor, table, encoded, arguments.rounds, arguments.seed)
+    print(f"{len(drawings)} wrong drawings, {len(names)} wrong names.")
+    names = prepare_preference_dataset(
+        Dataset.from_list(names), processor, block_length=model.config.text_config.block_length
+    )
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    rows = concatenate_datasets([Dataset.from_list(drawings).select_columns(columns), names.select_columns(columns)])
+    DatasetDict(train=rows.shuffle(seed=arguments.seed)).save_to_disk(arguments.output_dir)
 
 
 if __name__ == "__main__":
