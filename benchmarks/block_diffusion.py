@@ -181,7 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", choices=VOCABULARIES, default="small")
     parser.add_argument("--guidance", action="store_true", help="With a companion; needs image codes.")
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument(
+        "--new-tokens", type=int, nargs="+", default=[256, 512, 1024], help="Multiples of 32, from 96 on."
+    )
     parser.add_argument("--prompt-length", type=int, default=64, help="A multiple of 32.")
     parser.add_argument(
         "--methods",
@@ -198,6 +200,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.guidance and arguments.vocabulary != "released":
         parser.error("--guidance needs --vocabulary released: only image codes are guided.")
+    if any(count < 96 or count % 32 for count in arguments.new_tokens):
+        parser.error(f"--new-tokens: multiples of 32, from 96 on, are needed, got {arguments.new_tokens}.")
 
     methods = {name: METHODS[name] for name in arguments.methods}
     first = arguments.methods[0]
