@@ -67,3 +67,32 @@ def test_generate_takes_one_graph_for_the_prompt_and_two_for_all_steps(model):
     # before, are variables; so is the length of the buffers, but the prompt's graph, which makes them, learns it late.
     assert not counters["graph_break"]
     assert num_graphs == [3, 4, 4]
+
+
+def test_all_kinds_of_calls_in_one_process(model):
+    """Each kind, of one row or several, padded, guided, has graphs of its own: more than dynamo's limit of eight."""
+    model.set_experts_implementation("grouped_mm")
+    settings = {"num_steps_per_block": 4, "threshold": 1.0}
+    ids = torch.arange(10, 82).view(3, 24)
+    padding = torch.ones_like(ids)
+    padding[0, :8] = 0
+
+    def calls() -> list[torch.Tensor]:
+        text = {"eos_token_id": [], "block_length": BLOCK_LENGTH, "max_new_tokens": 24, **settings}
+        guided = {"grid": (4, 4), "negative_input_ids": ids[:1], "guidance_scale": 2.0, **settings}
+        return [
+            model.generate(ids[:1], **text),
+            model.generate_image_codes(ids[:1], **guided),
+            model.generate_image_codes(ids[:2], **guided | {"negative_input_ids": ids[1:]}),
+            model.generate(ids[:2], **text),
+            model.generate(ids, attention_mask=padding, **text),
+            model.generate(ids, **text),
+            model.generate_image_codes(ids[:1], (4, 4), **settings),
+        ]
+
+    wanted = calls()
+    model.model.compile(fullgraph=True, backend="eager", isolate_recompiles=True, recompile_limit=64)
+    for found, tokens in zip(calls(), wanted, strict=True):
+        assert torch.equal(found, tokens)
+    assert not counters["graph_break"]
+    assert 8 < counters["stats"]["unique_graphs"] < 32

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, TorchAoConfig
 
 from diffusers_llada_uni import embedded_checkpoint
+from tests.property_cases import tiny_backbone
 from transformers_llada_uni import backbone_quantization_config
 
 
@@ -61,10 +62,27 @@ def test_comes_back_from_disk_as_it_was(quantized, tmp_path):
     assert torch.equal(*hidden_states)
 
 
-def test_an_implementation_that_is_asked_for_is_kept():
+def test_refuses_an_implementation_that_cannot_compute_with_them():
+    with pytest.raises(ValueError, match="`experts_implementation` 'fused_gather' cannot"):
+        AutoModelForImageTextToText.from_pretrained(
+            FOLDER / "model",
+            quantization_config=backbone_quantization_config(torchao.Int8WeightOnlyConfig()),
+            experts_implementation="fused_gather",
+        )
+
+
+def test_experts_that_stay_whole_keep_their_implementation():
     model = AutoModelForImageTextToText.from_pretrained(
-        FOLDER / "model",
-        quantization_config=backbone_quantization_config(torchao.Int8WeightOnlyConfig()),
-        experts_implementation="batched_mm",
+        FOLDER / "model", quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())
     )
-    assert model.config.text_config._experts_implementation == "batched_mm"
+    assert model.config.text_config._experts_implementation == "grouped_mm"
+    assert any(is_int8(model).values())
+
+
+def test_quantises_the_bare_backbone_too(tmp_path):
+    tiny_backbone().float().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(
+        tmp_path, quantization_config=backbone_quantization_config(torchao.Int8WeightOnlyConfig())
+    )
+    quantised = {name for name, is_quantised in is_int8(model).items() if is_quantised}
+    assert {"layers.0.attention.query_key_value.weight", "layers.1.mlp.experts.gate_up_proj"} <= quantised

@@ -2,32 +2,43 @@
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
+from .configuration_llada2_moe import LLaDA2MoeConfig
 from .configuration_llada_uni import LLaDAUniConfig
 
 
 def expert_offload_device_map(
-    config: PreTrainedConfig, device: int | str = "cpu", experts_device: int | str = "cpu"
+    config: LLaDAUniConfig | LLaDA2MoeConfig, device: int | str, experts_device: str
 ) -> dict[str, int | str]:
     r"""
-    For `from_pretrained(..., device_map=...)`: accelerate then brings the experts of a layer to the device when the
-    layer is computed. All of them, in every forward: this is for memory, not for speed.
+    For `from_pretrained(..., device_map=...)` of the models with a head: accelerate then brings the experts of a layer
+    to the device when the layer is computed. All of them, in every forward: this is for memory, not for speed. A model
+    whose weights travel cannot be compiled.
 
-        device_map = expert_offload_device_map(AutoConfig.from_pretrained(path), device=0)  # experts in main memory
-        device_map = expert_offload_device_map(AutoConfig.from_pretrained(path), experts_device="disk")  # on a CPU
+        config = AutoConfig.from_pretrained(path)
+        device_map = expert_offload_device_map(config, device=0, experts_device="cpu")  # experts in main memory
+        device_map = expert_offload_device_map(config, device="cpu", experts_device="disk")
 
     Args:
-        config ([`LLaDAUniConfig`] or [`LLaDA2MoeConfig`]): Of the model.
+        config: Of the model.
         device: Where all else is, and where everything is computed.
         experts_device: Where the routed experts are kept: `"cpu"`, or `"disk"` (in the `offload_folder` of
             `from_pretrained`).
 
     Raises:
-        ValueError: if `experts_device` is `device`: then there is nothing to bring.
+        TypeError: if `config` is another model's.
+        ValueError: if `experts_device` is neither, or is `device`: then there is nothing to bring.
     """
-    if experts_device == device:
+    if not isinstance(config, LLaDAUniConfig | LLaDA2MoeConfig):
+        raise TypeError(
+            f"`config` should be a LLaDAUniConfig or a LLaDA2MoeConfig (AutoConfig.from_pretrained gives it), "
+            f"got {type(config).__name__}."
+        )
+    if experts_device not in ("cpu", "disk"):
+        raise ValueError(f"`experts_device` should be 'cpu' or 'disk', got {experts_device!r}.")
+    if experts_device == str(device):
         raise ValueError(f"`experts_device` is {experts_device!r}, as is `device`: no `device_map` is needed.")
     auto_class = AutoModelForImageTextToText if isinstance(config, LLaDAUniConfig) else AutoModelForCausalLM
     with torch.device("meta"):

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 
-# Beyond so many tokens an expert `grouped_mm` is as fast (`benchmarks/experts.py`). In half precision its products of
-# matrices are twice as fast, while this loop computes in float32; float64 it does not know.
+# Beyond so many tokens an expert the gain over `grouped_mm` shrinks, and only prompts have so many
+# (`benchmarks/experts.py`). In half precision its products of matrices are twice as fast, while this loop computes in
+# float32; float64 it does not know.
 MAX_TOKENS_PER_EXPERT = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16, torch.float64: math.inf}
 
 
@@ -24,11 +25,12 @@ def fused_gather_experts_forward(
     A step of block diffusion has some tens of tokens, a few for each expert. One product of matrices per expert, as
     `grouped_mm` makes them, is then too small for threads, and the time goes into starting them. Here all products
     are one loop over pairs of token and expert, sorted by expert so that weights are read from memory once; the
-    order of summation is a pair's own, so a token's result does not depend on what else is in the batch.
+    order of summation is a pair's own, so a token's result does not depend on what else is in the loop.
 
-    `torch.compile` writes the loop: the first call takes some seconds and a C++ compiler. With more than
-    `MAX_TOKENS_PER_EXPERT` tokens an expert, with gradients, with experts spread over devices, and off CPUs, this is
-    `grouped_mm`.
+    `torch.compile` writes the loop, with its default backend: the first call takes some seconds and a C++ compiler.
+    With more than `MAX_TOKENS_PER_EXPERT` tokens an expert, with gradients, with experts spread over devices or of
+    another form (with biases, transposed, ...), off CPUs, and where dynamo is switched off, this is `grouped_mm`
+    (`batched_mm` for float64, which the former does not know).
 
     Args:
         hidden_states: `(tokens, hidden_size)`.
@@ -39,18 +41,24 @@ def fused_gather_experts_forward(
 
     Raises:
         ImportError: with torch before 2.13.
+        RuntimeError: without a C++ compiler.
     """
     max_pairs = self.num_experts * MAX_TOKENS_PER_EXPERT.get(hidden_states.dtype, 0)
     is_small = 0 < top_k_index.numel() <= max_pairs and hidden_states.device.type == "cpu"
-    if not is_small or torch.is_grad_enabled() or self._is_expert_parallel:
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    is_plain = self.has_gate and not (self.has_bias or self.is_transposed or self.has_post_expert_norm)
+    is_compiled = torch.compiler.is_compiling() or not torch._dynamo.config.disable
+    if not (is_small and is_plain and is_compiled) or torch.is_grad_enabled() or self._is_expert_parallel:
+        is_double = hidden_states.dtype == torch.float64
+        other_forward = batched_mm_experts_forward if is_double else grouped_mm_experts_forward
+        return other_forward(self, hidden_states, top_k_index, top_k_weights)
 
     expert, pair = top_k_index.flatten().sort()
     token = pair // top_k_index.shape[1]
     gate_up = linear_of_expert(hidden_states[token], self.gate_up_proj, expert)
     output = linear_of_expert(self._apply_gate(gate_up), self.down_proj, expert)
     output = output * top_k_weights.flatten()[pair, None]
-    return torch.empty_like(output).index_copy(0, pair, output).unflatten(0, top_k_index.shape).sum(dim=1)
+    output = torch.empty_like(output).index_copy(0, pair, output).unflatten(0, top_k_index.shape).sum(dim=1)
+    return output.to(hidden_states.dtype)
 
 
 def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
@@ -78,7 +86,16 @@ def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.
 
 @functools.cache
 def _compiled_linear_of_expert() -> Callable:
-    if not is_torch_greater_or_equal("2.13"):
+    if not is_torch_greater_or_equal("2.13", accept_dev=True):
         raise ImportError(f"`experts_implementation='fused_gather'` needs torch 2.13, this is {torch.__version__}.")
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second; only who compiles waits for it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            f"`experts_implementation='fused_gather'` needs a C++ compiler, such as g++ or what $CXX names: {error}"
+        ) from error
     # As many shapes and types of weights as there are models in the process
     return torch.compile(_linear_of_expert, fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)

@@ -36,6 +36,7 @@ from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
 from .masking_block_causal import create_block_causal_mask
+from .quantization_torchao import check_experts_implementation_of_torchao, has_torchao_experts
 
 
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
@@ -294,7 +295,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
                 f"The index of the weights in {pretrained_model_name_or_path} has no `weight_map`."
             ) from error
         except RuntimeError as error:
-            if "conversion of the weights" not in str(error):
+            if "conversion of the weights" not in str(error) or kwargs.get("quantization_config") is not None:
                 raise
             raise ValueError(
                 f"Experts in {pretrained_model_name_or_path} are missing or misshapen; the report above names them."
@@ -308,9 +309,9 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
                 f"{len(info['mismatched_keys'])} tensors in {pretrained_model_name_or_path} do not fit the "
                 f"configuration: {'; '.join(misshapen)}."
             )
-        is_default = model.config.get_text_config()._experts_implementation == "grouped_mm"
-        if is_default and getattr(model, "quantization_method", None) == "torchao":
-            model.set_experts_implementation("eager")  # the only one that torchao's tensors go through
+        if has_torchao_experts(model):
+            check_experts_implementation_of_torchao(model.config.get_text_config()._experts_implementation)
+            model.set_experts_implementation("eager")
         return (model, info) if wants_info else model
 
     @torch.no_grad()

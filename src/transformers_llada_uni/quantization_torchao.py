@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from transformers import TorchAoConfig
+from transformers import PreTrainedModel, TorchAoConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 QUANTIZED = (
-    r"re:.*\.layers\.\d+\.attention\.(query_key_value|dense)",
+    r"re:(.*\.)?layers\.\d+\.attention\.(query_key_value|dense)",
     r"re:.*\.mlp\.experts\.(gate_up_proj|down_proj)",
     r"re:.*\.mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj)",
 )
@@ -22,8 +23,8 @@ def backbone_quantization_config(weights: "AOBaseConfig") -> TorchAoConfig:
     tenths of the weights. Routers, embeddings, head and the image tokenizer stay as they are, as small changes there
     change which expert, token or code is chosen.
 
-    Experts are then computed one after the other (`experts_implementation="eager"`): no other implementation knows
-    quantised weights.
+    Experts are then computed one after the other (`experts_implementation="eager"`, which `from_pretrained` sets
+    in place of the default and raises a `ValueError` for others): no other implementation knows quantised weights.
 
     Args:
         weights: How, for example `torchao.quantization.Int8WeightOnlyConfig()`.
@@ -34,6 +35,24 @@ def backbone_quantization_config(weights: "AOBaseConfig") -> TorchAoConfig:
     from torchao.quantization import FqnToConfig
 
     return TorchAoConfig(FqnToConfig(dict.fromkeys(QUANTIZED, weights)))
+
+
+def has_torchao_experts(model: PreTrainedModel) -> bool:
+    if getattr(model, "quantization_method", None) != "torchao":
+        return False
+    from torchao.utils import TorchAOBaseTensor
+
+    experts = (module for module in model.modules() if isinstance(module, Glm4MoeExperts))
+    return any(isinstance(weight.data, TorchAOBaseTensor) for module in experts for weight in module.parameters())
+
+
+def check_experts_implementation_of_torchao(experts_implementation: str) -> None:
+    """Raises a `ValueError` if one was asked for that torchao's tensors do not go through."""
+    if experts_implementation not in ("eager", "grouped_mm"):
+        raise ValueError(
+            f"`experts_implementation` {experts_implementation!r} cannot compute with the experts that "
+            "`quantization_config` quantises; leave it out, or quantise attention only."
+        )
 
 
 __all__ = ["backbone_quantization_config"]
