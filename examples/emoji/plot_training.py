@@ -26,6 +26,7 @@ PANELS = (
     ("sft", ("image_loss", "text_loss"), True),
     ("refining", ("image_loss", "text_loss"), True),
     ("polishing", ("image_loss", "text_loss"), True),
+    ("finishing", ("image_loss", "text_loss"), True),
     ("dpo", ("rewards/accuracies",), False),
     ("decoder", ("loss",), True),
     ("distill", ("loss",), True),
