@@ -125,7 +125,7 @@ def _plan_model(plan: Plan, source: Path, dtype: torch.dtype | None) -> tuple[LL
     files.check_tensors(
         "the backbone", backbone, layout.backbone_shapes(config) | block_fp8.scale_shapes(backbone, raw)
     )
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         config.quantization_config = block_fp8.quantization_config_to_ours(raw["quantization_config"], backbone)
     image_tokenizer = files.list_tensors(source / "image_tokenizer" / "image_tokenizer.safetensors")
     files.check_tensors("the image tokenizer", image_tokenizer, layout.image_tokenizer_shapes(config))
@@ -339,7 +339,7 @@ def _plan_released_model(plan: Plan, folder: Path, dtype: torch.dtype | None) ->
     plan.add_checkpoint("", "model", by_source_file(outputs))
     plan.tensors["image_tokenizer/image_tokenizer.safetensors"] = plan_outputs(of_tokenizer, dtype)
     released = _released_config(config.text_config, main_dtype(outputs))
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         released["quantization_config"] = block_fp8.quantization_config_to_released(raw["quantization_config"])
     plan.add_json("config.json", released)
     tokenizer_config = {name: _without_generic(getattr(config, name)) for name in ("vision_config", "vq_config")}
