@@ -1,10 +1,12 @@
 """What the tests of the converter share."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,3 +46,41 @@ def copy_released(official_tiny: Path, folder: Path) -> Path:
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return folder
+
+
+# What may be wrong with a checkpoint
+
+
+def edit_json(file: str, **changes) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def edit_tensors(file: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Changes the tensors of a file, and the index to match."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / file
+        if path.suffix == ".pt":
+            tensors = torch.load(path, weights_only=True)
+            change(tensors)
+            torch.save(tensors, path)
+            return
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        index_file = folder / "model.safetensors.index.json"
+        if path.parent == folder:
+            index = json.loads(index_file.read_text())
+            index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f != file}
+            index["weight_map"] |= dict.fromkeys(tensors, file)
+            index_file.write_text(json.dumps(index))
+
+    return spoil
+
+
+def drop(name: str) -> Callable[[dict], None]:
+    return lambda tensors: tensors.pop(name)

@@ -9,16 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import diffusers_llada_uni  # noqa: F401 (registers)
 from conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
-from tests.conversion_common import (
-    IMAGE_TOKENIZER,
-    SHARD,
-    SIGVQ,
-    copy_released,
-)
+from tests.conversion_common import IMAGE_TOKENIZER, SHARD, SIGVQ, copy_released, drop, edit_json, edit_tensors
 
 
 @pytest.fixture
@@ -27,41 +21,6 @@ def released(official_tiny, tmp_path) -> Path:
 
 
 # What is wrong with a checkpoint
-
-
-def edit_json(file: str, **changes) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return spoil
-
-
-def edit_tensors(file: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
-    """Changes the tensors of a file, and the index to match."""
-
-    def spoil(folder: Path) -> None:
-        path = folder / file
-        if path.suffix == ".pt":
-            tensors = torch.load(path, weights_only=True)
-            change(tensors)
-            torch.save(tensors, path)
-            return
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-        index_file = folder / "model.safetensors.index.json"
-        if path.parent == folder:
-            index = json.loads(index_file.read_text())
-            index["weight_map"] = {k: f for k, f in index["weight_map"].items() if f != file}
-            index["weight_map"] |= dict.fromkeys(tensors, file)
-            index_file.write_text(json.dumps(index))
-
-    return spoil
-
-
-def drop(name: str) -> Callable[[dict], None]:
-    return lambda tensors: tensors.pop(name)
 
 
 def put(name: str, *shape: int) -> Callable[[dict], None]:

@@ -15,7 +15,18 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 
 import transformers_llada_uni  # noqa: F401 (registers)
 from conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
-from tests.conversion_common import SHARD, assert_equal, backbone_of, copy_released, merged, read_tensors
+from conversion.llada_uni_layout import backbone_name_to_ours
+from tests.conversion_common import (
+    SHARD,
+    assert_equal,
+    backbone_of,
+    copy_released,
+    drop,
+    edit_json,
+    edit_tensors,
+    merged,
+    read_tensors,
+)
 
 
 BLOCK = 16  # 128 in the release, wider than the tiny model
@@ -36,24 +47,6 @@ def blocks_of(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
 
 
-def edit_config(folder, **changes) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-
-
-def edit_shard(folder, changes: dict[str, torch.Tensor | None]) -> None:
-    """Sets tensors of the first shard, or drops them, in the index too."""
-    tensors = load_file(folder / SHARD) | changes
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    file = folder / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    others = {name: shard for name, shard in index["weight_map"].items() if shard != SHARD}
-    index["weight_map"] = others | dict.fromkeys(tensors, SHARD)
-    file.write_text(json.dumps(index))
-
-
 @pytest.fixture(scope="module")
 def fp8_dir(official_tiny, tmp_path_factory):
     folder = copy_released(official_tiny, tmp_path_factory.mktemp("fp8") / "released")
@@ -69,7 +62,7 @@ def fp8_dir(official_tiny, tmp_path_factory):
         save_file(tensors, file, metadata={"format": "pt"})
         index["weight_map"] |= dict.fromkeys(tensors, file.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    edit_config(folder, quantization_config=QUANTIZATION)
+    edit_json("config.json", quantization_config=QUANTIZATION)(folder)
     return folder
 
 
@@ -129,7 +122,7 @@ def test_requested_dtype_leaves_weights_and_scales(fp8_dir, tmp_path):
     folder = convert_to_diffusers(fp8_dir, tmp_path / "half", dtype=torch.bfloat16, progress=False)
     back = merged(read_tensors(folder / "model", released=False))
     for name, tensor in backbone_of(fp8_dir).items():
-        found = back[name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name]
+        found = back[backbone_name_to_ours(name)]
         is_left = tensor.dtype == torch.float8_e4m3fn or name.endswith(("_scale_inv", "expert_bias"))
         assert found.dtype == (tensor.dtype if is_left else torch.bfloat16), name
     assert json.loads((folder / "model" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -162,20 +155,27 @@ QUERY = "model.layers.0.attention.query_key_value.weight"
     ],
 )
 def test_config_that_does_not_fit(spoilt, tmp_path, quantization, message):
-    edit_config(spoilt, quantization_config=quantization)
+    edit_json("config.json", quantization_config=quantization)(spoilt)
     with pytest.raises(ValueError, match=message):
         convert_to_diffusers(spoilt, tmp_path / "ours", progress=False)
     assert not (tmp_path / "ours").exists()
 
 
 def test_scale_that_is_missing(spoilt, tmp_path):
-    edit_shard(spoilt, {f"{QUERY}_scale_inv": None})
+    edit_tensors(SHARD, drop(f"{QUERY}_scale_inv"))(spoilt)
     with pytest.raises(ValueError, match=f"1 missing: {QUERY}_scale_inv"):
         convert_to_diffusers(spoilt, tmp_path / "ours", progress=False)
 
 
 def test_config_of_a_checkpoint_that_is_not_quantised(official_tiny, tmp_path):
     folder = copy_released(official_tiny, tmp_path / "released")
-    edit_config(folder, quantization_config=QUANTIZATION)
+    edit_json("config.json", quantization_config=QUANTIZATION)(folder)
     with pytest.raises(ValueError, match="no weight is float8_e4m3"):
         convert_to_diffusers(folder, tmp_path / "ours", progress=False)
+
+
+def test_config_that_says_that_nothing_is_quantised(official_tiny, tmp_path):
+    folder = copy_released(official_tiny, tmp_path / "released")
+    edit_json("config.json", quantization_config=None)(folder)
+    ours = convert_to_diffusers(folder, tmp_path / "ours", progress=False)
+    assert "quantization_config" not in json.loads((ours / "model" / "config.json").read_text())

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
+from prepare_tasks import chat
 from tqdm import tqdm
 from wordings import NAMING, TRAINED_DRAWING, subjects
 
@@ -72,14 +73,11 @@ def wrong_names(
         for emoji, question, answer in zip(batch, questions, answers, strict=True):
             if answer.strip() in emoji.names:
                 continue
-            texts = {"chosen": emoji.answer_name, "rejected": answer.strip()}
             content = [{"type": "image"}, {"type": "text", "text": question}]
-            messages = {
-                name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
-                for name, text in texts.items()
-            }
-            prompt = [{"role": "user", "content": content}]
-            rows.append({"prompt": prompt, **messages, "image_codes": [encoded[emoji.key]]})
+            prompt, right = chat(content, [{"type": "text", "text": emoji.answer_name}])
+            _, wrong = chat(content, [{"type": "text", "text": answer.strip()}])
+            messages = {"prompt": [prompt], "chosen": [right], "rejected": [wrong]}
+            rows.append({**messages, "image_codes": [encoded[emoji.key]]})
     return rows
 
 

@@ -140,7 +140,7 @@ class TaskRows:
             for _ in range(repeats):
                 row = self._question(emoji, self.generator.choice(NAMING), emoji.answer_name)
                 question, answer = self.tasks.questions(emoji, self.generator)
-                row["messages"] += _chat([{"type": "text", "text": question}], [{"type": "text", "text": answer}])
+                row["messages"] += chat([{"type": "text", "text": question}], [{"type": "text", "text": answer}])
                 rows.append(row)
         return rows
 
@@ -184,17 +184,17 @@ class TaskRows:
 
     def _question(self, emoji: Emoji, question: str, answer: str) -> Row:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        return {"messages": _chat(content, [{"type": "text", "text": answer}]), "image_codes": [self.codes[emoji.key]]}
+        return {"messages": chat(content, [{"type": "text", "text": answer}]), "image_codes": [self.codes[emoji.key]]}
 
     def _story(self, story: Story) -> Row:
         answer = []
         for sentence, _ in story.parts:
             answer += [{"type": "text", "text": sentence}, {"type": "image"}]
         codes = [self.codes[key] for _, key in story.parts]
-        return {"messages": _chat([{"type": "text", "text": story.wish}], answer), "image_codes": codes}
+        return {"messages": chat([{"type": "text", "text": story.wish}], answer), "image_codes": codes}
 
 
-def _chat(question: list[dict], answer: list[dict]) -> list[dict]:
+def chat(question: list[dict], answer: list[dict]) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

@@ -46,8 +46,9 @@ def fused_gather_experts_forward(
     max_pairs = self.num_experts * MAX_TOKENS_PER_EXPERT.get(hidden_states.dtype, 0)
     is_small = 0 < top_k_index.numel() <= max_pairs and hidden_states.device.type == "cpu"
     is_plain = self.has_gate and not (self.has_bias or self.is_transposed or self.has_post_expert_norm)
-    is_compiled = torch.compiler.is_compiling() or not torch._dynamo.config.disable
-    if not (is_small and is_plain and is_compiled) or torch.is_grad_enabled() or self._is_expert_parallel:
+    is_ours = is_small and is_plain and not (torch.is_grad_enabled() or self._is_expert_parallel)
+    # Asked last: elsewhere dynamo need not be imported.
+    if not (is_ours and (torch.compiler.is_compiling() or not torch._dynamo.config.disable)):
         is_double = hidden_states.dtype == torch.float64
         other_forward = batched_mm_experts_forward if is_double else grouped_mm_experts_forward
         return other_forward(self, hidden_states, top_k_index, top_k_weights)

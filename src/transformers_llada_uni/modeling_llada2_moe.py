@@ -36,7 +36,7 @@ from .generation_block_diffusion import BlockDiffusionGenerationMixin
 from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
 from .masking_block_causal import create_block_causal_mask
-from .quantization_torchao import check_experts_implementation_of_torchao, has_torchao_experts
+from .quantization_torchao import compute_torchao_experts_eagerly
 
 
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
@@ -309,9 +309,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
                 f"{len(info['mismatched_keys'])} tensors in {pretrained_model_name_or_path} do not fit the "
                 f"configuration: {'; '.join(misshapen)}."
             )
-        if has_torchao_experts(model):
-            check_experts_implementation_of_torchao(model.config.get_text_config()._experts_implementation)
-            model.set_experts_implementation("eager")
+        compute_torchao_experts_eagerly(model)
         return (model, info) if wants_info else model
 
     @torch.no_grad()

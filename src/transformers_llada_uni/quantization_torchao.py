@@ -37,22 +37,27 @@ def backbone_quantization_config(weights: "AOBaseConfig") -> TorchAoConfig:
     return TorchAoConfig(FqnToConfig(dict.fromkeys(QUANTIZED, weights)))
 
 
-def has_torchao_experts(model: PreTrainedModel) -> bool:
+def compute_torchao_experts_eagerly(model: PreTrainedModel) -> None:
+    """
+    Sets the only implementation that experts which torchao quantises go through; other models stay as they are.
+
+    Raises:
+        ValueError: if another one than the default was asked for.
+    """
     if getattr(model, "quantization_method", None) != "torchao":
-        return False
+        return
     from torchao.utils import TorchAOBaseTensor
 
     experts = (module for module in model.modules() if isinstance(module, Glm4MoeExperts))
-    return any(isinstance(weight.data, TorchAOBaseTensor) for module in experts for weight in module.parameters())
-
-
-def check_experts_implementation_of_torchao(experts_implementation: str) -> None:
-    """Raises a `ValueError` if one was asked for that torchao's tensors do not go through."""
+    if not any(isinstance(weight.data, TorchAOBaseTensor) for module in experts for weight in module.parameters()):
+        return
+    experts_implementation = model.config.get_text_config()._experts_implementation
     if experts_implementation not in ("eager", "grouped_mm"):
         raise ValueError(
             f"`experts_implementation` {experts_implementation!r} cannot compute with the experts that "
             "`quantization_config` quantises; leave it out, or quantise attention only."
         )
+    model.set_experts_implementation("eager")
 
 
 __all__ = ["backbone_quantization_config"]
