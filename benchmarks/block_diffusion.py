@@ -52,6 +52,7 @@ METHODS = {
     "exact cache, fused experts": Method({}, "fused_gather"),
     "exact cache, compiled": Method({}, "fused_gather", is_compiled=True),
     "SPRINT, fused experts": Method({"cache_implementation": "sprint"}, "fused_gather"),
+    "SPRINT, compiled": Method({"cache_implementation": "sprint"}, "fused_gather", is_compiled=True),
 }
 
 
@@ -123,7 +124,7 @@ def make_call(
 
 @functools.cache
 def compiled_call(model: LLaDA2MoeForBlockDiffusion) -> Callable:
-    model.model.compile(fullgraph=True, isolate_recompiles=True)  # another model has a limit of its own
+    model.model.compile(fullgraph=True, isolate_recompiles=True, recompile_limit=64)
     return model.model._compiled_call_impl
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .input_checks import check_integer, check_number
@@ -137,14 +138,15 @@ class SprintLayer(BlockDiffusionLayer):
         super().__init__(max_length)
         self.observing = False
         self.attention = None  # (rows, prefix) while observing
-        self.kept_keys = self.kept_values = None
+        self.kept_keys = self.kept_values = None  # what is kept of the prefix, and room for a block behind it
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, query_states: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.kept_keys is not None:
-            keys = torch.cat([self.kept_keys, key_states], dim=-2)
-            return keys, torch.cat([self.kept_values, value_states], dim=-2)
+            self.kept_keys[:, :, -self.block_length :] = key_states
+            self.kept_values[:, :, -self.block_length :] = value_states
+            return self.kept_keys, self.kept_values
         keys, values = super().update(key_states, value_states)
         if self.observing:
             self.attention = self._attention_to_prefix(query_states, keys)
@@ -166,15 +168,16 @@ class SprintLayer(BlockDiffusionLayer):
         """Attend to these columns, `(rows, kept)`, until `restore`."""
         self.observing = False
         index = columns[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.kept_keys = self.keys.gather(2, index)
-        self.kept_values = self.values.gather(2, index)
+        self.kept_keys, self.kept_values = (
+            F.pad(states.gather(2, index), (0, 0, 0, self.block_length)) for states in (self.keys, self.values)
+        )
 
     def restore(self) -> None:
         self.kept_keys = self.kept_values = None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.kept_keys is not None:
-            return self.kept_keys.shape[-2] + query_length, 0
+            return self.kept_keys.shape[-2], 0
         return super().get_mask_sizes(query_length)
 
 

@@ -1,7 +1,6 @@
 """Logits under guidance, of the ids that may be predicted and no others."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .block_diffusion_sampling import guided_hidden_states, guided_logits
@@ -61,10 +60,10 @@ class GuidedHead:
         *scales, rescale = self.guidance
         weight = self.head.weight[self.low : self.high]
         if len(hidden_states) == 1:
-            return _at_least_float32(F.linear(hidden_states[0], weight))
+            return _at_least_float32(_linear(hidden_states[0], weight))
         branches = _at_least_float32(hidden_states)
         guided = guided_hidden_states(branches, *scales)
-        logits = _at_least_float32(F.linear(guided.to(weight.dtype), weight))
+        logits = _at_least_float32(_linear(guided.to(weight.dtype), weight))
         if rescale > 0:
             if self._spread_matrix is None:
                 self._spread_matrix = _spread_matrix(self.head.weight)
@@ -72,6 +71,11 @@ class GuidedHead:
             ratio = conditional_spread / (guided_spread + 1e-6)
             logits = logits * (rescale * ratio + 1 - rescale)[:, None]
         return logits
+
+
+def _linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    # `F.linear` of a few rows, faster on a CPU: the long side is the one that is shared out among the threads.
+    return (weight @ hidden_states.T).T
 
 
 def _spread(hidden_states: torch.Tensor, spread_matrix: torch.Tensor) -> torch.Tensor:
