@@ -115,6 +115,7 @@ class TestCacheIsExact:
         generate = getattr(backbone, method)
         cached = generate(**arguments)
         assert torch.equal(cached, generate(**arguments, use_cache=False))
+        assert torch.equal(cached, generate(**arguments, cache_implementation="static"))
         for row in range(cached.shape[0]):
             alone = {
                 name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in arguments.items()
@@ -129,6 +130,47 @@ class TestCacheIsExact:
         for seed in range(6):
             method, arguments = random_case(seed)
             assert torch.equal(getattr(model, method)(**arguments), getattr(backbone, method)(**arguments))
+
+    def test_static_shapes_and_addresses(self, backbone):
+        """What is asked of whoever records a step: nothing but the first forward differs in shape or in place."""
+        seen = []
+
+        def look(module, args, kwargs):
+            layer = kwargs["past_key_values"].layers[0]
+            places = [tensor.data_ptr() for tensor in (layer.keys, layer.values, layer.first_column)]
+            shapes = {name: tuple(kwargs[name].shape) for name in ("input_ids", "attention_mask", "columns_to_keep")}
+            seen.append((shapes, layer.keys.shape, places))
+
+        settings = {"max_new_tokens": 40, "block_length": 8, "num_steps_per_block": 4, "threshold": 1.0}
+        for length in (5, 16, 21):
+            ids = torch.randint(0, 60, (1, length), generator=torch.Generator().manual_seed(1))
+            seen.clear()
+            hook = backbone.model.register_forward_pre_hook(look, with_kwargs=True)
+            backbone.generate(ids, cache_implementation="static", eos_token_id=None, **settings)
+            hook.remove()
+            assert len(seen) >= 20
+            for shapes, buffer, places in seen[1:]:
+                num_columns = shapes["input_ids"][1]
+                # A block's first step takes the block before it along.
+                assert num_columns in (8, 16)
+                assert shapes == {
+                    "input_ids": (1, num_columns),
+                    "attention_mask": (1, 1, num_columns, 256),
+                    "columns_to_keep": (1, 8),
+                }
+                assert buffer == (1, 2, 256, 8)
+                assert places == seen[0][2]
+
+    def test_static_buffers_need_a_mask_and_one_device(self, backbone):
+        model = copy.deepcopy(backbone)
+        settings = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 8, "cache_implementation": "static"}
+        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "model.layers.1.mlp": "cpu"}
+        with pytest.raises(ValueError, match="'static'` keeps its buffers on one device.* over 2"):
+            model.generate(**settings)
+        del model.hf_device_map
+        model.config._attn_implementation_internal = "flash_attention_2"
+        with pytest.raises(ValueError, match="'static'` hides by a mask.*'flash_attention_2'"):
+            model.generate(**settings)
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_last_layer_computes_only_masked_columns(self, backbone, use_cache):

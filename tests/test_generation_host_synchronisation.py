@@ -40,10 +40,12 @@ def reads_and_forwards(model, is_guided: bool, **settings) -> tuple[int, int]:
     return reads.count, output.num_forward_passes
 
 
+@pytest.mark.parametrize("cache_implementation", ["exact", "static"])
 @pytest.mark.parametrize("is_guided", [False, True], ids=["text", "guided codes"])
-def test_steps_of_a_schedule_never_wait_for_the_device(model, is_guided):
-    few_reads, few_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=2, threshold=1.0)
-    many_reads, many_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=8, threshold=1.0)
+def test_steps_of_a_schedule_never_wait_for_the_device(model, is_guided, cache_implementation):
+    settings = {"threshold": 1.0, "cache_implementation": cache_implementation}
+    few_reads, few_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=2, **settings)
+    many_reads, many_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=8, **settings)
     assert many_forwards > 3 * few_forwards
     assert many_reads == few_reads  # those of the blocks
 

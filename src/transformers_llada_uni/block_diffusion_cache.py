@@ -1,4 +1,4 @@
-"""What one step of block diffusion reads and writes: exact keys and values of the prefix, and SPRINT's pruned ones."""
+"""What a step of block diffusion reads and writes: keys and values of the prefix, exact, static, or SPRINT's."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -90,6 +90,59 @@ class BlockDiffusionCache(Cache):
         """Keeps the rows of these indices (shape `(rows,)`), when others have ended."""
         for layer in self.layers:
             layer.select_rows(rows)
+
+
+class StaticBlockDiffusionLayer(BlockDiffusionLayer):
+    """
+    A layer whose shapes and addresses stay, as CUDA graphs need it: the whole buffer is attended to, the mask hides
+    what is not written yet, and where a step writes is a tensor, which a recorded graph reads anew.
+    """
+
+    is_compileable = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.first_column = torch.zeros((), dtype=torch.long, device=self.device)
+        torch._dynamo.mark_static_address(self.first_column)
+        self._mark_buffers()
+
+    def _mark_buffers(self) -> None:
+        # Without this, a graph that writes into them would not be recorded.
+        torch._dynamo.mark_static_address(self.keys)
+        torch._dynamo.mark_static_address(self.values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = self.first_column + torch.arange(key_states.shape[-2], device=self.device)
+        self.keys.index_copy_(2, columns, key_states.to(self.dtype))
+        self.values.index_copy_(2, columns, value_states.to(self.dtype))
+        return self.keys, self.values
+
+    def commit(self, num_columns: int) -> None:
+        self.length += num_columns
+        self.first_column += num_columns
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self._mark_buffers()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_length, 0
+
+
+class StaticBlockDiffusionCache(BlockDiffusionCache):
+    """
+    As exact as [`BlockDiffusionCache`], with shapes that do not change from step to step or from block to block.
+
+    `early_initialization` must be called before the first step, and every step must have a mask: the buffers are
+    longer than the canvas, a multiple of 256, so that prompts of different lengths share graphs.
+    """
+
+    layer_class = StaticBlockDiffusionLayer
+
+    def __init__(self, num_layers: int, max_length: int):
+        super().__init__(num_layers, (max_length // 256 + 1) * 256)
 
 
 @dataclass(frozen=True)
@@ -233,4 +286,4 @@ class SprintCache(BlockDiffusionCache):
             layer.restore()
 
 
-__all__ = ["BlockDiffusionCache", "SprintCache", "SprintConfig"]
+__all__ = ["BlockDiffusionCache", "SprintCache", "SprintConfig", "StaticBlockDiffusionCache"]

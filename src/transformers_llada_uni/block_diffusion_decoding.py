@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
 
-from .block_diffusion_cache import BlockDiffusionCache, SprintCache, SprintConfig
+from .block_diffusion_cache import BlockDiffusionCache, SprintCache, SprintConfig, StaticBlockDiffusionCache
 from .block_diffusion_sampling import (
     Generators,
     commit_schedule,
@@ -21,6 +22,9 @@ from .block_diffusion_token_editing import TokenEditing
 from .generation_configuration import BlockDiffusionGenerationConfig
 from .guided_head import GuidedHead
 from .masking_block_causal import create_block_causal_mask
+
+
+CACHES = {"exact": BlockDiffusionCache, "static": StaticBlockDiffusionCache, "sprint": SprintCache}
 
 
 @dataclass
@@ -139,14 +143,10 @@ class BlockDiffusionDecoder:
             a. for every step: forward what is not committed yet and the block, predict, commit the surest tokens;
             b. drop the rows that have ended.
         """
-        # 1. Make the cache. Three branches fall back from SPRINT to the exact cache, as in the release.
+        # 1. Make the cache.
         num_branches, num_rows, num_columns = canvas.ids.shape
-        config = self.config
-        sprint = config.sprint_config() if config.cache_implementation == "sprint" and num_branches < 3 else None
-        cache = None
-        if config.use_cache:
-            cache_class = BlockDiffusionCache if sprint is None else SprintCache
-            cache = cache_class(len(self.backbone.layers), num_columns)
+        cache = self._make_cache(canvas) if self.config.use_cache else None
+        sprint = self.config.sprint_config() if isinstance(cache, SprintCache) else None
         self.rows = torch.arange(num_rows, device=canvas.ids.device)
         self._is_padded, self._mask, self._mask_columns = bool(canvas.padding.any()), None, None
 
@@ -172,6 +172,19 @@ class BlockDiffusionDecoder:
                     cache.select_rows(kept)
                 self.rows = self.rows[~ended]
 
+    def _make_cache(self, canvas: Canvas) -> BlockDiffusionCache:
+        num_branches, num_rows, num_columns = canvas.ids.shape
+        implementation = self.config.cache_implementation
+        if implementation == "sprint" and num_branches == 3:
+            implementation = "exact"  # as in the release
+        cache = CACHES[implementation](len(self.backbone.layers), num_columns)
+        if implementation == "static":
+            # Buffers that the first forward made would, with CUDA graphs, be the graph's own.
+            config, device = self.backbone.config, canvas.ids.device
+            num_heads, head_dim = config.num_key_value_heads, config.head_dim
+            cache.early_initialization(num_branches * num_rows, num_heads, head_dim, self.backbone.dtype, device)
+        return cache
+
     def _fill_block(
         self, canvas: Canvas, start: int, stop: int, cache: Cache | None, sprint: SprintConfig | None
     ) -> None:
@@ -192,9 +205,11 @@ class BlockDiffusionDecoder:
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 cache.observe(self._visible(canvas, stop), self.block_length)
             # Only these columns are predicted; rows that have fewer than another are filled up with columns that are
-            # not. They stay in order, which sampling goes by.
-            columns = (~predicted).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_kept]
-            hidden_states = self._forward(canvas, start, stop, cache, columns)  # (branches, rows, kept, hidden)
+            # not. They stay in order, which sampling goes by. A static step computes the other columns too.
+            order = (~predicted).to(torch.int8).argsort(dim=-1, stable=True)
+            columns = order[:, :num_kept]
+            computed = order if isinstance(cache, StaticBlockDiffusionCache) else columns
+            hidden_states = self._forward(canvas, start, stop, cache, computed)  # (branches, rows, computed, hidden)
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
             if self.warpers is None:
@@ -297,7 +312,7 @@ class BlockDiffusionDecoder:
     def _attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None):
         """`None` where the backbone's own block-causal mask will do. Most steps of a block share one."""
         is_pruned = isinstance(cache, SprintCache) and cache.kept_is_real is not None
-        if not self._is_padded and not is_pruned:
+        if not (self._is_padded or is_pruned or isinstance(cache, StaticBlockDiffusionCache)):
             return None
         if self._mask_columns != (first, stop, is_pruned):
             self._mask = self._make_attention_mask(canvas, first, stop, cache, is_pruned)
@@ -308,6 +323,9 @@ class BlockDiffusionDecoder:
         visible = self._visible(canvas, stop)
         if is_pruned:
             visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
+        elif cache is not None:
+            not_written = cache.get_mask_sizes(stop - first, 0)[0] - stop
+            visible = F.pad(visible, (0, not_written))
         if bool(visible.all()):
             return None
         shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)

@@ -29,7 +29,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             sampled from.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
-        cache_implementation (`str`, defaults to `"exact"`): `"exact"` or `"sprint"`, an approximation.
+        cache_implementation (`str`, defaults to `"exact"`): `"exact"`; `"static"`, exact too, in buffers and steps of
+            unchanging shapes, for CUDA graphs; or `"sprint"`, an approximation.
         cache_config (`dict`, *optional*): Fields of [`SprintConfig`], for `cache_implementation="sprint"`.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`BlockDiffusionOutput`] with counts.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; others are
@@ -96,13 +97,16 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         for name in ("do_sample", "use_cache", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.cache_implementation not in ("exact", "sprint"):
-            raise ValueError(f"`cache_implementation` must be 'exact' or 'sprint', got {self.cache_implementation!r}.")
+        implementations = ("exact", "static", "sprint")
+        if self.cache_implementation not in implementations:
+            raise ValueError(
+                f"`cache_implementation` must be one of {implementations}, got {self.cache_implementation!r}."
+            )
+        if self.cache_implementation != "exact" and not self.use_cache:
+            raise ValueError(f"`cache_implementation={self.cache_implementation!r}` needs `use_cache=True`.")
         if self.cache_config is not None and self.cache_implementation != "sprint":
             raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
         if self.cache_implementation == "sprint":
-            if not self.use_cache:
-                raise ValueError("`cache_implementation='sprint'` needs `use_cache=True`.")
             self.sprint_config()
 
     def sprint_config(self) -> SprintConfig:
