@@ -51,6 +51,7 @@ METHODS = {
     "exact cache": Method({}),
     "exact cache, fused experts": Method({}, "fused_gather"),
     "exact cache, compiled": Method({}, "fused_gather", is_compiled=True),
+    "static cache, compiled": Method({"cache_implementation": "static"}, "fused_gather", is_compiled=True),
     "SPRINT, fused experts": Method({"cache_implementation": "sprint"}, "fused_gather"),
     "SPRINT, compiled": Method({"cache_implementation": "sprint"}, "fused_gather", is_compiled=True),
 }

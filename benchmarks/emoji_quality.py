@@ -34,14 +34,15 @@ from wordings import TRAINED_DRAWING
 
 @dataclass
 class Setting:
-    """What of a pipeline is set otherwise: of `generate`, of the decoder's cache, of the weights."""
+    """What of a pipeline is set otherwise: of `generate`, of the decoder's cache, of the weights (torchao's names)."""
 
     generation: dict[str, Any] = field(default_factory=dict)
     cache_threshold: float | None = None
-    int8_backbone: bool = False
-    int8_decoder: bool = False
+    backbone_weights: str | None = None
+    decoder_weights: str | None = None
 
 
+INT8, FLOAT8 = "Int8WeightOnlyConfig", "Float8WeightOnlyConfig"
 SETTINGS = {
     "exact": Setting(),
     "threshold 0.7 in place of 0.95": Setting({"threshold": 0.7}),
@@ -49,31 +50,33 @@ SETTINGS = {
     "token editing above 0.9": Setting({"editing_threshold": 0.9}),
     "first block cache at 0.05": Setting(cache_threshold=0.05),
     "first block cache at 0.2": Setting(cache_threshold=0.2),
-    "int8 backbone": Setting(int8_backbone=True),
-    "int8 backbone and decoder": Setting(int8_backbone=True, int8_decoder=True),
+    "int8 backbone": Setting(backbone_weights=INT8),
+    "int8 backbone and decoder": Setting(backbone_weights=INT8, decoder_weights=INT8),
+    "float8 backbone": Setting(backbone_weights=FLOAT8),
+    "float8 backbone and decoder": Setting(backbone_weights=FLOAT8, decoder_weights=FLOAT8),
 }
 
 
-def int8_backbone(folder: Path) -> torch.nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig
+def quantized_backbone(folder: Path, weights: str) -> torch.nn.Module:
+    from torchao import quantization
 
-    config = backbone_quantization_config(Int8WeightOnlyConfig())
+    config = backbone_quantization_config(getattr(quantization, weights)())
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
 
 
-def int8_decoder(folder: Path) -> torch.nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig
+def quantized_decoder(folder: Path, weights: str) -> torch.nn.Module:
+    from torchao import quantization
 
-    config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    config = diffusers.TorchAoConfig(getattr(quantization, weights)())
     return ZImageTransformer2DModel.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
 
 
 def make_pipeline(folder: Path, setting: Setting) -> DiffusionPipeline:
     components = {}
-    if setting.int8_backbone:
-        components["model"] = int8_backbone(folder / "model")
-    if setting.int8_decoder:
-        components["transformer_turbo"] = int8_decoder(folder / "transformer_turbo")
+    if setting.backbone_weights is not None:
+        components["model"] = quantized_backbone(folder / "model", setting.backbone_weights)
+    if setting.decoder_weights is not None:
+        components["transformer_turbo"] = quantized_decoder(folder / "transformer_turbo", setting.decoder_weights)
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **components)
     if setting.cache_threshold is not None:
         pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=setting.cache_threshold))
@@ -95,13 +98,13 @@ def main() -> None:
     print("| setting | names | seconds | drawings | seconds |\n|---|---|---|---|---|")
     for name in arguments.settings:
         setting = SETTINGS[name]
-        if setting.int8_backbone and not is_torchao_available():
+        if setting.backbone_weights is not None and not is_torchao_available():
             print(f"| {name} | torchao is not installed | | | |")
             continue
         evaluation = Evaluation(make_pipeline(embedded_checkpoint(), setting), table, arguments.seed)
         cells = [name]
         # What concerns the decoder alone changes no name.
-        if setting.cache_threshold is None and not setting.int8_decoder:
+        if setting.cache_threshold is None and setting.decoder_weights is None:
             names, seconds = timed(evaluation.naming, subjects, **setting.generation)
             cells += [f"{100 * names:.1f}%", f"{seconds:.0f}"]
         else:

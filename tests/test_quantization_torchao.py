@@ -15,9 +15,9 @@ FOLDER = embedded_checkpoint("emoji")
 PROMPTS = ["a red apple", "full moon", "flag of Japan", "dog face"]
 
 
-@pytest.fixture(scope="module")
-def quantized():
-    config = backbone_quantization_config(torchao.Int8WeightOnlyConfig())
+@pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def quantized(request):
+    config = backbone_quantization_config(getattr(torchao, request.param)())
     return AutoModelForImageTextToText.from_pretrained(
         FOLDER / "model", dtype=torch.float32, quantization_config=config
     ).eval()
@@ -28,8 +28,9 @@ def full():
     return AutoModelForImageTextToText.from_pretrained(FOLDER / "model", dtype=torch.float32).eval()
 
 
-def is_int8(model) -> dict[str, bool]:
-    return {name: isinstance(parameter.data, torchao.Int8Tensor) for name, parameter in model.named_parameters()}
+def is_quantised(model) -> dict[str, bool]:
+    eight_bit = (torchao.Int8Tensor, torchao.Float8Tensor)
+    return {name: isinstance(parameter.data, eight_bit) for name, parameter in model.named_parameters()}
 
 
 def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
@@ -40,9 +41,9 @@ def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
         and not name.endswith("mlp.gate.weight")
         for name, _ in full.named_parameters()
     }
-    assert is_int8(quantized) == wanted
+    assert is_quantised(quantized) == wanted
     experts = [weight for name, weight in quantized.named_parameters() if name.endswith("experts.gate_up_proj")]
-    assert experts and all(weight.data.qdata.dtype == torch.int8 for weight in experts)
+    assert experts and all(weight.data.qdata.itemsize == 1 for weight in experts)
 
 
 def test_predicts_what_the_full_weights_predict(quantized, full):
@@ -55,7 +56,7 @@ def test_comes_back_from_disk_as_it_was(quantized, tmp_path):
     quantized.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert is_int8(again) == is_int8(quantized)
+    assert is_quantised(again) == is_quantised(quantized)
     ids = torch.arange(32)[None]
     with torch.no_grad():
         hidden_states = [model.get_decoder()(ids).last_hidden_state for model in (again, quantized)]
@@ -76,7 +77,7 @@ def test_experts_that_stay_whole_keep_their_implementation():
         FOLDER / "model", quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())
     )
     assert model.config.text_config._experts_implementation == "grouped_mm"
-    assert any(is_int8(model).values())
+    assert any(is_quantised(model).values())
 
 
 def test_quantises_the_bare_backbone_too(tmp_path):
@@ -84,5 +85,5 @@ def test_quantises_the_bare_backbone_too(tmp_path):
     model = AutoModel.from_pretrained(
         tmp_path, quantization_config=backbone_quantization_config(torchao.Int8WeightOnlyConfig())
     )
-    quantised = {name for name, is_quantised in is_int8(model).items() if is_quantised}
-    assert {"layers.0.attention.query_key_value.weight", "layers.1.mlp.experts.gate_up_proj"} <= quantised
+    names = {name for name, quantised in is_quantised(model).items() if quantised}
+    assert {"layers.0.attention.query_key_value.weight", "layers.1.mlp.experts.gate_up_proj"} <= names

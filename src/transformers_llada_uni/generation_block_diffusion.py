@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
-from transformers.utils.generic import is_flash_attention_requested
 
 from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
 from .block_diffusion_sampling import Generators
@@ -22,6 +21,7 @@ from .input_checks import (
     check_guidance,
     check_known_codes,
     check_length,
+    check_static_cache,
     check_streamer,
     check_token_id,
     refuse_settings,
@@ -367,21 +367,8 @@ class BlockDiffusionGenerationMixin:
                 f"({text_config.max_position_embeddings})."
             )
         if config.cache_implementation == "static":
-            self._check_static_cache(text_config)
+            check_static_cache(text_config, getattr(self, "hf_device_map", {}))
         return config
-
-    def _check_static_cache(self, text_config: PreTrainedConfig) -> None:
-        if is_flash_attention_requested(text_config):
-            raise ValueError(
-                "`cache_implementation='static'` hides by a mask what is not written yet, and "
-                f"`attn_implementation={text_config._attn_implementation!r}` takes none; load the model with 'sdpa'."
-            )
-        devices = set(getattr(self, "hf_device_map", {}).values()) - {"cpu", "disk"}
-        if len(devices) > 1:
-            raise ValueError(
-                "`cache_implementation='static'` keeps its buffers on one device; the model is spread over "
-                f"{len(devices)}."
-            )
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
         if config.use_cache and self.training and self.is_activation_checkpointing:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig
+from transformers.utils.generic import is_flash_attention_requested
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -152,6 +154,21 @@ def check_streamer(streamer: Any, num_rows: int) -> None:
         raise TypeError(f"`streamer` must have the methods `put` and `end`, got {type(streamer).__name__}.")
     if num_rows > 1:
         raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {num_rows}.")
+
+
+def check_static_cache(config: PreTrainedConfig, device_map: dict[str, Any]) -> None:
+    """What `cache_implementation="static"` asks of a backbone: attention that takes a mask, and one device."""
+    if is_flash_attention_requested(config):
+        raise ValueError(
+            "`cache_implementation='static'` hides by a mask what is not written yet, and "
+            f"`attn_implementation={config._attn_implementation!r}` takes none; load the model with 'sdpa'."
+        )
+    devices = set(device_map.values()) - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            "`cache_implementation='static'` keeps its buffers on one device; the model is spread over "
+            f"{len(devices)}."
+        )
 
 
 def check_grid(grid: Any) -> int:
