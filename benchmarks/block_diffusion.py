@@ -1,5 +1,5 @@
 r"""
-The released loop, the exact cache and SPRINT side by side, in one run on one random mid-size model.
+The released loop, the exact caches and SPRINT side by side, in one run on one random mid-size model.
 
     python benchmarks/block_diffusion.py                                 # text, 8,192 ids, batch 1, no guidance
     python benchmarks/block_diffusion.py --vocabulary released --guidance --new-tokens 256 --batch-sizes 1 4
@@ -101,7 +101,8 @@ def make_call(
 
     def call(method: Method, times: list[float] | None = None) -> torch.LongTensor:
         model.set_experts_implementation(method.experts)
-        forward = compiled_call(model) if method.is_compiled else model.model._call_impl
+        is_static = (method.arguments or {}).get("cache_implementation") == "static"
+        forward = compiled_call(model, is_static) if method.is_compiled else model.model._call_impl
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
             if times is not None:
@@ -124,8 +125,9 @@ def make_call(
 
 
 @functools.cache
-def compiled_call(model: LLaDA2MoeForBlockDiffusion) -> Callable:
-    model.model.compile(fullgraph=True, isolate_recompiles=True, recompile_limit=64)
+def compiled_call(model: LLaDA2MoeForBlockDiffusion, is_static: bool) -> Callable:
+    dynamic = False if is_static else None
+    model.model.compile(fullgraph=True, dynamic=dynamic, isolate_recompiles=True, recompile_limit=64)
     return model.model._compiled_call_impl
 
 
@@ -173,10 +175,10 @@ def check_exactness() -> None:
         model = make_model(vocabulary, 64, 2, 16).double()
         call = make_call(model, vocabulary, 2, 64, 128, is_guided)
         plain = call(Method(None, "eager"))  # grouped_mm knows no float64
-        for experts in ("eager", "fused_gather"):
-            is_same = torch.equal(plain, call(Method({}, experts)))
-            assert is_same, f"{vocabulary}, guided {is_guided}: the cache changed a token, experts {experts}"
-    print("exact cache == released loop in float64, 2 rows of 128: checked for text, codes and guided codes\n")
+        for experts, cache in itertools.product(("eager", "fused_gather"), ("exact", "static")):
+            is_same = torch.equal(plain, call(Method({"cache_implementation": cache}, experts)))
+            assert is_same, f"{vocabulary}, guided {is_guided}: cache {cache!r}, experts {experts} changed a token"
+    print("exact caches == released loop in float64, 2 rows of 128: checked for text, codes and guided codes\n")
 
 
 def main() -> None:

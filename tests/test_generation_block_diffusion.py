@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import get_static_address_type
 from transformers import TextStreamer
 
 from tests.property_cases import random_case, tiny_backbone
@@ -14,6 +15,7 @@ from transformers_llada_uni.block_diffusion_sampling import (
     select_positions,
 )
 from transformers_llada_uni.guided_head import GuidedHead
+from transformers_llada_uni.input_checks import check_static_cache
 
 
 @pytest.fixture(scope="module")
@@ -132,45 +134,55 @@ class TestCacheIsExact:
             assert torch.equal(getattr(model, method)(**arguments), getattr(backbone, method)(**arguments))
 
     def test_static_shapes_and_addresses(self, backbone):
-        """What is asked of whoever records a step: nothing but the first forward differs in shape or in place."""
-        seen = []
+        """Who records a step finds again all that it was recorded with, in this call and the next."""
+        steps, places = [], set()
 
         def look(module, args, kwargs):
-            layer = kwargs["past_key_values"].layers[0]
-            places = [tensor.data_ptr() for tensor in (layer.keys, layer.values, layer.first_column)]
-            shapes = {name: tuple(kwargs[name].shape) for name in ("input_ids", "attention_mask", "columns_to_keep")}
-            seen.append((shapes, layer.keys.shape, places))
+            cache = kwargs["past_key_values"]
+            buffers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+            assert all(get_static_address_type(buffer) for buffer in buffers)
+            places.add(tuple(tensor.data_ptr() for tensor in (*buffers, cache.first_column)))
+            shapes = [kwargs[name].shape for name in ("input_ids", "attention_mask", "columns_to_keep")]
+            steps.append(tuple(map(tuple, [*shapes, buffers[0].shape])))
 
+        model = copy.deepcopy(backbone)
+        model.model.register_forward_pre_hook(look, with_kwargs=True)
         settings = {"max_new_tokens": 40, "block_length": 8, "num_steps_per_block": 4, "threshold": 1.0}
-        for length in (5, 16, 21):
+        for length, buffer_length in ((5, 256), (16, 256), (21, 256), (230, 512), (21, 512)):
             ids = torch.randint(0, 60, (1, length), generator=torch.Generator().manual_seed(1))
-            seen.clear()
-            hook = backbone.model.register_forward_pre_hook(look, with_kwargs=True)
-            backbone.generate(ids, cache_implementation="static", eos_token_id=None, **settings)
-            hook.remove()
-            assert len(seen) >= 20
-            for shapes, buffer, places in seen[1:]:
-                num_columns = shapes["input_ids"][1]
-                # A block's first step takes the block before it along.
-                assert num_columns in (8, 16)
-                assert shapes == {
-                    "input_ids": (1, num_columns),
-                    "attention_mask": (1, 1, num_columns, 256),
-                    "columns_to_keep": (1, 8),
-                }
-                assert buffer == (1, 2, 256, 8)
-                assert places == seen[0][2]
+            wanted = backbone.generate(ids, eos_token_id=None, **settings)
+            steps.clear()
+            found = model.generate(ids, cache_implementation="static", eos_token_id=None, **settings)
+            assert torch.equal(found, wanted)
+            # Behind the prompt; a block's first step takes the block before it along.
+            assert set(steps[1:]) == {
+                ((1, columns), (1, 1, columns, buffer_length), (1, 8), (1, 2, buffer_length, 8)) for columns in (8, 16)
+            }
+        assert len(places) == 2
+
+    def test_static_batches_keep_rows_that_have_ended(self, backbone):
+        numbers_of_rows = []
+        model = copy.deepcopy(backbone)
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: numbers_of_rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        ids = torch.randint(0, 60, (4, 21), generator=torch.Generator().manual_seed(1))
+        settings = {"max_new_tokens": 80, "block_length": 8, "eos_token_id": [1, 2, 3], "pad_token_id": 62}
+        exact = model.generate(ids, **settings)
+        assert set(numbers_of_rows) > {4, 2}  # rows end at different blocks
+        numbers_of_rows.clear()
+        assert torch.equal(exact, model.generate(ids, cache_implementation="static", **settings))
+        assert set(numbers_of_rows) == {4}
 
     def test_static_buffers_need_a_mask_and_one_device(self, backbone):
         model = copy.deepcopy(backbone)
-        settings = {"input_ids": torch.tensor([[1, 2, 3]]), "max_new_tokens": 8, "cache_implementation": "static"}
-        model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "model.layers.1.mlp": "cpu"}
-        with pytest.raises(ValueError, match="'static'` keeps its buffers on one device.* over 2"):
-            model.generate(**settings)
-        del model.hf_device_map
         model.config._attn_implementation_internal = "flash_attention_2"
         with pytest.raises(ValueError, match="'static'` hides by a mask.*'flash_attention_2'"):
-            model.generate(**settings)
+            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, cache_implementation="static")
+        devices = [torch.device(name) for name in ("cpu", "meta", "cuda:0", "cuda:0")]
+        check_static_cache("sdpa", devices)
+        with pytest.raises(ValueError, match="'static'` keeps its buffers on one device; the backbone is on 2"):
+            check_static_cache("sdpa", [*devices, torch.device("cuda:1")])
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_last_layer_computes_only_masked_columns(self, backbone, use_cache):

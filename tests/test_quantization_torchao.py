@@ -15,9 +15,15 @@ FOLDER = embedded_checkpoint("emoji")
 PROMPTS = ["a red apple", "full moon", "flag of Japan", "dog face"]
 
 
-@pytest.fixture(scope="module", params=["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
-def quantized(request):
-    config = backbone_quantization_config(getattr(torchao, request.param)())
+@pytest.fixture(scope="module", params=[torch.int8, torch.float8_e4m3fn], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def quantized(dtype):
+    weights = torchao.Int8WeightOnlyConfig() if dtype == torch.int8 else torchao.Float8WeightOnlyConfig()
+    config = backbone_quantization_config(weights)
     return AutoModelForImageTextToText.from_pretrained(
         FOLDER / "model", dtype=torch.float32, quantization_config=config
     ).eval()
@@ -33,7 +39,7 @@ def is_quantised(model) -> dict[str, bool]:
     return {name: isinstance(parameter.data, eight_bit) for name, parameter in model.named_parameters()}
 
 
-def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
+def test_quantises_attention_and_experts_and_nothing_else(quantized, full, dtype):
     wanted = {
         name: ".language_model." in name
         and ("attention" in name or "mlp" in name)
@@ -43,7 +49,7 @@ def test_quantises_attention_and_experts_and_nothing_else(quantized, full):
     }
     assert is_quantised(quantized) == wanted
     experts = [weight for name, weight in quantized.named_parameters() if name.endswith("experts.gate_up_proj")]
-    assert experts and all(weight.data.qdata.itemsize == 1 for weight in experts)
+    assert experts and all(weight.data.qdata.dtype == dtype for weight in experts)
 
 
 def test_predicts_what_the_full_weights_predict(quantized, full):

@@ -13,7 +13,7 @@ from .lazy_names import attach
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "block_diffusion_cache": ["BlockDiffusionCache", "SprintCache", "SprintConfig", "StaticBlockDiffusionCache"],
+    "block_diffusion_cache": ["BlockDiffusionCache", "SprintCache", "SprintConfig"],
     "configuration_llada2_moe": ["LLaDA2MoeConfig"],
     "configuration_llada_uni": ["LLaDAUniConfig"],
     "expert_offloading": ["expert_offload_device_map"],

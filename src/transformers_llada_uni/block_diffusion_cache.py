@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .input_checks import check_integer, check_number
@@ -93,21 +94,14 @@ class BlockDiffusionCache(Cache):
 
 
 class StaticBlockDiffusionLayer(BlockDiffusionLayer):
-    """
-    A layer whose shapes and addresses stay, as CUDA graphs need it: the whole buffer is attended to, the mask hides
-    what is not written yet, and where a step writes is a tensor, which a recorded graph reads anew.
-    """
+    """The whole buffer is attended to, and where a step writes is a tensor, which a recorded graph reads anew."""
 
     is_compileable = True
+    first_column: torch.Tensor  # of the next step, the same tensor in all layers
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self.first_column = torch.zeros((), dtype=torch.long, device=self.device)
-        torch._dynamo.mark_static_address(self.first_column)
-        self._mark_buffers()
-
-    def _mark_buffers(self) -> None:
-        # Without this, a graph that writes into them would not be recorded.
+        # A graph that writes into a buffer which may move would not be recorded.
         torch._dynamo.mark_static_address(self.keys)
         torch._dynamo.mark_static_address(self.values)
 
@@ -117,15 +111,11 @@ class StaticBlockDiffusionLayer(BlockDiffusionLayer):
         columns = self.first_column + torch.arange(key_states.shape[-2], device=self.device)
         self.keys.index_copy_(2, columns, key_states.to(self.dtype))
         self.values.index_copy_(2, columns, value_states.to(self.dtype))
-        return self.keys, self.values
+        # Mixed precision computes in another type than that of the weights, which the buffers have.
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
 
     def commit(self, num_columns: int) -> None:
         self.length += num_columns
-        self.first_column += num_columns
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        super().select_rows(rows)
-        self._mark_buffers()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_length, 0
@@ -133,16 +123,42 @@ class StaticBlockDiffusionLayer(BlockDiffusionLayer):
 
 class StaticBlockDiffusionCache(BlockDiffusionCache):
     """
-    As exact as [`BlockDiffusionCache`], with shapes that do not change from step to step or from block to block.
+    As exact as [`BlockDiffusionCache`], with buffers whose shapes and addresses stay from step to step and from call
+    to call, as CUDA graphs need it. Every step must come with a 4-D mask that hides what is not written yet.
 
-    `early_initialization` must be called before the first step, and every step must have a mask: the buffers are
-    longer than the canvas, a multiple of 256, so that prompts of different lengths share graphs.
+    Args:
+        config (`PreTrainedConfig`): Of the backbone.
+        batch_size (`int`): Rows of all branches.
+        max_length (`int`): Columns of the canvas. The buffers are longer, up to a multiple of 256, so that canvases of
+            different lengths share them.
+        dtype (`torch.dtype`), device (`torch.device`): Of keys and values.
     """
 
     layer_class = StaticBlockDiffusionLayer
 
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(num_layers, (max_length // 256 + 1) * 256)
+    def __init__(
+        self, config: PreTrainedConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__(config.num_hidden_layers, (max_length // 256 + 1) * 256)
+        # Not at the first step: what is made within a graph is overwritten by its next run.
+        self.early_initialization(batch_size, config.num_key_value_heads, config.head_dim, dtype, device)
+        self.first_column = torch.zeros((), dtype=torch.long, device=device)
+        for layer in self.layers:
+            layer.first_column = self.first_column
+
+    def will_do(self, num_columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it can be used again for a canvas of so many columns."""
+        keys = self.layers[0].keys
+        is_alike = keys.dtype == dtype and keys.device == device
+        return is_alike and num_columns < keys.shape[2] and keys.is_inference() == torch.is_inference_mode_enabled()
+
+    def commit(self, num_columns: int) -> None:
+        super().commit(num_columns)
+        self.first_column += num_columns
+
+    def reset(self) -> None:
+        super().reset()
+        self.first_column.zero_()
 
 
 @dataclass(frozen=True)
@@ -286,4 +302,4 @@ class SprintCache(BlockDiffusionCache):
             layer.restore()
 
 
-__all__ = ["BlockDiffusionCache", "SprintCache", "SprintConfig", "StaticBlockDiffusionCache"]
+__all__ = ["BlockDiffusionCache", "SprintCache", "SprintConfig"]

@@ -24,9 +24,6 @@ from .guided_head import GuidedHead
 from .masking_block_causal import create_block_causal_mask
 
 
-CACHES = {"exact": BlockDiffusionCache, "static": StaticBlockDiffusionCache, "sprint": SprintCache}
-
-
 @dataclass
 class Canvas:
     """
@@ -166,7 +163,12 @@ class BlockDiffusionDecoder:
             yield FinishedBlock(start, stop)
             if bool(ended.all()):
                 return
-            if bool(ended.any()):
+            if bool(ended.any()) and isinstance(cache, StaticBlockDiffusionCache):
+                # The batch keeps its shape; nothing is left to predict in these rows.
+                ended_rows = self.rows[ended]
+                canvas.masked[ended_rows, stop:] = False
+                canvas.end[ended_rows] = canvas.end[ended_rows].clamp(max=stop)
+            elif bool(ended.any()):
                 if cache is not None:
                     kept = (~ended).repeat(num_branches).nonzero()[:, 0]
                     cache.select_rows(kept)
@@ -175,14 +177,20 @@ class BlockDiffusionDecoder:
     def _make_cache(self, canvas: Canvas) -> BlockDiffusionCache:
         num_branches, num_rows, num_columns = canvas.ids.shape
         implementation = self.config.cache_implementation
-        if implementation == "sprint" and num_branches == 3:
-            implementation = "exact"  # as in the release
-        cache = CACHES[implementation](len(self.backbone.layers), num_columns)
         if implementation == "static":
-            # Buffers that the first forward made would, with CUDA graphs, be the graph's own.
-            config, device = self.backbone.config, canvas.ids.device
-            num_heads, head_dim = config.num_key_value_heads, config.head_dim
-            cache.early_initialization(num_branches * num_rows, num_heads, head_dim, self.backbone.dtype, device)
+            return self._static_cache(num_branches * num_rows, num_columns, canvas.ids.device)
+        # Three branches fall back from SPRINT to the exact cache, as in the release.
+        cache_class = SprintCache if implementation == "sprint" and num_branches < 3 else BlockDiffusionCache
+        return cache_class(len(self.backbone.layers), num_columns)
+
+    def _static_cache(self, batch_size: int, num_columns: int, device: torch.device) -> StaticBlockDiffusionCache:
+        """That of earlier calls with as many rows, if it will do: graphs are recorded for its addresses."""
+        kept, dtype = self.backbone.static_caches, self.backbone.dtype
+        cache = kept.get(batch_size)
+        if cache is None or not cache.will_do(num_columns, dtype, device):
+            cache = StaticBlockDiffusionCache(self.backbone.config, batch_size, num_columns, dtype, device)
+            kept[batch_size] = cache
+        cache.reset()
         return cache
 
     def _fill_block(
@@ -298,7 +306,10 @@ class BlockDiffusionDecoder:
         self.num_forward_passes += 1
         padding = canvas.padding[:, self.rows].flatten()
         columns = torch.arange(first, stop, device=canvas.ids.device)
-        outputs = self.backbone(
+        forward = self.backbone
+        if isinstance(cache, StaticBlockDiffusionCache) and stop - first > 2 * self.block_length:
+            forward = self.backbone._call_impl  # a prompt, not compiled: a graph of fixed shapes would serve no other
+        outputs = forward(
             input_ids=canvas.ids[:, self.rows, first:stop].flatten(0, 1),
             attention_mask=self._attention_mask(canvas, first, stop, cache),
             position_ids=(columns - padding[:, None]).clamp(min=0),
@@ -326,7 +337,7 @@ class BlockDiffusionDecoder:
         elif cache is not None:
             not_written = cache.get_mask_sizes(stop - first, 0)[0] - stop
             visible = F.pad(visible, (0, not_written))
-        if bool(visible.all()):
+        if not isinstance(cache, StaticBlockDiffusionCache) and bool(visible.all()):
             return None
         shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)
         if is_pruned:

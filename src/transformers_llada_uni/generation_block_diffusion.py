@@ -367,7 +367,8 @@ class BlockDiffusionGenerationMixin:
                 f"({text_config.max_position_embeddings})."
             )
         if config.cache_implementation == "static":
-            check_static_cache(text_config, getattr(self, "hf_device_map", {}))
+            devices = (parameter.device for parameter in self.get_decoder().parameters())
+            check_static_cache(text_config._attn_implementation, devices)
         return config
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:

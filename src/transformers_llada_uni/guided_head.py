@@ -1,6 +1,7 @@
 """Logits under guidance, of the ids that may be predicted and no others."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .block_diffusion_sampling import guided_hidden_states, guided_logits
@@ -74,8 +75,10 @@ class GuidedHead:
 
 
 def _linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    # `F.linear` of a few rows, faster on a CPU: the long side is the one that is shared out among the threads.
-    return (weight @ hidden_states.T).T
+    if hidden_states.device.type == "cpu":
+        # Faster for a few rows: it is the long side that is shared out among the threads.
+        return (weight @ hidden_states.T).T
+    return F.linear(hidden_states, weight)
 
 
 def _spread(hidden_states: torch.Tensor, spread_matrix: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedConfig
-from transformers.utils.generic import is_flash_attention_requested
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
@@ -156,18 +154,17 @@ def check_streamer(streamer: Any, num_rows: int) -> None:
         raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {num_rows}.")
 
 
-def check_static_cache(config: PreTrainedConfig, device_map: dict[str, Any]) -> None:
-    """What `cache_implementation="static"` asks of a backbone: attention that takes a mask, and one device."""
-    if is_flash_attention_requested(config):
+def check_static_cache(attn_implementation: str, devices: Iterable[torch.device]) -> None:
+    """What `cache_implementation="static"` asks of a backbone: attention under a 4-D mask, and one device."""
+    if attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             "`cache_implementation='static'` hides by a mask what is not written yet, and "
-            f"`attn_implementation={config._attn_implementation!r}` takes none; load the model with 'sdpa'."
+            f"`attn_implementation={attn_implementation!r}` takes none; load the model with 'sdpa'."
         )
-    devices = set(device_map.values()) - {"cpu", "disk"}
+    devices = {device for device in devices if device.type not in ("cpu", "meta")}  # these are offloaded weights
     if len(devices) > 1:
         raise ValueError(
-            "`cache_implementation='static'` keeps its buffers on one device; the model is spread over "
-            f"{len(devices)}."
+            f"`cache_implementation='static'` keeps its buffers on one device; the backbone is on {len(devices)}."
         )
 
 

@@ -336,6 +336,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Glm4MoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.static_caches: dict[int, Cache] = {}  # of `generate` with `cache_implementation="static"`, by rows
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
