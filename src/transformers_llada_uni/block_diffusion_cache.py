@@ -96,7 +96,6 @@ class BlockDiffusionCache(Cache):
 class StaticBlockDiffusionLayer(BlockDiffusionLayer):
     """The whole buffer is attended to, and where a step writes is a tensor, which a recorded graph reads anew."""
 
-    is_compileable = True
     first_column: torch.Tensor  # of the next step, the same tensor in all layers
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

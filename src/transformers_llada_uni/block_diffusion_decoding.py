@@ -130,6 +130,7 @@ class BlockDiffusionDecoder:
         self.allowed, self.is_image = allowed, is_image
         self.generator, self.is_done, self.image_token_offset = generator, is_done, image_token_offset
         self.block_length = config.block_length
+        self.is_static = config.use_cache and config.cache_implementation == "static"
         self.warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
         self.num_forward_passes = 0
 
@@ -163,7 +164,7 @@ class BlockDiffusionDecoder:
             yield FinishedBlock(start, stop)
             if bool(ended.all()):
                 return
-            if bool(ended.any()) and isinstance(cache, StaticBlockDiffusionCache):
+            if bool(ended.any()) and self.is_static:
                 # The batch keeps its shape; nothing is left to predict in these rows.
                 ended_rows = self.rows[ended]
                 canvas.masked[ended_rows, stop:] = False
@@ -176,11 +177,11 @@ class BlockDiffusionDecoder:
 
     def _make_cache(self, canvas: Canvas) -> BlockDiffusionCache:
         num_branches, num_rows, num_columns = canvas.ids.shape
-        implementation = self.config.cache_implementation
-        if implementation == "static":
+        if self.is_static:
             return self._static_cache(num_branches * num_rows, num_columns, canvas.ids.device)
         # Three branches fall back from SPRINT to the exact cache, as in the release.
-        cache_class = SprintCache if implementation == "sprint" and num_branches < 3 else BlockDiffusionCache
+        is_sprint = self.config.cache_implementation == "sprint" and num_branches < 3
+        cache_class = SprintCache if is_sprint else BlockDiffusionCache
         return cache_class(len(self.backbone.layers), num_columns)
 
     def _static_cache(self, batch_size: int, num_columns: int, device: torch.device) -> StaticBlockDiffusionCache:
@@ -216,7 +217,7 @@ class BlockDiffusionDecoder:
             # not. They stay in order, which sampling goes by. A static step computes the other columns too.
             order = (~predicted).to(torch.int8).argsort(dim=-1, stable=True)
             columns = order[:, :num_kept]
-            computed = order if isinstance(cache, StaticBlockDiffusionCache) else columns
+            computed = order if self.is_static else columns
             hidden_states = self._forward(canvas, start, stop, cache, computed)  # (branches, rows, computed, hidden)
             if sprint is not None and start > 0 and step + 1 == sprint.cache_warmup_steps:
                 self._prune(canvas, start, cache, sprint)
@@ -307,7 +308,7 @@ class BlockDiffusionDecoder:
         padding = canvas.padding[:, self.rows].flatten()
         columns = torch.arange(first, stop, device=canvas.ids.device)
         forward = self.backbone
-        if isinstance(cache, StaticBlockDiffusionCache) and stop - first > 2 * self.block_length:
+        if self.is_static and stop - first > 2 * self.block_length:
             forward = self.backbone._call_impl  # a prompt, not compiled: a graph of fixed shapes would serve no other
         outputs = forward(
             input_ids=canvas.ids[:, self.rows, first:stop].flatten(0, 1),
@@ -323,7 +324,7 @@ class BlockDiffusionDecoder:
     def _attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None):
         """`None` where the backbone's own block-causal mask will do. Most steps of a block share one."""
         is_pruned = isinstance(cache, SprintCache) and cache.kept_is_real is not None
-        if not (self._is_padded or is_pruned or isinstance(cache, StaticBlockDiffusionCache)):
+        if not (self._is_padded or is_pruned or self.is_static):
             return None
         if self._mask_columns != (first, stop, is_pruned):
             self._mask = self._make_attention_mask(canvas, first, stop, cache, is_pruned)
@@ -332,18 +333,17 @@ class BlockDiffusionDecoder:
 
     def _make_attention_mask(self, canvas: Canvas, first: int, stop: int, cache: Cache | None, is_pruned: bool):
         visible = self._visible(canvas, stop)
-        if is_pruned:
-            visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
-        elif cache is not None:
-            not_written = cache.get_mask_sizes(stop - first, 0)[0] - stop
-            visible = F.pad(visible, (0, not_written))
-        if not isinstance(cache, StaticBlockDiffusionCache) and bool(visible.all()):
-            return None
         shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)
         if is_pruned:
+            visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
+            if bool(visible.all()):
+                return None
             return create_bidirectional_mask(
                 config=self.backbone.config, inputs_embeds=shape, attention_mask=visible, past_key_values=cache
             )
+        if self.is_static:
+            not_written = cache.get_mask_sizes(stop - first, 0)[0] - stop
+            visible = F.pad(visible, (0, not_written))
         block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
         return create_block_causal_mask(self.backbone.config, shape, visible, cache, self.block_length, block_start)
 
