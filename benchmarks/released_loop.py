@@ -3,7 +3,7 @@
 import torch
 
 from transformers_llada_uni import LLaDA2MoeForBlockDiffusion
-from transformers_llada_uni.block_diffusion_sampling import commit_schedule, guided_logits
+from transformers_llada_uni.generation.sampling import commit_schedule, guided_logits
 
 
 @torch.no_grad()

@@ -3,19 +3,18 @@ import json
 
 import pytest
 import torch
-from torch._dynamo.utils import get_static_address_type
 from transformers import TextStreamer
 
 from tests.property_cases import random_case, tiny_backbone
+from tests.recorded_steps import recorded_on_cpu
 from transformers_llada_uni import BlockDiffusionGenerationConfig, LLaDA2MoeForBlockDiffusion
-from transformers_llada_uni.block_diffusion_sampling import (
+from transformers_llada_uni.generation.guided_head import GuidedHead
+from transformers_llada_uni.generation.sampling import (
     commit_schedule,
     guided_logits,
     predict_tokens,
     select_positions,
 )
-from transformers_llada_uni.guided_head import GuidedHead
-from transformers_llada_uni.input_checks import check_static_cache
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +116,8 @@ class TestCacheIsExact:
         generate = getattr(backbone, method)
         cached = generate(**arguments)
         assert torch.equal(cached, generate(**arguments, use_cache=False))
-        assert torch.equal(cached, generate(**arguments, cache_implementation="static"))
+        with recorded_on_cpu():
+            assert torch.equal(cached, generate(**arguments, use_cuda_graphs=False))  # static, but not recorded
         for row in range(cached.shape[0]):
             alone = {
                 name: value[row : row + 1] if torch.is_tensor(value) else value for name, value in arguments.items()
@@ -132,57 +132,6 @@ class TestCacheIsExact:
         for seed in range(6):
             method, arguments = random_case(seed)
             assert torch.equal(getattr(model, method)(**arguments), getattr(backbone, method)(**arguments))
-
-    def test_static_shapes_and_addresses(self, backbone):
-        """Who records a step finds again all that it was recorded with, in this call and the next."""
-        steps, places = [], set()
-
-        def look(module, args, kwargs):
-            cache = kwargs["past_key_values"]
-            buffers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-            assert all(get_static_address_type(buffer) for buffer in buffers)
-            places.add(tuple(tensor.data_ptr() for tensor in (*buffers, cache.first_column)))
-            shapes = [kwargs[name].shape for name in ("input_ids", "attention_mask", "columns_to_keep")]
-            steps.append(tuple(map(tuple, [*shapes, buffers[0].shape])))
-
-        model = copy.deepcopy(backbone)
-        model.model.register_forward_pre_hook(look, with_kwargs=True)
-        settings = {"max_new_tokens": 40, "block_length": 8, "num_steps_per_block": 4, "threshold": 1.0}
-        for length, buffer_length in ((5, 256), (16, 256), (21, 256), (230, 512), (21, 512)):
-            ids = torch.randint(0, 60, (1, length), generator=torch.Generator().manual_seed(1))
-            wanted = backbone.generate(ids, eos_token_id=None, **settings)
-            steps.clear()
-            found = model.generate(ids, cache_implementation="static", eos_token_id=None, **settings)
-            assert torch.equal(found, wanted)
-            # Behind the prompt; a block's first step takes the block before it along.
-            assert set(steps[1:]) == {
-                ((1, columns), (1, 1, columns, buffer_length), (1, 8), (1, 2, buffer_length, 8)) for columns in (8, 16)
-            }
-        assert len(places) == 2
-
-    def test_static_batches_keep_rows_that_have_ended(self, backbone):
-        numbers_of_rows = []
-        model = copy.deepcopy(backbone)
-        model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: numbers_of_rows.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
-        ids = torch.randint(0, 60, (4, 21), generator=torch.Generator().manual_seed(1))
-        settings = {"max_new_tokens": 80, "block_length": 8, "eos_token_id": [1, 2, 3], "pad_token_id": 62}
-        exact = model.generate(ids, **settings)
-        assert set(numbers_of_rows) > {4, 2}  # rows end at different blocks
-        numbers_of_rows.clear()
-        assert torch.equal(exact, model.generate(ids, cache_implementation="static", **settings))
-        assert set(numbers_of_rows) == {4}
-
-    def test_static_buffers_need_a_mask_and_one_device(self, backbone):
-        model = copy.deepcopy(backbone)
-        model.config._attn_implementation_internal = "flash_attention_2"
-        with pytest.raises(ValueError, match="'static'` hides by a mask.*'flash_attention_2'"):
-            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, cache_implementation="static")
-        devices = [torch.device(name) for name in ("cpu", "meta", "cuda:0", "cuda:0")]
-        check_static_cache("sdpa", devices)
-        with pytest.raises(ValueError, match="'static'` keeps its buffers on one device; the backbone is on 2"):
-            check_static_cache("sdpa", [*devices, torch.device("cuda:1")])
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_last_layer_computes_only_masked_columns(self, backbone, use_cache):
@@ -273,23 +222,22 @@ class TestRules:
         with torch.no_grad():
             expected = guided_logits(head(hidden_states), *guidance)[:, 20:45]
             expected[:, 2] = float("-inf")
-            found = GuidedHead(head, (20, 45), [3, 22], guidance)(hidden_states)
+            found = GuidedHead(head, (20, 45), [3, 22], guidance, num_branches)(hidden_states)
             head.register_forward_hook(lambda module, args, output: output)  # now it is more than a matrix
-            called = GuidedHead(head, (20, 45), [3, 22], guidance)(hidden_states)
+            called = GuidedHead(head, (20, 45), [3, 22], guidance, num_branches)(hidden_states)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(called, expected, rtol=1e-5, atol=1e-5)
 
     def test_confidences_by_hand(self):
         logits = torch.tensor([[0.0, 1.0, 3.0]])
         p = logits.softmax(dim=-1)[0]
-        rows = torch.zeros(1, dtype=torch.long)
-        token, probability, ranking = predict_tokens(logits, rows)
+        token, probability, ranking = predict_tokens(logits)
         assert token.item() == 2
         torch.testing.assert_close(probability[0], p[2])
         torch.testing.assert_close(ranking[0], p[2])
-        torch.testing.assert_close(predict_tokens(logits, rows, confidence="top_k_margin")[2][0], p[2] - p[1])
+        torch.testing.assert_close(predict_tokens(logits, confidence="top_k_margin")[2][0], p[2] - p[1])
         entropy = -(p * p.log()).sum()
-        torch.testing.assert_close(predict_tokens(logits, rows, confidence="neg_entropy")[2][0], -entropy)
+        torch.testing.assert_close(predict_tokens(logits, confidence="neg_entropy")[2][0], -entropy)
 
     def test_rows_end_apart(self, backbone):
         ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(3))

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.property_cases import tiny_backbone
-from transformers_llada_uni.block_diffusion_cache import BlockDiffusionCache
+from transformers_llada_uni.generation.cache import BlockDiffusionCache
 
 
 BLOCK_LENGTH = 8
@@ -67,28 +67,6 @@ def test_generate_takes_one_graph_for_the_prompt_and_two_for_all_steps(model):
     # before, are variables; so is the length of the buffers, but the prompt's graph, which makes them, learns it late.
     assert not counters["graph_break"]
     assert num_graphs == [3, 4, 4]
-
-
-@pytest.mark.parametrize("experts_implementation", ["grouped_mm", "fused_gather"])
-def test_a_static_cache_takes_two_graphs_without_a_variable(model, experts_implementation):
-    """With `dynamic=False` whatever changes from step to step would be a graph of its own."""
-    model.set_experts_implementation(experts_implementation)
-    arguments = {"eos_token_id": [], "block_length": BLOCK_LENGTH, "num_steps_per_block": 4, "threshold": 1.0}
-    cases = [(24, 24), (24, 40), (24, 56), (31, 56), (45, 40), (40, 40)]  # tokens of the prompt, new tokens
-    prompts = [torch.arange(10, 10 + length)[None] for length, _ in cases]
-    wanted = [
-        model.generate(ids, max_new_tokens=count, **arguments) for ids, (_, count) in zip(prompts, cases, strict=True)
-    ]
-    counters.clear()  # fused_gather has compiled its loops
-    model.model.compile(fullgraph=True, backend="eager", dynamic=False)
-    num_graphs = []
-    for ids, (_, count), tokens in zip(prompts, cases, wanted, strict=True):
-        found = model.generate(ids, max_new_tokens=count, cache_implementation="static", **arguments)
-        assert torch.equal(found, tokens)
-        num_graphs.append(counters["stats"]["unique_graphs"])
-    assert not counters["graph_break"]
-    # The steps of all calls share two graphs; prompts, of any length, are not compiled.
-    assert num_graphs == [2] * len(cases)
 
 
 def test_all_kinds_of_calls_in_one_process(model):

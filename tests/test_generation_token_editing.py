@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.property_cases import tiny_backbone
-from transformers_llada_uni.block_diffusion_sampling import commit_schedule
+from transformers_llada_uni.generation.sampling import commit_schedule
 
 
 BLOCK_LENGTH = 8

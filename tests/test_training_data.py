@@ -7,7 +7,7 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import pack_dataset
 
-from transformers_llada_uni.block_diffusion_decoding import Canvas
+from transformers_llada_uni.generation.canvas import Canvas
 from transformers_llada_uni.training import (
     encode_images,
     mix_datasets,

@@ -13,13 +13,14 @@ from .lazy_names import attach
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "block_diffusion_cache": ["BlockDiffusionCache", "SprintCache", "SprintConfig"],
+    "generation.cache": ["BlockDiffusionCache"],
+    "generation.sprint": ["SprintCache", "SprintConfig"],
     "configuration_llada2_moe": ["LLaDA2MoeConfig"],
     "configuration_llada_uni": ["LLaDAUniConfig"],
     "expert_offloading": ["expert_offload_device_map"],
-    "generation_block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
-    "generation_interleaved": ["InterleavedGenerationMixin"],
-    "generation_configuration": ["BlockDiffusionGenerationConfig"],
+    "generation.block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
+    "generation.interleaved": ["InterleavedGenerationMixin"],
+    "generation.configuration": ["BlockDiffusionGenerationConfig"],
     "image_processing_llada_uni": ["LLaDAUniImageProcessor"],
     "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
     "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
@@ -29,13 +30,14 @@ _EXPORTS = {
 __getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
-    from .block_diffusion_cache import *
     from .configuration_llada2_moe import *
     from .configuration_llada_uni import *
     from .expert_offloading import *
-    from .generation_block_diffusion import *
-    from .generation_configuration import *
-    from .generation_interleaved import *
+    from .generation.block_diffusion import *
+    from .generation.cache import *
+    from .generation.configuration import *
+    from .generation.interleaved import *
+    from .generation.sprint import *
     from .image_processing_llada_uni import *
     from .modeling_llada2_moe import *
     from .modeling_llada_uni import *

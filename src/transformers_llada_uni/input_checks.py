@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from .masking_block_causal import PrefixMask
+
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -77,7 +79,7 @@ def check_forward_inputs(
         check_tensor("inputs_embeds", inputs_embeds, ndim=3)
         batch_size, length = inputs_embeds.shape[:2]
         check_shape("inputs_embeds", inputs_embeds, (batch_size, length, hidden_size))
-    if attention_mask is not None and not isinstance(attention_mask, BlockMask):
+    if attention_mask is not None and not isinstance(attention_mask, (BlockMask, PrefixMask)):
         check_tensor("attention_mask", attention_mask)
         if attention_mask.ndim == 2:
             check_shape("attention_mask", attention_mask, (batch_size, past_length + length))
@@ -152,20 +154,6 @@ def check_streamer(streamer: Any, num_rows: int) -> None:
         raise TypeError(f"`streamer` must have the methods `put` and `end`, got {type(streamer).__name__}.")
     if num_rows > 1:
         raise ValueError(f"`streamer` takes one row at a time, but `input_ids` has {num_rows}.")
-
-
-def check_static_cache(attn_implementation: str, devices: Iterable[torch.device]) -> None:
-    """What `cache_implementation="static"` asks of a backbone: attention under a 4-D mask, and one device."""
-    if attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            "`cache_implementation='static'` hides by a mask what is not written yet, and "
-            f"`attn_implementation={attn_implementation!r}` takes none; load the model with 'sdpa'."
-        )
-    devices = {device for device in devices if device.type not in ("cpu", "meta")}  # these are offloaded weights
-    if len(devices) > 1:
-        raise ValueError(
-            f"`cache_implementation='static'` keeps its buffers on one device; the backbone is on {len(devices)}."
-        )
 
 
 def check_grid(grid: Any) -> int:

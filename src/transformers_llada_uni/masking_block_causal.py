@@ -1,10 +1,50 @@
 """The block-causal attention mask, for every attention implementation of transformers."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
+
+
+@dataclass
+class PrefixMask:
+    """
+    The block-causal mask of a step over key/value buffers that are longer than what is written, in a form that a
+    kernel goes by: where the step stands is a tensor, so a recorded step finds it anew.
+
+    Attributes:
+        first_column: `()`, the column of the first query.
+        padding: `(batch,)`, columns of padding on the left.
+        block_length: Tokens in a block. Blocks begin at column 0.
+    """
+
+    first_column: torch.Tensor
+    padding: torch.Tensor
+    block_length: int
+
+    def dense(self, config: PreTrainedConfig, query_length: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """
+        The mask `(batch, 1, query_length, length)` that attention of transformers takes under it.
+
+        Raises:
+            ValueError: if the attention implementation takes no such mask.
+        """
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"`attn_implementation={config._attn_implementation!r}` takes no 4-D mask.")
+        columns = torch.arange(length, device=self.padding.device)
+        queries = self.first_column + torch.arange(query_length, device=self.padding.device)
+        limits = (queries // self.block_length + 1) * self.block_length
+        visible = (columns < limits[:, None]) & (columns >= self.padding[:, None, None])
+        # Padding sees itself: a query that sees nothing gives NaN in some implementations.
+        visible = (visible | (columns == queries[:, None]))[:, None]
+        if config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
 
 
 def create_block_causal_mask(

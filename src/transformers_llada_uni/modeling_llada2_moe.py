@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -32,10 +32,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .experts_fused_gather import fused_gather_experts_forward
-from .generation_block_diffusion import BlockDiffusionGenerationMixin
-from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
+from .generation.block_diffusion import BlockDiffusionGenerationMixin
+from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
-from .masking_block_causal import create_block_causal_mask
+from .kernels import can_fuse, has_triton
+from .masking_block_causal import PrefixMask, create_block_causal_mask
 from .quantization_torchao import compute_torchao_experts_eagerly
 
 
@@ -72,6 +73,42 @@ def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tenso
     return states.expand(rows, *states.shape[1:]).gather(-2, index)
 
 
+class LLaDA2MoeRMSNorm(Glm4MoeRMSNorm):
+    """With the addition to the residual stream that goes before it; on a GPU without gradients one kernel."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `(..., hidden_size)`.
+            residual: As `hidden_states`, added to them first.
+
+        Returns:
+            The normed states; with `residual`, these and the sum.
+        """
+        if can_fuse(hidden_states, self.weight):
+            from .kernels.normalization import rms_norm
+
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+        if residual is None:
+            return super().forward(hidden_states)
+        hidden_states = residual + hidden_states
+        return super().forward(hidden_states), hidden_states
+
+
+class LLaDA2MoeMLP(Glm4MoeMLP):
+    """The dense MLP; also the shared expert."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if self.config.hidden_act == "silu" and can_fuse(gate, self.gate_proj.weight):
+            from .kernels.normalization import silu_multiply
+
+            return self.down_proj(silu_multiply(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
+
+
 class LLaDA2MoeAttention(nn.Module):
     """Grouped-query attention with RMSNorm on query and key heads and rotary embedding on the first channels."""
 
@@ -90,28 +127,37 @@ class LLaDA2MoeAttention(nn.Module):
         self.query_key_value = nn.Linear(
             config.hidden_size, (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim, bias=False
         )
-        self.query_layernorm = Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.key_layernorm = Glm4MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.query_layernorm = LLaDA2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.key_layernorm = LLaDA2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | PrefixMask | None,
         past_key_values: Cache | None = None,
         columns_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
+            attention_mask: With a [`PrefixMask`] keys and values go into the static buffers of `past_key_values` and
+                are attended to there.
             columns_to_keep: `(batch, kept)`, the columns that attend; all of them are attended to. Default: all.
 
         Returns:
             `(batch, kept, hidden_size)` and, where the implementation has them, the attention weights.
         """
-        input_shape = hidden_states.shape[:-1]
-        heads = self.query_key_value(hidden_states).view(*input_shape, -1, self.head_dim)
+        query_key_value = self.query_key_value(hidden_states)
+        if isinstance(attention_mask, PrefixMask):
+            layer = past_key_values.layers[self.layer_idx]
+            attn_output = self._attend_to_prefix(query_key_value, position_embeddings, attention_mask, layer)
+            if columns_to_keep is not None:
+                attn_output = take_columns(attn_output, columns_to_keep)
+            return self.dense(attn_output), None
+
+        heads = query_key_value.view(*hidden_states.shape[:-1], -1, self.head_dim)
         query_states, key_states, value_states = heads.split(
             [self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=-2
         )
@@ -149,6 +195,33 @@ class LLaDA2MoeAttention(nn.Module):
         attn_output = attn_output.flatten(-2).contiguous()
         return self.dense(attn_output), attn_weights
 
+    def _attend_to_prefix(
+        self,
+        query_key_value: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        mask: PrefixMask,
+        layer: CacheLayerMixin,
+    ) -> torch.Tensor:
+        """Norms, rotary embedding, cache and attention in two kernels (three where few programs share the keys)."""
+        from .kernels.prefix_attention import prefix_attention
+        from .kernels.rotary import rotate_and_store
+
+        query = rotate_and_store(
+            query_key_value,
+            self.query_layernorm.weight,
+            self.key_layernorm.weight,
+            self.query_layernorm.variance_epsilon,
+            *position_embeddings,
+            layer.keys,
+            layer.values,
+            mask.first_column,
+            self.num_heads,
+            self.num_key_value_heads,
+        )
+        return prefix_attention(
+            query, layer.keys, layer.values, mask.first_column, mask.padding, mask.block_length, self.scaling
+        )
+
 
 class LLaDA2MoeTopkRouter(nn.Module):
     """
@@ -173,6 +246,12 @@ class LLaDA2MoeTopkRouter(nn.Module):
             Router logits `(tokens, num_experts)`, weights and indices of the chosen experts `(tokens, top_k)`.
         """
         config = self.config
+        if can_fuse(hidden_states, self.weight):
+            from .kernels.router import choose_experts, router_logits
+
+            logits = router_logits(hidden_states, self.weight)
+            settings = (config.n_group, config.topk_group, config.num_experts_per_tok, config.routed_scaling_factor)
+            return logits, *choose_experts(logits, self.expert_bias, *settings)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision would tie scores
         router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         scores = router_logits.sigmoid()
@@ -193,7 +272,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         super().__init__()
         self.gate = LLaDA2MoeTopkRouter(config)
         self.experts = Glm4MoeExperts(config)
-        self.shared_experts = Glm4MoeMLP(
+        self.shared_experts = LLaDA2MoeMLP(
             config, intermediate_size=config.moe_intermediate_size * config.num_shared_experts
         )
 
@@ -209,11 +288,11 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.attention = LLaDA2MoeAttention(config, layer_idx)
         if layer_idx < config.first_k_dense_replace:
-            self.mlp = Glm4MoeMLP(config)
+            self.mlp = LLaDA2MoeMLP(config)
         else:
             self.mlp = LLaDA2MoeSparseMoeBlock(config)
-        self.input_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -233,8 +312,8 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
             columns_to_keep=columns_to_keep,
             **kwargs,
         )
-        hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        return residual + self.mlp(hidden_states)
 
 
 class LLaDA2MoePreTrainedModel(PreTrainedModel):
@@ -260,6 +339,11 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in the source of this file; ours is on the class that we import.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and torch.cuda.is_available() and has_triton():
+            requested_experts = "triton"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def from_pretrained(
@@ -333,10 +417,9 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.layers = nn.ModuleList(
             [LLaDA2MoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = Glm4MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LLaDA2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Glm4MoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self.static_caches: dict[int, Cache] = {}  # of `generate` with `cache_implementation="static"`, by rows
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -363,7 +446,8 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         r"""
         Args:
             input_ids: `(batch, length)`.
-            attention_mask: `(batch, past + length)`, 0 for padding; or a ready 4-D mask or `BlockMask`.
+            attention_mask: `(batch, past + length)`, 0 for padding; or a ready 4-D mask or `BlockMask`; or a
+                [`PrefixMask`], with a cache whose buffers are static.
             position_ids: `(batch, length)`. Default: counted from each row's first token that is not padding.
             past_key_values: A cache that ends at a block boundary.
             inputs_embeds: `(batch, length, hidden_size)` in place of `input_ids`.
@@ -391,6 +475,11 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         check_columns_to_keep(columns_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
+        if isinstance(attention_mask, PrefixMask) and not self._attends_by_kernel(inputs_embeds):
+            buffer_length, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], 0)
+            attention_mask = attention_mask.dense(
+                self.config, inputs_embeds.shape[1], buffer_length, inputs_embeds.dtype
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -406,7 +495,8 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         hidden_states = inputs_embeds
         # Only masks with a row per query can be narrowed: with those of flash and flex attention the last layer
         # computes all columns.
-        is_narrow = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
+        is_narrow = attention_mask is None or isinstance(attention_mask, PrefixMask)
+        is_narrow = is_narrow or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4)
         for layer_idx, layer in enumerate(self.layers):
             is_last = layer_idx + 1 == len(self.layers)
             hidden_states = layer(
@@ -420,6 +510,17 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         if columns_to_keep is not None and not is_narrow:
             hidden_states = take_columns(hidden_states, columns_to_keep.to(hidden_states.device))
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _attends_by_kernel(self, inputs_embeds: torch.Tensor) -> bool:
+        """Whether Triton's kernel takes the place of sdpa under a [`PrefixMask`]."""
+        config = self.config
+        if config._attn_implementation != "sdpa" or not can_fuse(inputs_embeds, self.word_embeddings.weight):
+            return False
+        from .kernels.prefix_attention import can_attend_to_prefix
+
+        return can_attend_to_prefix(
+            inputs_embeds.dtype, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        )
 
 
 class LLaDA2MoeForBlockDiffusion(LLaDA2MoePreTrainedModel, BlockDiffusionGenerationMixin):

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel  # noqa: F401  diffusers reads here how a component is loaded
 from transformers.cache_utils import Cache
-from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
@@ -13,9 +12,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_llada_uni import LLaDAUniConfig
-from .generation_interleaved import InterleavedGenerationMixin
+from .generation.interleaved import InterleavedGenerationMixin
 from .input_checks import check_ids, check_labels, check_pictures
 from .modeling_llada2_moe import LLaDA2MoeModel, LLaDA2MoePreTrainedModel
+from .weight_hooks import weights_in_place
 
 
 class LLaDAUniPreTrainedModel(LLaDA2MoePreTrainedModel):
@@ -45,19 +45,9 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         return self.language_model
 
     @property
-    def _position_embedding(self) -> nn.Embedding:
-        return self.visual.embeddings.position_embedding
-
-    @property
-    def _codebook(self) -> nn.Embedding:
-        return self.vqmodel.quantize.embedding
-
-    @property
     def _patch_width(self) -> int:
         return self.config.vision_config.in_channels * self.config.vision_config.patch_size**2
 
-    # Upstream reads the weights of these two without calling them, so offloading would not bring them in by itself.
-    @force_accelerate_hooks(["_position_embedding", "_codebook"])
     @torch.no_grad()
     def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
         r"""
@@ -73,11 +63,13 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
             ValueError, TypeError: if patches and grids do not fit together.
         """
         lengths = check_pictures(pixel_values, image_grid_thw, self._patch_width)
-        features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
-        codes = []
-        for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
-            picture = picture.T.reshape(1, -1, height, width)
-            codes.append(self.vqmodel.encode(picture).image_tokens.view(height, width))
+        # Upstream reads the weights of these two without calling them.
+        with weights_in_place(self.visual.embeddings.position_embedding, self.vqmodel.quantize.embedding):
+            features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
+            codes = []
+            for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
+                picture = picture.T.reshape(1, -1, height, width)
+                codes.append(self.vqmodel.encode(picture).image_tokens.view(height, width))
         return codes
 
     def check_pictures(

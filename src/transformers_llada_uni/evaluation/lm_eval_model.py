@@ -10,7 +10,7 @@ from accelerate.utils import find_executable_batch_size
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..generation_block_diffusion import as_list
+from ..generation.block_diffusion import as_list
 from ..input_checks import check_integer
 from ..processing_llada_uni import _TEXT_CHAT as TEXT_CHAT
 from ..prompts import left_pad

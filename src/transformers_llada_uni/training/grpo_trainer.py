@@ -16,7 +16,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import global_then_local_main_first, pad
 
-from ..generation_configuration import BlockDiffusionGenerationConfig
+from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
 from ..processing_llada_uni import UPSCALE
 from .checkpointing import ResumableTrainerMixin

@@ -26,6 +26,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from ..input_checks import check_integer, check_shape, check_tensor
+from ..weight_hooks import weights_in_place
 from .masking import block_ids_of, create_noisy_clean_mask, positions_of, running_block_ids
 
 
@@ -203,17 +204,19 @@ def _score(
     model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
-    weight = model.get_output_embeddings().weight
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-    if targets.numel() == 0:
-        # No token is masked: zero-sized results that still hang on the model, so that `backward` works.
-        nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
-        return nothing, nothing.detach(), nothing.detach(), nothing.detach()
-    with maybe_gather_lm_head_ctx(weight):
-        log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-            hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
-        )
+    head = model.get_output_embeddings()
+    with weights_in_place(head):
+        weight = head.weight
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        if targets.numel() == 0:
+            # No token is masked: zero-sized results that still hang on the model, so that `backward` works.
+            nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
+            return nothing, nothing.detach(), nothing.detach(), nothing.detach()
+        with maybe_gather_lm_head_ctx(weight):
+            log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+                hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
+            )
     return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 

@@ -1,163 +1,13 @@
-"""What a step of block diffusion reads and writes: keys and values of the prefix, exact, static, or SPRINT's."""
+"""SPRINT, the release's own acceleration: an approximation that prunes the prefix."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .input_checks import check_integer, check_number
-
-
-class BlockDiffusionLayer(CacheLayerMixin):
-    """
-    Keys and values of one layer in a buffer of fixed size.
-
-    Under the block-causal mask the keys and values of finished blocks never change. A step writes those of the
-    columns it forwards behind the committed prefix and attends to both; `commit` then decides how many of them stay.
-    Whatever is not committed is overwritten by the next step, so nothing is copied or concatenated.
-    """
-
-    is_croppable = False
-
-    def __init__(self, max_length: int):
-        super().__init__()
-        self.max_length = max_length
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch_size, num_heads, _, head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch_size, num_heads, self.max_length, head_dim)
-        self.values = value_states.new_zeros(batch_size, num_heads, self.max_length, value_states.shape[-1])
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def commit(self, num_columns: int) -> None:
-        if self.length == 0 and self.is_initialized:
-            # A compiled backbone shall take buffers of any length.
-            torch._dynamo.maybe_mark_dynamic(self.keys, 2)
-            torch._dynamo.maybe_mark_dynamic(self.values, 2)
-        self.length += num_columns
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return self.max_length
-
-    def reset(self) -> None:
-        self.length = 0
-
-
-class BlockDiffusionCache(Cache):
-    """
-    The exact prefix cache of [`BlockDiffusionGenerationMixin.generate`].
-
-    Args:
-        num_layers (`int`): Layers of the backbone.
-        max_length (`int`): Columns of the whole canvas, prompt included. All memory is taken at the first step.
-    """
-
-    layer_class = BlockDiffusionLayer
-
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(layers=[self.layer_class(max_length) for _ in range(num_layers)])
-
-    def commit(self, num_columns: int) -> None:
-        """Keeps the first `num_columns` columns of the last step as part of the prefix."""
-        for layer in self.layers:
-            layer.commit(num_columns)
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps the rows of these indices (shape `(rows,)`), when others have ended."""
-        for layer in self.layers:
-            layer.select_rows(rows)
-
-
-class StaticBlockDiffusionLayer(BlockDiffusionLayer):
-    """The whole buffer is attended to, and where a step writes is a tensor, which a recorded graph reads anew."""
-
-    first_column: torch.Tensor  # of the next step, the same tensor in all layers
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        # A graph that writes into a buffer which may move would not be recorded.
-        torch._dynamo.mark_static_address(self.keys)
-        torch._dynamo.mark_static_address(self.values)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = self.first_column + torch.arange(key_states.shape[-2], device=self.device)
-        self.keys.index_copy_(2, columns, key_states.to(self.dtype))
-        self.values.index_copy_(2, columns, value_states.to(self.dtype))
-        # Mixed precision computes in another type than that of the weights, which the buffers have.
-        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
-
-    def commit(self, num_columns: int) -> None:
-        self.length += num_columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.max_length, 0
-
-
-class StaticBlockDiffusionCache(BlockDiffusionCache):
-    """
-    As exact as [`BlockDiffusionCache`], with buffers whose shapes and addresses stay from step to step and from call
-    to call, as CUDA graphs need it. Every step must come with a 4-D mask that hides what is not written yet.
-
-    Args:
-        config (`PreTrainedConfig`): Of the backbone.
-        batch_size (`int`): Rows of all branches.
-        max_length (`int`): Columns of the canvas. The buffers are longer, up to a multiple of 256, so that canvases of
-            different lengths share them.
-        dtype (`torch.dtype`), device (`torch.device`): Of keys and values.
-    """
-
-    layer_class = StaticBlockDiffusionLayer
-
-    def __init__(
-        self, config: PreTrainedConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ):
-        super().__init__(config.num_hidden_layers, (max_length // 256 + 1) * 256)
-        # Not at the first step: what is made within a graph is overwritten by its next run.
-        self.early_initialization(batch_size, config.num_key_value_heads, config.head_dim, dtype, device)
-        self.first_column = torch.zeros((), dtype=torch.long, device=device)
-        for layer in self.layers:
-            layer.first_column = self.first_column
-
-    def will_do(self, num_columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether it can be used again for a canvas of so many columns."""
-        keys = self.layers[0].keys
-        is_alike = keys.dtype == dtype and keys.device == device
-        return is_alike and num_columns < keys.shape[2] and keys.is_inference() == torch.is_inference_mode_enabled()
-
-    def commit(self, num_columns: int) -> None:
-        super().commit(num_columns)
-        self.first_column += num_columns
-
-    def reset(self) -> None:
-        super().reset()
-        self.first_column.zero_()
+from ..input_checks import check_integer, check_number
+from .cache import BlockDiffusionCache, BlockDiffusionLayer
 
 
 @dataclass(frozen=True)
@@ -301,4 +151,4 @@ class SprintCache(BlockDiffusionCache):
             layer.restore()
 
 
-__all__ = ["BlockDiffusionCache", "SprintCache", "SprintConfig"]
+__all__ = ["SprintCache", "SprintConfig"]

@@ -56,9 +56,8 @@ def guided_logits(
 
 def predict_tokens(
     logits: torch.Tensor,
-    rows: torch.Tensor,
     warpers: LogitsProcessorList | None = None,
-    generator: Generators = None,
+    uniforms: torch.Tensor | None = None,
     confidence: str = "low_confidence",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
@@ -66,9 +65,8 @@ def predict_tokens(
 
     Args:
         logits: `(masks, vocabulary)`.
-        rows: `(masks,)`, the batch row each mask belongs to, ascending.
         warpers: What shapes the distribution that is sampled from. `None`: take the most probable token.
-        generator: One for the batch or one per row (indexed by `rows`).
+        uniforms: `(masks,)`, with `warpers`: where from 0 to 1 the token lies in the cumulative distribution.
         confidence: What ranks positions, see [`SprintConfig`].
 
     Returns:
@@ -79,13 +77,11 @@ def predict_tokens(
     probabilities = logits.softmax(dim=-1)
     if warpers is None:
         tokens = probabilities.argmax(dim=-1)
-    elif isinstance(generator, list):
-        tokens = torch.empty_like(rows)
-        for row in rows.unique().tolist():
-            of_row = rows == row
-            tokens[of_row] = _multinomial(probabilities[of_row], generator[row])
     else:
-        tokens = _multinomial(probabilities, generator)
+        cumulative = probabilities.cumsum(dim=-1)
+        # Of the sum as it was rounded, so that no number lies behind it; `right`: no token of probability 0 is met.
+        reached = uniforms[:, None].to(cumulative.dtype) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     token_probabilities = probabilities.gather(-1, tokens[:, None])[:, 0]
     if confidence == "top_k_margin":
         best = probabilities.topk(2, dim=-1).values
@@ -95,12 +91,6 @@ def predict_tokens(
     else:
         ranking = token_probabilities
     return tokens, token_probabilities, ranking
-
-
-def _multinomial(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    device = probabilities.device if generator is None else generator.device  # a CPU generator serves any device
-    sampled = torch.multinomial(probabilities.to(device), 1, generator=generator)[:, 0]
-    return sampled.to(probabilities.device)
 
 
 def make_warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
@@ -129,7 +119,7 @@ def select_positions(
     Args:
         masked: `(rows, block)`.
         ranking, probabilities: `(rows, block)`; only values at masked positions count.
-        count: How many to commit, the best by `ranking`: one number or `(rows,)`.
+        count: How many to commit, the best by `ranking`: one number, or one of each row, `(rows, 1)`.
         threshold: Positions whose token is more probable than this are sure.
         at_least_count: For text a row with `count` or more sure positions commits just those, else its best `count`.
             For image codes (`True`) both are committed.
@@ -137,8 +127,6 @@ def select_positions(
     Returns:
         `(rows, block)`, true where the token is committed.
     """
-    if isinstance(count, torch.Tensor):
-        count = count[:, None]
     order = ranking.masked_fill(~masked, float("-inf")).argsort(dim=-1, descending=True, stable=True)
     best = masked & (order.argsort(dim=-1) < count)
     sure = masked & (probabilities > threshold)

@@ -1,10 +1,16 @@
 """Logits under guidance, of the ids that may be predicted and no others."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .block_diffusion_sampling import guided_hidden_states, guided_logits
+from .sampling import guided_hidden_states, guided_logits
+
+
+# Of a head: a checksum of its weight, and the spread matrix of that weight.
+_SPREAD_MATRICES: WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
 
 class GuidedHead:
@@ -17,8 +23,8 @@ class GuidedHead:
 
         var(W h) = h^T G h / (V - 1),   G = (W - w)^T (W - w),
 
-    a matrix of the hidden size that is made at the first step. It is not kept for longer than the head, as nothing
-    tells for sure that a weight is still what it was.
+    a matrix of the hidden size. It is remembered with the head, and made anew where a checksum of the weight tells that
+    this is no longer what it was.
 
     Args:
         head: Hidden states to logits. One that is more than a matrix (sharded, offloaded, quantised, with an adapter)
@@ -26,6 +32,7 @@ class GuidedHead:
         allowed: First and last-plus-one id that may be predicted. `None`: all.
         never_predicted: Ids of those that are not predicted all the same.
         guidance: `guidance_scale`, `image_guidance_scale`, `guidance_rescale`, see [`guided_logits`].
+        num_branches: Of guidance.
     """
 
     def __init__(
@@ -34,11 +41,18 @@ class GuidedHead:
         allowed: tuple[int, int] | None,
         never_predicted: list[int],
         guidance: tuple[float, float, float],
+        num_branches: int,
     ):
         self.head, self.guidance = head, guidance
-        self._spread_matrix: torch.Tensor | None = None
         self.low, self.high = allowed or (0, head.out_features)
-        self.excluded = [token_id - self.low for token_id in never_predicted if self.low <= token_id < self.high]
+        excluded = [token_id - self.low for token_id in never_predicted if self.low <= token_id < self.high]
+        self.is_plain = _is_plain_linear(head)
+        self.excluded = torch.tensor(excluded, dtype=torch.long)
+        if self.is_plain:
+            self.excluded = self.excluded.to(head.weight.device)
+        self.spread_matrix: torch.Tensor | None = None
+        if self.is_plain and num_branches > 1 and guidance[2] > 0:
+            self.spread_matrix = _remembered_spread_matrix(head)
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -48,14 +62,13 @@ class GuidedHead:
         Returns:
             `(masks, ids)`, float32 at least.
         """
-        if _is_plain_linear(self.head):
+        if self.is_plain:
             logits = self._combined(hidden_states)
         else:
             logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[
                 :, self.low : self.high
             ]
-        logits[:, self.excluded] = float("-inf")
-        return logits
+        return logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
 
     def _combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
         *scales, rescale = self.guidance
@@ -65,10 +78,8 @@ class GuidedHead:
         branches = _at_least_float32(hidden_states)
         guided = guided_hidden_states(branches, *scales)
         logits = _at_least_float32(_linear(guided.to(weight.dtype), weight))
-        if rescale > 0:
-            if self._spread_matrix is None:
-                self._spread_matrix = _spread_matrix(self.head.weight)
-            conditional_spread, guided_spread = (_spread(h, self._spread_matrix) for h in (branches[0], guided))
+        if self.spread_matrix is not None:
+            conditional_spread, guided_spread = (_spread(h, self.spread_matrix) for h in (branches[0], guided))
             ratio = conditional_spread / (guided_spread + 1e-6)
             logits = logits * (rescale * ratio + 1 - rescale)[:, None]
         return logits
@@ -88,6 +99,27 @@ def _spread(hidden_states: torch.Tensor, spread_matrix: torch.Tensor) -> torch.T
 
 
 @torch.no_grad()
+def _remembered_spread_matrix(head: nn.Linear) -> torch.Tensor:
+    checksum = _checksum(head.weight)
+    remembered = _SPREAD_MATRICES.get(head)
+    if remembered is None or remembered[0] != checksum or remembered[1].device != head.weight.device:
+        with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
+            remembered = checksum, _spread_matrix(head.weight.detach())
+        _SPREAD_MATRICES[head] = remembered
+    return remembered[1]
+
+
+def _checksum(weight: torch.Tensor) -> int:
+    """Of all bits of a weight, and of their places: sums of its rows and columns as integers, weighted by where."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    bits = weight.detach().view(integers)
+    checksum = torch.zeros((), dtype=torch.long, device=weight.device)
+    for dim in (0, 1):
+        sums = bits.sum(dim=dim, dtype=torch.long)
+        checksum = checksum * 31 + (sums * torch.arange(1, 2 * len(sums), 2, device=weight.device)).sum()
+    return int(checksum)
+
+
 def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
     """G / (V - 1) of a weight `(vocabulary, hidden)`, at least float32."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -103,6 +135,7 @@ def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
 def _is_plain_linear(head: nn.Module) -> bool:
     """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
     hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    hooked = hooked or getattr(getattr(head, "_diffusers_hook", None), "hooks", None)  # group offloading
     return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
 
 

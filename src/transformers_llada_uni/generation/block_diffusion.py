@@ -12,21 +12,22 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .block_diffusion_decoding import BlockDiffusionDecoder, Canvas
-from .block_diffusion_sampling import Generators
-from .generation_configuration import BlockDiffusionGenerationConfig, check_generation_config
-from .input_checks import (
+from ..input_checks import (
     check_generator,
     check_grid,
     check_guidance,
     check_known_codes,
     check_length,
-    check_static_cache,
     check_streamer,
     check_token_id,
     refuse_settings,
     split_rows,
 )
+from .canvas import Canvas
+from .configuration import BlockDiffusionGenerationConfig, check_generation_config
+from .decoding import BlockDiffusionDecoder
+from .recording import recordings_of, why_not_recorded
+from .sampling import Generators
 
 
 logger = logging.get_logger(__name__)
@@ -89,6 +90,10 @@ class BlockDiffusionGenerationMixin:
                 if getattr(foreign, name) is not None:
                     setattr(self.generation_config, name, getattr(foreign, name))
             logger.warning("Of `generation_config.json` only the special tokens are used: %s", error)
+
+    def release_cuda_graphs(self) -> None:
+        """Frees what generation keeps on a GPU from call to call: recorded steps and their buffers."""
+        recordings_of(self.get_decoder()).release()
 
     @torch.no_grad()
     def generate(
@@ -366,9 +371,10 @@ class BlockDiffusionGenerationMixin:
                 f"`block_length` ({config.block_length}) exceeds `max_position_embeddings` "
                 f"({text_config.max_position_embeddings})."
             )
-        if config.cache_implementation == "static":
-            devices = (parameter.device for parameter in self.get_decoder().parameters())
-            check_static_cache(text_config._attn_implementation, devices)
+        if config.use_cuda_graphs:
+            reason = why_not_recorded(self.get_decoder(), self.lm_head)
+            if reason is not None:
+                raise ValueError(f"`use_cuda_graphs=True` cannot be had: {reason}.")
         return config
 
     def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .block_diffusion_cache import SprintConfig
-from .input_checks import check_integer, check_number, check_token_id
+from ..input_checks import check_integer, check_number, check_token_id
+from .sprint import SprintConfig
 
 
 class BlockDiffusionGenerationConfig(GenerationConfig):
@@ -29,9 +29,10 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             sampled from.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
-        cache_implementation (`str`, defaults to `"exact"`): `"exact"`; `"static"`, exact too, in buffers and steps of
-            unchanging shapes, for CUDA graphs; or `"sprint"`, an approximation.
+        cache_implementation (`str`, defaults to `"exact"`): `"exact"`, or `"sprint"`, an approximation.
         cache_config (`dict`, *optional*): Fields of [`SprintConfig`], for `cache_implementation="sprint"`.
+        use_cuda_graphs (`bool`, *optional*): Record the steps of the exact cache as CUDA graphs, which gives the same
+            tokens, several times as fast on a GPU. By default wherever it can be done; `True` raises where it cannot.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`BlockDiffusionOutput`] with counts.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; others are
             taken from the model's configuration. `eos_token_id` may be a list: any of them ends a row.
@@ -55,6 +56,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         "use_cache": True,
         "cache_implementation": "exact",
         "cache_config": None,
+        "use_cuda_graphs": None,
         "return_dict_in_generate": False,
         "mask_token_id": None,
         "eos_token_id": None,
@@ -97,13 +99,17 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         for name in ("do_sample", "use_cache", "return_dict_in_generate"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        implementations = ("exact", "static", "sprint")
+        implementations = ("exact", "sprint")
         if self.cache_implementation not in implementations:
             raise ValueError(
                 f"`cache_implementation` must be one of {implementations}, got {self.cache_implementation!r}."
             )
         if self.cache_implementation != "exact" and not self.use_cache:
             raise ValueError(f"`cache_implementation={self.cache_implementation!r}` needs `use_cache=True`.")
+        if self.use_cuda_graphs not in (None, True, False):
+            raise ValueError(f"`use_cuda_graphs` must be True, False or None, got {self.use_cuda_graphs!r}.")
+        if self.use_cuda_graphs and (self.cache_implementation != "exact" or not self.use_cache):
+            raise ValueError("`use_cuda_graphs=True` needs the exact cache.")
         if self.cache_config is not None and self.cache_implementation != "sprint":
             raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
         if self.cache_implementation == "sprint":

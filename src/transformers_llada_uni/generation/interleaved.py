@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .generation_block_diffusion import BlockDiffusionGenerationMixin, as_list
-from .generation_configuration import BlockDiffusionGenerationConfig
-from .input_checks import check_generator, check_grid, check_guidance, check_integer, refuse_settings
+from ..input_checks import check_generator, check_grid, check_guidance, check_integer, refuse_settings
+from .block_diffusion import BlockDiffusionGenerationMixin, as_list
+from .configuration import BlockDiffusionGenerationConfig
 
 
 logger = logging.get_logger(__name__)

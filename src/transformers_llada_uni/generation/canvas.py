@@ -1,0 +1,72 @@
+"""The canvas of block diffusion: prompts and the room to be filled, of all rows and branches of guidance."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Canvas:
+    """
+    Prompts and the room to be filled, laid out so that blocks of all rows and guidance branches fall together.
+
+    A row is moved right by whole blocks until the block that holds its prompt's end is that of all other rows; so a
+    block of the canvas is a block of the row, and a row in a batch equals the row alone. The companions of guidance
+    are padded to the column where the conditional prompt ends. Padding is never seen, and positions start after it.
+
+    Attributes:
+        ids: `(branches, rows, columns)`.
+        padding: `(branches, rows)`, columns of padding on the left.
+        masked: `(rows, columns)`, true where a token is to be generated.
+        prompt_end: `(rows,)`, first column after the prompt.
+        end: `(rows,)`, first column after what is to be generated.
+        confidence: `(rows, columns)`, the probability a token was committed with, 1 in prompts.
+    """
+
+    ids: torch.Tensor
+    padding: torch.Tensor
+    masked: torch.Tensor
+    prompt_end: torch.Tensor
+    end: torch.Tensor
+    confidence: torch.Tensor
+
+    @classmethod
+    def lay_out(
+        cls, branches: list[list[torch.Tensor]], num_new_tokens: int, block_length: int, mask_token_id: int
+    ) -> "Canvas":
+        """
+        Args:
+            branches: Per branch the unpadded prompts of all rows, each `(length,)`; the first is the conditional one,
+                in which mask tokens are filled in too.
+            num_new_tokens: Room after the prompt.
+            block_length: Tokens in a block.
+            mask_token_id: What the room is filled with.
+        """
+        device = branches[0][0].device
+        prompt_end_blocks = 0
+        for prompts in zip(*branches, strict=True):
+            longest, tail = max(len(prompt) for prompt in prompts), len(prompts[0]) % block_length
+            prompt_end_blocks = max(prompt_end_blocks, -(-(longest - tail) // block_length))
+        prompt_end = [prompt_end_blocks * block_length + len(prompt) % block_length for prompt in branches[0]]
+        num_columns = -(-(max(prompt_end) + num_new_tokens) // block_length) * block_length
+
+        ids = torch.full((len(branches), len(prompt_end), num_columns), mask_token_id, device=device)
+        padding = torch.zeros(len(branches), len(prompt_end), dtype=torch.long, device=device)
+        for branch, prompts in enumerate(branches):
+            for row, prompt in enumerate(prompts):
+                padding[branch, row] = prompt_end[row] - len(prompt)
+                ids[branch, row, prompt_end[row] - len(prompt) : prompt_end[row]] = prompt
+        columns = torch.arange(num_columns, device=device)
+        masked = (ids[0] == mask_token_id) & (columns >= padding[0][:, None])
+        prompt_end = torch.tensor(prompt_end, device=device)
+        return cls(
+            ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked, dtype=torch.float32)
+        )
+
+    @property
+    def num_columns(self) -> int:
+        return self.ids.shape[-1]
+
+    def num_masked(self, block_length: int) -> list[list[int]]:
+        """How many masks each block of each row holds, `[rows][blocks]`: the one look at the canvas that is needed."""
+        return self.masked.unflatten(-1, (-1, block_length)).sum(dim=-1).tolist()

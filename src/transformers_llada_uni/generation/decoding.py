@@ -1,0 +1,171 @@
+"""The loop of block diffusion over a canvas: block after block, rows of unequal prompts, guidance, cached or plain."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .cache import BlockDiffusionCache
+from .canvas import Canvas
+from .configuration import BlockDiffusionGenerationConfig
+from .guided_head import GuidedHead
+from .policy import CommitPolicy, num_steps_of
+from .recording import StaticBuffers, fingerprint_of, recordings_of, why_not_recorded, why_not_static
+from .runners import EagerRunner, Runner, StaticRunner
+from .sampling import Generators, make_warpers
+from .sprint import SprintCache, SprintConfig
+from .state import BlockState
+from .step import DenoisingStep
+
+
+@dataclass
+class FinishedBlock:
+    """What the loop yields after each block: its columns."""
+
+    start: int
+    stop: int
+
+
+class BlockDiffusionDecoder:
+    """
+    Fills in a [`Canvas`], block by block, in place.
+
+    Args:
+        backbone: Ids to hidden states, with block-causal attention.
+        head: Hidden states to logits.
+        config: The settings.
+        never_predicted: Ids that are not predicted: the mask, and the placeholder of codes that pixels will give.
+        allowed: First and last-plus-one id that may be predicted. `None`: all.
+        is_image: Use the rule for image codes, see [`select_positions`].
+        guidance: `guidance_scale`, `image_guidance_scale`, `guidance_rescale`.
+        generator: For sampling, one or one per row.
+        is_done: From `(tokens (rows, block), is_new (rows, block))` to `(rows,)`: rows that end with this block.
+        image_token_offset: First image code, for SPRINT's separate ratios.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        config: BlockDiffusionGenerationConfig,
+        never_predicted: list[int],
+        allowed: tuple[int, int] | None = None,
+        is_image: bool = False,
+        guidance: tuple[float, float, float] = (1.0, 0.0, 0.0),
+        generator: Generators = None,
+        is_done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        image_token_offset: int | None = None,
+    ):
+        self.backbone, self.head, self.config = backbone, head, config
+        self.never_predicted, self.allowed, self.is_image = never_predicted, allowed, is_image
+        self.guidance, self.generator, self.is_done = guidance, generator, is_done
+        self.image_token_offset = image_token_offset
+        self.block_length = config.block_length
+        self.num_forward_passes = 0
+
+    def run(self, canvas: Canvas) -> Iterator[FinishedBlock]:
+        """
+        1. Choose who runs the steps, and on which cache.
+        2. For every block from the first that holds a mask:
+            a. fill it in;
+            b. leave out the rows that have ended.
+        """
+        # What stands in the way of a block's masks is known from the canvas; the device is not asked again.
+        num_masked, ends = canvas.num_masked(self.block_length), canvas.end.tolist()
+        first_block = min((next((i for i, n in enumerate(row) if n), len(row)) for row in num_masked), default=0)
+        # 1. Choose who runs the steps, and on which cache.
+        with self._runner(canvas) as runner:
+            live = list(range(len(ends)))
+            # 2. Walk the blocks.
+            for block in range(first_block, canvas.num_columns // self.block_length):
+                start, stop = block * self.block_length, (block + 1) * self.block_length
+                # 2.a. A block without a mask (known text between two gaps) is only context; the next step forwards it.
+                counts = [num_masked[row][block] if row in live else 0 for row in runner.rows]
+                if any(counts):
+                    runner.fill(start, counts)
+                    self.num_forward_passes = runner.num_forward_passes
+                # 2.b. Leave out the rows that have ended.
+                is_done = self._rows_done(canvas, runner, start, stop)
+                ended = [
+                    index
+                    for index, row in enumerate(runner.rows)
+                    if row in live and (ends[row] <= stop or is_done[index])
+                ]
+                yield FinishedBlock(start, stop)
+                live = [row for row in live if row not in {runner.rows[index] for index in ended}]
+                if not live:
+                    return
+                if ended:
+                    runner.drop(ended)
+
+    def _rows_done(self, canvas: Canvas, runner: Runner, start: int, stop: int) -> list[bool]:
+        if self.is_done is None:
+            return [False] * len(runner.rows)
+        rows = runner.row_index
+        columns = torch.arange(start, stop, device=rows.device)
+        is_new = (columns >= canvas.prompt_end[rows, None]) & (columns < canvas.end[rows, None])
+        return self.is_done(canvas.ids[0, rows, start:stop], is_new).tolist()
+
+    @contextmanager
+    def _runner(self, canvas: Canvas) -> Iterator[Runner]:
+        config, backbone = self.config, self.backbone
+        num_branches, num_rows, num_columns = canvas.ids.shape
+        # Three branches fall back from SPRINT to the exact cache, as in the release.
+        is_sprint = config.cache_implementation == "sprint" and num_branches < 3
+        sprint = config.sprint_config() if config.use_cache and is_sprint else None
+        is_exact = config.use_cache and sprint is None
+
+        if not is_exact or why_not_static(backbone, self.head) is not None:
+            cache = None
+            if config.use_cache:
+                cache_class = BlockDiffusionCache if sprint is None else SprintCache
+                cache = cache_class(len(backbone.layers), num_columns)
+            head = self._guided_head(num_branches)
+
+            def make_step(num_rows: int) -> tuple[BlockState, DenoisingStep]:
+                return self._make_step(canvas, num_rows, head, sprint)
+
+            yield EagerRunner(canvas, self.generator, backbone, cache, make_step, sprint, self.image_token_offset)
+            return
+
+        with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
+            state, step = self._make_step(canvas, num_rows, self._guided_head(num_branches), None)
+
+        def make_buffers(pool: tuple[int, int] | None) -> StaticBuffers:
+            return StaticBuffers(backbone, state, step, num_columns, pool)
+
+        recordings = recordings_of(backbone)
+        is_recorded = config.use_cuda_graphs is not False and why_not_recorded(backbone, self.head) is None
+        if not is_recorded or recordings.is_in_use_here:
+            yield StaticRunner(canvas, self.generator, make_buffers(None))
+            return
+        fingerprint = fingerprint_of(backbone, step)
+        with recordings.borrow(self._kind(canvas), fingerprint, num_columns, make_buffers) as buffers:
+            yield StaticRunner(canvas, self.generator, buffers)
+
+    def _kind(self, canvas: Canvas) -> tuple:
+        """All that a recorded step holds fixed, but for the model."""
+        config = self.config
+        policy = (config.block_length, config.num_steps_per_block, config.threshold)
+        editing = (config.editing_threshold, config.max_post_steps)
+        sampling = (config.temperature, config.top_k, config.top_p) if config.do_sample else None
+        guidance = self.guidance if len(canvas.ids) > 1 else None
+        head = (self.allowed, tuple(self.never_predicted))
+        return tuple(canvas.ids.shape[:2]), policy, editing, sampling, guidance, head, self.is_image
+
+    def _guided_head(self, num_branches: int) -> GuidedHead:
+        return GuidedHead(self.head, self.allowed, self.never_predicted, self.guidance, num_branches)
+
+    def _make_step(
+        self, canvas: Canvas, num_rows: int, head: GuidedHead, sprint: SprintConfig | None
+    ) -> tuple[BlockState, DenoisingStep]:
+        config = self.config
+        warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
+        state = BlockState(
+            len(canvas.ids), num_rows, self.block_length, num_steps_of(config), canvas.ids.device, config.do_sample
+        )
+        policy = CommitPolicy(config, state, self.is_image, sprint)
+        confidence = "low_confidence" if sprint is None else sprint.confidence
+        return state, DenoisingStep(self.backbone, head, policy, self.block_length, self.allowed, warpers, confidence)

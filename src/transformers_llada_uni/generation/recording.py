@@ -1,0 +1,252 @@
+"""Steps recorded as CUDA graphs, their buffers, and which of them a model keeps."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.utils import logging
+from transformers.utils import output_capturing as capturing
+
+from ..kernels import is_fused
+from .cache import BlockDiffusionCache
+from .state import BlockState
+from .step import DenoisingStep
+
+
+logger = logging.get_logger(__name__)
+
+# Steps of so many kinds (shapes and settings) are kept for a model, and of those but the last so many bytes of buffers.
+MAX_KINDS = 8
+MAX_BYTES = 2 * 2**30
+# Buffers are as long as the shortest of these that will do, so that canvases of different lengths share them.
+BUFFER_LENGTHS = tuple(1024 * 2**power for power in range(32))
+# The prompt is forwarded in pieces of so many columns, the last one filled up; the buffers have room for that.
+PIECES = (1024, 256)
+RECORDABLE_DEVICES = ("cuda",)
+# Those that decide nothing by the value of a tensor
+RECORDABLE_EXPERTS = ("triton", "grouped_mm", "batched_mm")
+
+
+class CudaGraph:
+    """
+    A program of tensors recorded on a GPU; recording does not run it.
+
+    Args:
+        program: Changes tensors that outlive it, and allocates none that does.
+        pool: Memory for what it allocates. Graphs that never run at the same time share it.
+    """
+
+    def __init__(self, program: Callable[[], None], pool: tuple[int, int]):
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with what a recording thread may not do.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            program()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class StaticBuffers:
+    """
+    All that steps of one kind read and write, at addresses that stay; and, where they are recorded, their graphs.
+
+    Args:
+        backbone: The model without its head.
+        state ([`BlockState`]): Of the block.
+        step ([`DenoisingStep`]): Works on that state.
+        num_columns (`int`): Columns of the canvas.
+        pool: For graphs. `None`: nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        state: BlockState,
+        step: DenoisingStep,
+        num_columns: int,
+        pool: tuple[int, int] | None,
+    ):
+        num_branches, num_rows, block_length = state.tokens.shape
+        device = state.tokens.device
+        self.state, self.step = state, step
+        # Whole blocks: a block that is forwarded in parts would not see all of itself.
+        self.pieces = {
+            length: torch.zeros(num_branches, num_rows, length, dtype=torch.long, device=device)
+            for length in sorted({max(piece // block_length, 1) * block_length for piece in PIECES}, reverse=True)
+        }
+        needed = num_columns + min(self.pieces)
+        self.length = next(length for length in BUFFER_LENGTHS if length >= needed)
+        self.cache = BlockDiffusionCache(len(backbone.layers), self.length)
+        self.cache.make_static(backbone.config, num_branches * num_rows, backbone.dtype, device)
+        self.padding = torch.zeros(num_branches, num_rows, dtype=torch.long, device=device)
+        self.context = torch.zeros_like(state.tokens)
+        self.first_columns = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
+        self.pool = pool
+        self._graphs: dict[str, CudaGraph] = {}
+        self._has_run: set[str] = set()
+
+    def will_do(self, num_columns: int) -> bool:
+        """Whether the buffers are long enough for a canvas of so many columns."""
+        return num_columns + min(self.pieces) <= self.length
+
+    def run(self, name: str, program: Callable[[], None]) -> None:
+        """
+        Runs the program of this name, which is the same at every call: as it is at first, which compiles its kernels
+        and takes the memory of its libraries; from its second run on recorded.
+        """
+        if name not in self._graphs and self.pool is not None and name in self._has_run:
+            try:
+                self._graphs[name] = CudaGraph(program, self.pool)
+            except RuntimeError as error:
+                logger.warning_once(f"Steps of generation are not recorded as CUDA graphs, and so slower: {error}")
+                self.pool = None
+        if name in self._graphs:
+            self._graphs[name].replay()
+        else:
+            program()
+            self._has_run.add(name)
+
+
+class Recordings:
+    """
+    What a model keeps recorded, the least recently used first. One thread works with it at a time; others wait.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), None
+        self._kept: OrderedDict[Hashable, tuple[Hashable, StaticBuffers]] = OrderedDict()
+        self._last_use: torch.cuda.Event | None = None
+        self.pool: tuple[int, int] | None = None
+
+    @property
+    def is_in_use_here(self) -> bool:
+        """Whether this thread works with it already: a callback of generation that generates."""
+        return self._owner == threading.get_ident()
+
+    @contextmanager
+    def borrow(
+        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[tuple], StaticBuffers]
+    ) -> Iterator[StaticBuffers]:
+        """
+        Buffers and graphs of a kind of steps, for this thread alone until it leaves.
+
+        Args:
+            kind: All that a recorded step holds fixed, but for what follows.
+            fingerprint: Of the model: where its weights are. A graph reads them there.
+            num_columns: Columns of the canvas.
+            make: Makes them, given the pool, where there are none yet that will do.
+        """
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
+                    buffers = self._find(kind, fingerprint, num_columns, make)
+                is_cuda = buffers.padding.is_cuda
+                if is_cuda and self._last_use is not None:
+                    self._last_use.wait()  # another thread's stream may still be at work
+                yield buffers
+                if is_cuda:
+                    self._last_use = torch.cuda.Event()
+                    self._last_use.record()
+            finally:
+                self._owner = None
+
+    def _find(
+        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[tuple], StaticBuffers]
+    ) -> StaticBuffers:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        known = self._kept.pop(kind, None)
+        if known is not None and known[0] == fingerprint and known[1].will_do(num_columns):
+            buffers = known[1]
+        else:
+            del known  # its memory serves the new one
+            buffers = make(self.pool)
+        for other in [other for other, (old, _) in self._kept.items() if old != fingerprint]:
+            del self._kept[other]
+        self._kept[kind] = fingerprint, buffers
+        buffers.cache.reset()
+        while len(self._kept) > 1 and (len(self._kept) > MAX_KINDS or self.num_bytes > MAX_BYTES):
+            self._kept.popitem(last=False)
+        return buffers
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all keys and values that are kept."""
+        return sum(buffers.cache.num_bytes for _, buffers in self._kept.values())
+
+    def release(self) -> None:
+        """Lets go of all graphs and buffers."""
+        with self._lock:
+            self._kept.clear()
+            self.pool = None
+
+
+_RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
+_RECORDINGS_LOCK = threading.Lock()
+
+
+def recordings_of(backbone: nn.Module) -> Recordings:
+    """Those of a model; not an attribute of it, as graphs can be neither copied nor saved."""
+    with _RECORDINGS_LOCK:
+        return _RECORDINGS.setdefault(backbone, Recordings())
+
+
+def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
+    """What stands against steps in static buffers, which the kernels for GPUs go by. `None`: nothing."""
+    tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
+    if next(iter(devices)).type not in RECORDABLE_DEVICES:
+        return f"the model is on {next(iter(devices))}, not on a GPU of CUDA"
+    if any(_is_hooked(module) for module in (*backbone.modules(), head)):
+        return "the model has hooks, such as those that offload its weights"
+    if backbone.config._attn_implementation not in ("sdpa", "eager"):
+        return f"`attn_implementation={backbone.config._attn_implementation!r}` takes no 4-D mask"
+    if torch.is_autocast_enabled(next(iter(devices)).type):
+        return "autocast is on"
+    return None
+
+
+def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
+    """What stands against recording steps of this model. `None`: nothing."""
+    reason = why_not_static(backbone, head)
+    if reason is not None:
+        return reason
+    experts_implementation = backbone.config._experts_implementation
+    if experts_implementation not in RECORDABLE_EXPERTS:
+        return f"`experts_implementation={experts_implementation!r}` may read values of tensors"
+    modules = (*backbone.modules(), head)
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in modules):
+        return "adapters, which may be switched, are not merged into the model"
+    kinds = {type(tensor) for module in modules for tensor in module.parameters(recurse=False)}
+    if kinds - {nn.Parameter}:
+        return f"weights are {', '.join(sorted(kind.__name__ for kind in kinds - {nn.Parameter}))}"
+    if backbone.training:
+        return "the model is in training mode"
+    if backbone._compiled_call_impl is not None:
+        return "the backbone is compiled"
+    return None
+
+
+def fingerprint_of(backbone: nn.Module, step: DenoisingStep) -> Hashable:
+    """Where all tensors of a model are, and how it computes."""
+    tensors = [*backbone.parameters(), *backbone.buffers(), *step.head.head.parameters()]
+    if step.head.spread_matrix is not None:
+        tensors.append(step.head.spread_matrix)
+    config = backbone.config
+    places = tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+    return places, config._attn_implementation, config._experts_implementation, is_fused()
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    # transformers leaves those behind once hidden states were asked for; they do nothing by themselves.
+    hooks = [hook for hook in hooks if getattr(hook, "__module__", None) != capturing.__name__]
+    of_diffusers = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return bool(hooks or of_diffusers or hasattr(module, "_hf_hook"))

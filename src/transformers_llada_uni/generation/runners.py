@@ -1,0 +1,244 @@
+"""Who runs the steps of a block: one that narrows them to what is left, and one whose steps all look alike."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+from ..masking_block_causal import create_block_causal_mask
+from .cache import BlockDiffusionCache
+from .canvas import Canvas
+from .recording import StaticBuffers
+from .sampling import Generators
+from .sprint import SprintCache, SprintConfig
+from .state import BlockState
+from .step import DenoisingStep
+
+
+class Runner:
+    """
+    Fills in blocks of a canvas.
+
+    Args:
+        canvas ([`Canvas`]): Filled in place.
+        generator: For sampling, one or one per row.
+
+    Attributes:
+        rows: Rows of the canvas that are under work.
+        num_forward_passes: Forward passes of the backbone so far.
+    """
+
+    state: BlockState
+    step: DenoisingStep
+
+    def __init__(self, canvas: Canvas, generator: Generators):
+        self.canvas, self.generator = canvas, generator
+        self.num_branches, num_rows, _ = canvas.ids.shape
+        self.rows = list(range(num_rows))
+        self.row_index = torch.arange(num_rows, device=canvas.ids.device)
+        self.num_forward_passes = 0
+
+    def fill(self, start: int, num_masked: list[int]) -> None:
+        """
+        Args:
+            start: First column of the block.
+            num_masked: Masks in it, of each row under work.
+        """
+        self.state.load(self.canvas, self.row_index, start)
+        with_masks = [(index, self.rows[index]) for index, count in enumerate(num_masked) if count]
+        self.state.draw(self.generator, with_masks)
+        policy = self.step.policy
+        policy.begin(self.state)
+        num_left = max(num_masked)
+        for index, count in enumerate(policy.counts_of_steps):
+            if num_left == 0:
+                break
+            self.run_step(start, index, num_left)
+            # Where a block may end early the device is asked, once a step: the price of ending early.
+            num_left = max(num_left - count, 0) if policy.is_scheduled else int(self.state.num_left)
+        self.state.store(self.canvas, self.row_index, start)
+
+    def run_step(self, start: int, index: int, num_left: int) -> None:
+        """The step `index` of the block at `start`, in which no row has more than `num_left` masks."""
+        raise NotImplementedError
+
+    def drop(self, indices: list[int]) -> None:
+        """The rows of these indices (of `rows`) have ended; others go on."""
+        raise NotImplementedError
+
+
+class EagerRunner(Runner):
+    """
+    Computes what is left and no more: of the last layer and the head only the columns still masked, attention to what
+    is written, rows that go on. Right everywhere: on CPUs, over several devices, with weights that travel.
+
+    Args:
+        canvas, generator: As above.
+        backbone: The model without its head.
+        cache ([`BlockDiffusionCache`], *optional*): The prefix. `None`: everything is forwarded in every step.
+        make_step: Makes the state and the step for a number of rows.
+        sprint ([`SprintConfig`], *optional*): With a [`SprintCache`].
+        image_token_offset (`int`, *optional*): First image code, for SPRINT's separate ratios.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        generator: Generators,
+        backbone: nn.Module,
+        cache: BlockDiffusionCache | None,
+        make_step: Callable[[int], tuple[BlockState, DenoisingStep]],
+        sprint: SprintConfig | None,
+        image_token_offset: int | None,
+    ):
+        super().__init__(canvas, generator)
+        self.backbone, self.cache, self.make_step = backbone, cache, make_step
+        self.sprint, self.image_token_offset = sprint, image_token_offset
+        self.state, self.step = make_step(len(self.rows))
+        self.block_length = self.step.block_length
+        self._is_padded, self._mask, self._mask_columns = bool(canvas.padding.any()), None, None
+
+    def fill(self, start: int, num_masked: list[int]) -> None:
+        super().fill(start, num_masked)
+        if self.sprint is not None:
+            self.cache.restore()
+
+    def run_step(self, start: int, index: int, num_left: int) -> None:
+        canvas, cache, sprint = self.canvas, self.cache, self.sprint
+        stop = start + self.block_length
+        # SPRINT: the last warm-up step shows which part of the prefix the others need.
+        is_observed = sprint is not None and start > 0 and index + 1 == sprint.cache_warmup_steps
+        if is_observed:
+            cache.observe(self._visible(stop), self.block_length)
+        if cache is not None and is_flash_attention_requested(self.backbone.config):
+            # Flash attention knows no block-causal mask: one block at a time.
+            for block in range(cache.get_seq_length(), start, self.block_length):
+                self._forward(block, block + self.block_length)
+                cache.commit(self.block_length)
+        # A block's first step forwards whatever is not committed yet along with it (the prompt, or the block before it
+        # with its final tokens) and commits that; so committing takes no pass of its own.
+        first = 0 if cache is None else cache.get_seq_length()
+        context = canvas.ids[:, self.row_index, first:start] if first < start else None
+        # Only these columns are predicted; rows that have fewer than another are filled up with columns that are not.
+        columns = (~self.state.predicted).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_left]
+        padding = canvas.padding[:, self.row_index]
+        self.num_forward_passes += 1
+        self.step(self.state, padding, cache, context, self._attention_mask(first, stop), columns)
+        if cache is not None:
+            cache.commit(start - first)
+        if is_observed:
+            self._prune(start)
+
+    def drop(self, indices: list[int]) -> None:
+        kept = [index for index in range(len(self.rows)) if index not in indices]
+        kept_index = torch.tensor(kept, device=self.row_index.device)
+        if self.cache is not None:
+            branches = torch.arange(self.num_branches, device=self.row_index.device)[:, None] * len(self.rows)
+            self.cache.select_rows((branches + kept_index).flatten())
+        self.rows, self.row_index = [self.rows[index] for index in kept], self.row_index[kept_index]
+        self.state, self.step = self.make_step(len(self.rows))
+        self._mask_columns = None
+
+    def _forward(self, start: int, stop: int) -> None:
+        """A block that is only context, behind the cache."""
+        tokens = self.canvas.ids[:, self.row_index, start:stop]
+        mask = self._attention_mask(start, stop)
+        self.num_forward_passes += 1
+        self.step.forward(tokens, self.canvas.padding[:, self.row_index], self.cache, mask=mask)
+
+    def _attention_mask(self, first: int, stop: int):
+        """`None` where the backbone's own block-causal mask will do. Most steps of a block share one."""
+        is_pruned = isinstance(self.cache, SprintCache) and self.cache.kept_is_real is not None
+        if not (self._is_padded or is_pruned):
+            return None
+        if self._mask_columns != (first, stop, is_pruned):
+            self._mask = self._make_attention_mask(first, stop, is_pruned)
+            self._mask_columns = (first, stop, is_pruned)
+        return self._mask
+
+    def _make_attention_mask(self, first: int, stop: int, is_pruned: bool):
+        config, cache, visible = self.backbone.config, self.cache, self._visible(stop)
+        shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)
+        if is_pruned:
+            visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
+            if bool(visible.all()):
+                return None
+            return create_bidirectional_mask(
+                config=config, inputs_embeds=shape, attention_mask=visible, past_key_values=cache
+            )
+        block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
+        return create_block_causal_mask(config, shape, visible, cache, self.block_length, block_start)
+
+    def _visible(self, stop: int) -> torch.Tensor:
+        """`(branches * rows, stop)`, false for padding."""
+        columns = torch.arange(stop, device=self.row_index.device)
+        return columns >= self.canvas.padding[:, self.row_index].flatten()[:, None]
+
+    def _prune(self, start: int) -> None:
+        prefix = self.canvas.ids[:, self.row_index, :start].flatten(0, 1)
+        is_image = torch.zeros_like(prefix, dtype=torch.bool)
+        if self.image_token_offset is not None:
+            is_image = prefix >= self.image_token_offset
+        confidence = self.canvas.confidence[self.row_index, :start].repeat(self.num_branches, 1)
+        self.cache.prune(self.sprint, confidence, is_image, self._visible(start))
+
+
+class StaticRunner(Runner):
+    """
+    Steps of one shape at one place: each computes all columns of its block for all rows, also of those that have
+    ended, and can be recorded. For GPUs, where a step costs what reading the weights costs.
+
+    Args:
+        canvas, generator: As above.
+        buffers ([`StaticBuffers`]): Made for such a canvas.
+    """
+
+    def __init__(self, canvas: Canvas, generator: Generators, buffers: StaticBuffers):
+        super().__init__(canvas, generator)
+        self.buffers, self.cache = buffers, buffers.cache
+        self.state, self.step = buffers.state, buffers.step
+        self.block_length = self.step.block_length
+        buffers.padding.copy_(canvas.padding)
+
+    def fill(self, start: int, num_masked: list[int]) -> None:
+        self._extend_prefix(start)
+        super().fill(start, num_masked)
+
+    def run_step(self, start: int, index: int, num_left: int) -> None:
+        self.num_forward_passes += 1
+        if index == 0 and self.cache.get_seq_length() < start:
+            self.buffers.context.copy_(self.canvas.ids[:, :, start - self.block_length : start])
+            self.buffers.run("step behind a finished block", self._step_behind_block)
+            self.cache.commit(self.block_length)
+        else:
+            self.buffers.run("step", self._step)
+
+    def drop(self, indices: list[int]) -> None:
+        """The batch keeps its shape; nothing is left to predict in these rows."""
+        self.canvas.masked[self.row_index[torch.tensor(indices, device=self.row_index.device)]] = False
+
+    def _step(self) -> None:
+        self.step(self.state, self.buffers.padding, self.cache)
+
+    def _step_behind_block(self) -> None:
+        self.step(self.state, self.buffers.padding, self.cache, self.buffers.context)
+
+    def _extend_prefix(self, start: int) -> None:
+        """Forwards what stands before a block, but for one finished block, which the first step takes along."""
+        while (left := start - self.cache.get_seq_length()) > self.block_length:
+            first = start - left
+            length = next((length for length in self.buffers.pieces if length <= left), min(self.buffers.pieces))
+            piece = self.buffers.pieces[length]
+            # What reaches into the block and beyond is overwritten; nothing before it sees it.
+            tokens = self.canvas.ids[:, :, first : first + length]
+            piece.copy_(F.pad(tokens, (0, length - tokens.shape[-1])))
+            self.num_forward_passes += 1
+            self.buffers.run(f"prefix of {length}", lambda piece=piece: self._forward(piece))
+            self.cache.commit(min(length, left))
+
+    def _forward(self, piece: torch.Tensor) -> None:
+        # Of the last layer only keys and values are needed: one column keeps its shapes simple.
+        self.step.forward(piece, self.buffers.padding, self.cache, columns=self.buffers.first_columns)

@@ -1,0 +1,88 @@
+"""What a step of denoising reads and writes of the block it works on."""
+
+import torch
+
+from .canvas import Canvas
+from .sampling import Generators
+
+
+class BlockState:
+    """
+    The block under work, in tensors that stay where they are: a step changes them in place, so that a recorded step
+    finds them again.
+
+    Args:
+        num_branches (`int`): Branches of guidance.
+        num_rows (`int`): Rows of the batch.
+        block_length (`int`): Tokens in a block.
+        num_steps (`int`): Steps a block may take.
+        device (`torch.device`): Where the tensors are.
+        is_sampled (`bool`): Whether steps draw tokens.
+
+    Attributes:
+        tokens: `(branches, rows, block)`.
+        masked: `(rows, block)`, true where a token is still to be found.
+        is_new: `(rows, block)`, false in the prompt, where branches have words of their own.
+        confidence: `(rows, block)`, the probability a token was committed with.
+        predicted: `(rows, block)`, true where the next step needs a prediction.
+        num_left: `()`, the most of them that a row has; 0 ends the block.
+        step: `()`, counts the steps.
+        uniforms: `(steps, rows, block)`, a number from 0 to 1 for every draw there may be: a step draws no random
+            number itself, and a row's numbers do not depend on the other rows. `None` where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        num_branches: int,
+        num_rows: int,
+        block_length: int,
+        num_steps: int,
+        device: torch.device,
+        is_sampled: bool,
+    ):
+        shape = (num_rows, block_length)
+        self.tokens = torch.zeros(num_branches, *shape, dtype=torch.long, device=device)
+        self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.is_new = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.confidence = torch.zeros(shape, device=device)
+        self.predicted = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.num_left = torch.zeros((), dtype=torch.long, device=device)
+        self.step = torch.zeros((), dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(num_steps, *shape, device=device) if is_sampled else None
+
+    def load(self, canvas: Canvas, rows: torch.Tensor, start: int) -> None:
+        """Takes the block that begins at column `start`, of these rows, from the canvas."""
+        stop = start + self.masked.shape[-1]
+        self.tokens.copy_(canvas.ids[:, rows, start:stop])
+        self.masked.copy_(canvas.masked[rows, start:stop])
+        self.is_new.copy_(torch.arange(start, stop, device=rows.device) >= canvas.prompt_end[rows, None])
+        self.confidence.copy_(canvas.confidence[rows, start:stop])
+        self.predicted.copy_(self.masked)
+        self.step.zero_()
+
+    def store(self, canvas: Canvas, rows: torch.Tensor, start: int) -> None:
+        """Puts the block back."""
+        stop = start + self.masked.shape[-1]
+        canvas.ids[:, rows, start:stop] = self.tokens
+        canvas.masked[rows, start:stop] = self.masked
+        canvas.confidence[rows, start:stop] = self.confidence
+
+    def draw(self, generator: Generators, rows: list[int]) -> None:
+        """
+        Draws the block's uniforms.
+
+        Args:
+            generator: One for the batch, or one per row of the canvas.
+            rows: Rows of the canvas that have masks in this block; the state's rows where it is one for the batch.
+        """
+        if self.uniforms is None:
+            return
+        num_steps, _, block_length = self.uniforms.shape
+        if isinstance(generator, list):
+            for index, row in rows:
+                drawn = torch.rand(num_steps, block_length, generator=generator[row], device=generator[row].device)
+                self.uniforms[:, index] = drawn.to(self.uniforms.device)
+        else:
+            device = self.uniforms.device if generator is None else generator.device  # a CPU generator serves any
+            drawn = torch.rand(self.uniforms.shape, generator=generator, device=device)
+            self.uniforms.copy_(drawn)

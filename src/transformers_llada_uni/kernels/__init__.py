@@ -1,0 +1,51 @@
+"""
+Kernels: what the model computes, in fewer launches. They take tensors and know neither modules nor generation.
+
+The Triton modules are imported by who calls them, as torch's builds for CPUs come without Triton.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+_is_fused = True
+
+
+@contextmanager
+def fused_operations(enabled: bool) -> Iterator[None]:
+    """Switches the fused kernels of the whole process on or off for the time of a `with` block, to measure them."""
+    global _is_fused
+    before, _is_fused = _is_fused, enabled
+    try:
+        yield
+    finally:
+        _is_fused = before
+
+
+def is_fused() -> bool:
+    """Whether fused kernels are used where they can be."""
+    return _is_fused
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def can_fuse(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """
+    Whether Triton's kernels can compute with these: plain tensors on a GPU of CUDA (or in Triton's interpreter, which
+    tests use), of one type that they know, without gradients, and not where `torch.compile` fuses by itself.
+    """
+    if not (_is_fused and (states.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        return False
+    is_known = states.dtype in (torch.bfloat16, torch.float16, torch.float32) and states.dtype == weight.dtype
+    is_plain = type(states) is torch.Tensor and type(weight) is torch.nn.Parameter and states.device == weight.device
+    # ROCm's devices are called "cuda" too; nobody has tried them.
+    is_ours = torch.version.hip is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_known and is_plain and is_ours and has_triton()

@@ -1,0 +1,28 @@
+"""Offloaded weights that are read without calling their module."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def weights_in_place(*modules: nn.Module) -> Iterator[None]:
+    """
+    Hooks of accelerate and diffusers bring a module's weights in when it is called, and take them away afterwards.
+    Inside of this context they are in place without a call; there the module's attributes must be read anew.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            for hook in _hooks_of(module):
+                hook.pre_forward(module)
+                stack.callback(hook.post_forward, module, None)
+        yield
+
+
+def _hooks_of(module: nn.Module) -> list:
+    """In the order in which a call goes through them."""
+    accelerate_hook = getattr(module, "_hf_hook", None)
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = [] if registry is None else list(reversed(registry.hooks.values()))
+    return hooks if accelerate_hook is None else [*hooks, accelerate_hook]
