@@ -6,8 +6,6 @@ The released loop, the exact caches and SPRINT side by side, in one run on one r
     python benchmarks/block_diffusion.py --prompt-length 4096 --new-tokens 128 \
         --methods "exact cache, fused experts" "SPRINT, fused experts"               # pictures stand before
 
-A static cache takes in prompts without being compiled; that forward is not among those that are counted and timed.
-
 The small vocabulary (8,192 ids) writes text, the released one (173,568 ids, 16,384 of them codes) writes image codes.
 Weights are random, and large enough that masks do not all choose the same few experts: a step uses two thirds of them.
 
@@ -53,7 +51,6 @@ METHODS = {
     "exact cache": Method({}),
     "exact cache, fused experts": Method({}, "fused_gather"),
     "exact cache, compiled": Method({}, "fused_gather", is_compiled=True),
-    "static cache, compiled": Method({"cache_implementation": "static"}, "fused_gather", is_compiled=True),
     "SPRINT, fused experts": Method({"cache_implementation": "sprint"}, "fused_gather"),
     "SPRINT, compiled": Method({"cache_implementation": "sprint"}, "fused_gather", is_compiled=True),
 }
@@ -103,8 +100,7 @@ def make_call(
 
     def call(method: Method, times: list[float] | None = None) -> torch.LongTensor:
         model.set_experts_implementation(method.experts)
-        is_static = (method.arguments or {}).get("cache_implementation") == "static"
-        forward = compiled_call(model, is_static) if method.is_compiled else model.model._call_impl
+        forward = compiled_call(model) if method.is_compiled else model.model._call_impl
 
         def clocked(*args: Any, **kwargs: Any) -> Any:
             if times is not None:
@@ -127,9 +123,8 @@ def make_call(
 
 
 @functools.cache
-def compiled_call(model: LLaDA2MoeForBlockDiffusion, is_static: bool) -> Callable:
-    dynamic = False if is_static else None
-    model.model.compile(fullgraph=True, dynamic=dynamic, isolate_recompiles=True, recompile_limit=64)
+def compiled_call(model: LLaDA2MoeForBlockDiffusion) -> Callable:
+    model.model.compile(fullgraph=True, isolate_recompiles=True, recompile_limit=64)
     return model.model._compiled_call_impl
 
 
@@ -177,10 +172,9 @@ def check_exactness() -> None:
         model = make_model(vocabulary, 64, 2, 16).double()
         call = make_call(model, vocabulary, 2, 64, 128, is_guided)
         plain = call(Method(None, "eager"))  # grouped_mm knows no float64
-        static = {"cache_implementation": "static"}
-        methods = [Method({}, "eager"), Method(static, "eager"), Method({}, "fused_gather")]
+        methods = [Method({}, "eager"), Method({}, "fused_gather")]
         if is_guided:  # one case, as compiling takes its time
-            methods += [Method(arguments, "fused_gather", is_compiled=True) for arguments in ({}, static)]
+            methods.append(Method({}, "fused_gather", is_compiled=True))
         for method in methods:
             is_same = torch.equal(plain, call(method))
             assert is_same, f"{vocabulary}, guided {is_guided}: {method} changed a token"

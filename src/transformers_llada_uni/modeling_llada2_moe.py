@@ -36,6 +36,7 @@ from .generation.block_diffusion import BlockDiffusionGenerationMixin
 from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
 from .kernels import can_fuse, has_triton
+from .kernels.experts_triton import triton_experts_forward
 from .masking_block_causal import PrefixMask, create_block_causal_mask
 from .quantization_torchao import compute_torchao_experts_eagerly
 
@@ -59,6 +60,7 @@ register_checkpoint_conversion_mapping(
 )
 
 ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("triton", triton_experts_forward)
 
 
 def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
@@ -279,8 +281,17 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
+        if self._sums_in_kernel():
+            shared = self.shared_experts(tokens)
+            return self.experts(tokens, top_k_index, top_k_weights, addend=shared).view_as(hidden_states)
         routed = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
         return routed + self.shared_experts(hidden_states)
+
+    def _sums_in_kernel(self) -> bool:
+        """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""
+        experts = self.experts
+        is_whole = not (experts._forward_hooks or experts._forward_pre_hooks or hasattr(experts, "_hf_hook"))
+        return is_whole and self.gate.config._experts_implementation == "triton"
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):

@@ -1,1 +1,1 @@
-"""Generation by block diffusion: `generate` and its settings, the canvas, a step, its policy, its prefix, its runner."""
+"""Generation by block diffusion: `generate`, its settings, the canvas, a step, its policy, prefix and runner."""

@@ -76,7 +76,8 @@ class BlockDiffusionDecoder:
         num_masked, ends = canvas.num_masked(self.block_length), canvas.end.tolist()
         first_block = min((next((i for i, n in enumerate(row) if n), len(row)) for row in num_masked), default=0)
         # 1. Choose who runs the steps, and on which cache.
-        with self._runner(canvas) as runner:
+        # Triton launches kernels on the process's current device.
+        with torch.cuda.device_of(canvas.ids), self._runner(canvas) as runner:
             live = list(range(len(ends)))
             # 2. Walk the blocks.
             for block in range(first_block, canvas.num_columns // self.block_length):

@@ -23,8 +23,8 @@ class GuidedHead:
 
         var(W h) = h^T G h / (V - 1),   G = (W - w)^T (W - w),
 
-    a matrix of the hidden size. It is remembered with the head, and made anew where a checksum of the weight tells that
-    this is no longer what it was.
+    a matrix of the hidden size. It is remembered with the head, and made anew where a checksum of the weight tells
+    that this is no longer what it was.
 
     Args:
         head: Hidden states to logits. One that is more than a matrix (sharded, offloaded, quantised, with an adapter)

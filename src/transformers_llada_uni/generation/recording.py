@@ -19,7 +19,8 @@ from .step import DenoisingStep
 
 logger = logging.get_logger(__name__)
 
-# Steps of so many kinds (shapes and settings) are kept for a model, and of those but the last so many bytes of buffers.
+# Steps of so many kinds (shapes and settings) are kept for a model, and at most so many bytes of their buffers (those
+# of the last call in any case).
 MAX_KINDS = 8
 MAX_BYTES = 2 * 2**30
 # Buffers are as long as the shortest of these that will do, so that canvases of different lengths share them.
