@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
@@ -29,13 +28,6 @@ DECODINGS = {
     "turbo": {"decoder": "turbo", "num_inference_steps": 8},
     "normal, guided": {"decoder": "normal", "num_inference_steps": 13},
 }
-
-
-class NoConditionCache(nullcontext):
-    """In the place of `ConditionCache`: the condition is computed at every step."""
-
-    def forget(self) -> None:
-        pass
 
 
 def make_pipeline(dim: int, num_layers: int) -> LLaDAUniPipeline:
@@ -73,7 +65,7 @@ def make_methods(pipeline: LLaDAUniPipeline, folder: str, grid: int) -> dict[str
         return pipeline.decode_codes(codes, output_type="latent", generator=generator, **arguments)
 
     def per_step(**arguments) -> torch.Tensor:
-        with patch("diffusers_llada_uni.code_decoding.ConditionCache", NoConditionCache):
+        with patch("diffusers_llada_uni.stepped_decoder.with_remembered_condition", lambda transformer: transformer):
             return once_per_picture(**arguments)
 
     def reloaded(**arguments) -> torch.Tensor:

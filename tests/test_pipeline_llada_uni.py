@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import accelerate
 import diffusers.schedulers.scheduling_flow_match_euler_discrete as scheduling
@@ -11,12 +12,11 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook
 from safetensors.torch import load_file
 
-from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
+from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder, code_generation
 from diffusers_llada_uni.code_decoding import DECODERS, decoder_sigmas, guided_velocity
-from diffusers_llada_uni.decoder_caching import ConditionCache
 from diffusers_llada_uni.picture_inputs import touched_codes
 
 
@@ -212,9 +212,10 @@ def count_calls(monkeypatch, module):
     return calls
 
 
-def turn_off_condition_cache(monkeypatch):
-    monkeypatch.setattr(ConditionCache, "__enter__", lambda cache: cache)
-    monkeypatch.setattr(ConditionCache, "__exit__", lambda cache, *error: None)
+def turn_off_condition_memory(monkeypatch):
+    monkeypatch.setattr(
+        "diffusers_llada_uni.stepped_decoder.with_remembered_condition", lambda transformer: transformer
+    )
 
 
 @pytest.mark.parametrize("decoder, rows", [("turbo", 2), ("normal", 4)])
@@ -230,7 +231,7 @@ def test_condition_is_computed_once_per_decoding(decoding, monkeypatch, decoder,
 
     cached = [run(codes), run(codes + 1)]  # the second picture has a condition of its own
     assert refined == [rows] * 2 and embedded == [rows * 32] * 2
-    turn_off_condition_cache(monkeypatch)
+    turn_off_condition_memory(monkeypatch)
     every_step = [run(codes), run(codes + 1)]
     assert len(refined) == 2 + 2 * decoding.num_timesteps
     for ours, theirs in zip(cached, every_step, strict=True):
@@ -265,7 +266,7 @@ def test_features_changed_by_a_callback_are_seen(decoding, codes, monkeypatch, i
         return velocity(transformer, latents, time, given if len(times) <= 2 else others, guidance_scale)
 
     monkeypatch.setattr(decoding, "_velocity", velocity_of_step)
-    turn_off_condition_cache(monkeypatch)
+    turn_off_condition_memory(monkeypatch)
     expected = decoding.decode_codes(codes, "normal", num_inference_steps=5, generator=seeded(0), output_type="latent")
     assert len(times) == 4 and torch.equal(latents, expected)
 
@@ -294,8 +295,18 @@ def test_decoder_is_left_as_it_was(decoding, codes, monkeypatch):
     assert torch.equal(decoding._velocity(decoding.transformer_turbo, *arguments, features, 0.0), before)
 
 
-@pytest.mark.parametrize("obstacle", ["group offloading", "compiled block", "compiled decoder"])
-def test_condition_is_not_skipped_where_it_must_not_be(decoding, codes, monkeypatch, obstacle):
+OTHERS_IN_THE_DECODER = {
+    "group offloading": lambda decoder: decoder.enable_group_offload(
+        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "compiled decoder": lambda decoder: decoder.compile(backend="eager"),
+    "another forward": lambda decoder: setattr(decoder, "forward", partial(decoder.forward)),
+    "compiled block": lambda decoder: decoder.context_refiner[0].compile(backend="eager"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS_IN_THE_DECODER)
+def test_condition_is_not_skipped_where_others_count_on_it(decoding, codes, monkeypatch, other):
     turbo = copy.deepcopy(decoding.transformer_turbo)
     decoding.register_modules(transformer_turbo=turbo)
     refined = count_calls(monkeypatch, turbo.context_refiner[0].feed_forward)
@@ -305,13 +316,10 @@ def test_condition_is_not_skipped_where_it_must_not_be(decoding, codes, monkeypa
 
     reference = run()
     assert len(refined) == 1
-    if obstacle == "group offloading":
-        turbo.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    else:
-        (turbo if obstacle == "compiled decoder" else turbo.context_refiner[0]).compile(backend="eager")
+    OTHERS_IN_THE_DECODER[other](turbo)
     refined.clear()
     torch.testing.assert_close(run(), reference)
-    assert len(refined) == 3
+    assert len(refined) == (1 if other == "compiled block" else 3)
 
 
 @pytest.mark.parametrize("decoder, threshold, change", [("turbo", 0.2, 0.1), ("normal", 0.05, 0.01)])
@@ -395,6 +403,10 @@ def test_decoder_cache_is_refused_where_blocks_may_not_be_skipped(decoding, code
     decoding.enable_decoder_cache(FirstBlockCacheConfig())
     monkeypatch.setattr(decoding.semantic_embedder, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(ValueError, match="decoder cache.*'turbo'.*compiled"):
+        decoding.decode_codes(codes)
+    decoding.register_modules(transformer_turbo=copy.deepcopy(decoding.transformer))
+    decoding.transformer_turbo.layers[1].forward = lambda hidden_states, *args: hidden_states
+    with pytest.raises(ValueError, match="decoder cache.*'turbo'.*another `forward`"):
         decoding.decode_codes(codes)
 
 
@@ -646,6 +658,52 @@ def test_prompts_in_a_batch_equal_single_prompts(pipe, calls):
         single = pipe(prompts[i // 2], **SMALL, generator=seeded(i), output_type="pt")
         assert torch.equal(single.codes[0], batch.codes[i])
         torch.testing.assert_close(single.images[0], batch.images[i], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_codes, sizes", [(17, [2, 2, 1]), (6, [1] * 5), (1, [1] * 5), (30, [5])])
+def test_many_prompts_are_split(pipe, calls, monkeypatch, max_codes, sizes):
+    prompts = ["a cat", "a dog", "a much longer prompt about a red apple on a table", "a tree", "the sea"]
+    arguments = {**SMALL, "thinking": True, "thinking_kwargs": {"max_new_tokens": 8}, "output_type": "pt"}
+
+    def run():
+        return pipe(prompts, generator=[seeded(i) for i in range(5)], **arguments)
+
+    whole = run()
+    calls.clear()
+    monkeypatch.setattr(code_generation, "MAX_CODES", max_codes)  # a picture has 6
+    split = run()
+    assert [len(call["input_ids"]) for call in calls] == sizes
+    assert [len(call["generator"]) for call in calls] == sizes
+    assert split.thoughts == whole.thoughts and len(set(split.thoughts)) > 1
+    for ours, theirs in zip(split.codes, whole.codes, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(split.images, whole.images)
+
+
+def test_many_edits_are_split(pipe, calls, monkeypatch):
+    pictures = [photo(), [photo(60, 80, seed=1), photo(seed=4)], photo(seed=2), photo(seed=3)]
+    masks = [PIL.Image.new("L", (60, 80) if row == 1 else (80, 60), 255) for row in range(4)]
+    masks[2].paste(0, (0, 0, 40, 60))
+
+    def run():
+        return pipe(
+            ["a", "b", "c", "d"], image=pictures, mask_image=masks, output_type="pt", generator=seeded(0), **FEW
+        )
+
+    whole = run()
+    calls.clear()
+    monkeypatch.setattr(code_generation, "MAX_CODES", 2 * 48)
+    split = run()
+    assert [len(call["input_ids"]) for call in calls] == [2, 1, 1]
+    for ours, theirs in zip([*split.codes, *split.images], [*whole.codes, *whole.images], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_latents_for_prompts_that_are_split(pipe, monkeypatch):
+    monkeypatch.setattr(code_generation, "MAX_CODES", 6)
+    latents = torch.randn(2, 16, 8, 12, generator=seeded(0))
+    both = pipe(["a cat", "a dog"], latents=latents, generator=seeded(0), output_type="latent", **SMALL)
+    assert both.images.shape == latents.shape
 
 
 def test_prompts_are_not_changed(pipe):
@@ -1001,6 +1059,37 @@ def test_sequential_cpu_offload(offloadable, monkeypatch):
     assert offloadable.model.lm_head.weight.device.type == "meta"
     for ours, theirs in zip(run_all(offloadable), reference, strict=True):
         assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
+
+
+class AwayUnlessCalled(ModelHook):
+    """Group offloading at the leaves, as far as it can be had without a second device: weights elsewhere are NaN."""
+
+    def initialize_hook(self, module):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        self.weights = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+        self.post_forward(module, None)
+        return module
+
+    def pre_forward(self, module, *args, **kwargs):
+        for tensor, weight in self.weights:
+            tensor.data = weight
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        for tensor, weight in self.weights:
+            tensor.data = torch.full_like(weight, torch.nan)
+        return output
+
+
+def test_group_offload(offloadable):
+    reference = run_all(offloadable)
+    for component in offloadable.components.values():
+        for module in component.modules() if isinstance(component, torch.nn.Module) else ():
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(AwayUnlessCalled(), "away")
+    assert offloadable.model.lm_head.weight.isnan().all()
+    for ours, theirs in zip(run_all(offloadable), reference, strict=True):
+        assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
+    assert offloadable.model.lm_head.weight.isnan().all()
 
 
 PICTURE = photo()

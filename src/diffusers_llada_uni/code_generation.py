@@ -28,6 +28,9 @@ Generator = torch.Generator | list[torch.Generator] | None
 
 DEFAULT_MAX_THINKING_TOKENS = 1024
 DEFAULT_GUIDANCE_SCALE = 2.0
+# Codes that are generated at once, those of 64 pictures of 1024 x 1024. By then each expert gets so many tokens that a
+# larger batch is hardly faster, and keys and values take 5 GB: 41 kB of bfloat16 for each code and branch of guidance.
+MAX_CODES = 65_536
 # Tokens of `<|image|>`, height, width and `<boi>` before the codes.
 HEADER_LENGTH = 4
 
@@ -45,7 +48,7 @@ class CodeGenerationSettings:
 
 @dataclass
 class PromptGroup:
-    """Prompts for pictures of one grid, which the language model takes as one batch."""
+    """Prompts for pictures of one grid, which the language model takes as one batch: at most [`MAX_CODES`]."""
 
     rows: list[int]
     inputs: BatchFeature
@@ -63,6 +66,12 @@ def _sizes_at(upscale: int) -> Iterator[None]:
         if upscale == 2:
             raise
         raise ValueError(f"{error} (Sizes in this message are at `upscale` 2; at {upscale} they are half.)") from error
+
+
+def _batches(rows: list[int], grid: tuple[int, int]) -> list[list[int]]:
+    """The rows in their order, those that are generated at once together."""
+    size = max(1, MAX_CODES // math.prod(grid))
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 class CodeGenerationMixin:
@@ -110,14 +119,21 @@ class CodeGenerationMixin:
         columns = check_side("width", default if width is None else width, multiple=side) // side
         return rows, columns
 
-    def _write_prompts(self, texts: list[str], grid: tuple[int, int], thinking: bool, upscale: int) -> PromptGroup:
+    def _write_prompts(
+        self, texts: list[str], grid: tuple[int, int], thinking: bool, upscale: int
+    ) -> list[PromptGroup]:
         """Prompts of text-to-image; with thinking they end where the thoughts begin."""
         # The processor speaks of pixels at twice the resolution of the image tokenizer.
         side = 2 * self.processor.image_processor.patch_size
         task = "thinking" if thinking else "text_to_image"
-        with _sizes_at(upscale):
-            inputs = self.processor(text=texts, task=task, height=side * grid[0], width=side * grid[1])
-        return PromptGroup(list(range(len(texts))), inputs, grid)
+        groups = []
+        for rows in _batches(list(range(len(texts))), grid):
+            with _sizes_at(upscale):
+                inputs = self.processor(
+                    text=[texts[row] for row in rows], task=task, height=side * grid[0], width=side * grid[1]
+                )
+            groups.append(PromptGroup(rows, inputs, grid))
+        return groups
 
     def _write_edit_prompts(
         self,
@@ -136,7 +152,8 @@ class CodeGenerationMixin:
             row_grid = grid or image_processor.get_grid(source.height, source.width, "editing")
             of_grid.setdefault(row_grid, []).append(row)
         groups = []
-        for group_grid, rows in of_grid.items():
+        batches = [(of, batch) for of, rows in of_grid.items() for batch in _batches(rows, of)]
+        for group_grid, rows in batches:
             with _sizes_at(upscale):
                 inputs = self.processor(
                     images=[pictures[row] for row in rows], text=[texts[row] for row in rows], task="editing", **size

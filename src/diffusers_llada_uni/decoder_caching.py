@@ -1,111 +1,82 @@
-"""What one decoding need not compute at every step: the decoder's condition and, not exact, most of its blocks."""
+"""What the steps of one decoding need not compute anew: the decoder's condition and, not exact, most of its blocks."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Iterable
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, ModelHook, apply_first_block_cache
-from diffusers.models import CacheMixin
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-
-_CONDITION_HOOK = "llada_uni_condition"
-
-
-def may_skip(transformer: ZImageTransformer2DModel, modules: Iterable[nn.Module]) -> bool:
-    r"""
-    Whether hooks of ours may skip these modules of the decoder for the time of one decoding.
-
-    Not under other hooks of diffusers (with group offloading each module brings in the weights of the next), and not
-    where compiled (hooks that come and go compile anew for each picture).
-    """
-    parts = [part for module in modules for part in module.modules()]
-    is_hooked = any(part._diffusers_hook.hooks for part in parts if hasattr(part, "_diffusers_hook"))
-    is_compiled = is_compiled_module(transformer) or any(
-        part._compiled_call_impl is not None for part in [transformer, *parts]
-    )
-    return not is_hooked and not is_compiled
+from .module_sharing import is_hooked, is_replaced, shallow_copy
 
 
-class _RememberedOutput(ModelHook):
-    """Runs the module once; then answers with what it gave, whatever the input."""
+class _RememberedOutput(nn.Module):
+    """Modules one after the other, which run once; from then on it answers with what they gave, whatever the input."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
+        self.chain = nn.ModuleList(modules)
         self.output: torch.Tensor | None = None
 
-    def new_forward(self, module: nn.Module, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args) -> torch.Tensor:
         if self.output is None:
-            self.output = self.fn_ref.original_forward(*args, **kwargs)
+            for module in self.chain:
+                hidden_states = module(hidden_states, *args)
+            self.output = hidden_states
         return self.output
 
 
-class ConditionCache:
+def with_remembered_condition(transformer: ZImageTransformer2DModel) -> ZImageTransformer2DModel:
     r"""
-    Computes the condition of a `ZImageTransformer2DModel`, which does not depend on the time, once for all steps.
+    A copy of the decoder, of the same weights, that computes its condition once: for the steps of one decoding.
 
-    `cap_embedder` and `context_refiner` see the features only, so what they gave at the first step is what they would
-    give at every other, bit for bit. Inside `with cache:` they answer with it; outside the decoder is as it was, so a
-    callback may use it for something else.
-
-        cache = ConditionCache(transformer)
-        for step in steps:
-            with cache:
-                transformer(...)  # the same features at every step, or `cache.forget()` in between
-
-    Holds a tensor `(batch, features, dim)` for `cap_embedder` and each block of `context_refiner`.
-
-    Where its modules may not be skipped ([`may_skip`]) the condition is computed at every step, as without the cache.
-
-    Args:
-        transformer ([`ZImageTransformer2DModel`]): The decoder.
+    `cap_embedder` and `context_refiner` see the features only and not the time, so what they gave at the first step is
+    what they would give at every other, bit for bit. The copy holds it: two tensors `(rows, features, dim)`.
     """
-
-    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
-        modules = [transformer.cap_embedder, *transformer.context_refiner]
-        is_skipped = may_skip(transformer, modules)
-        self._hooks = [(module, _RememberedOutput()) for module in modules] if is_skipped else []
-
-    def forget(self) -> None:
-        """The next step computes the condition: the features may have changed, or there are no more steps."""
-        for _, hook in self._hooks:
-            hook.output = None
-
-    def __enter__(self) -> "ConditionCache":
-        for module, hook in self._hooks:
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, _CONDITION_HOOK)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for module, _ in self._hooks:
-            HookRegistry.check_if_exists_or_initialize(module).remove_hook(_CONDITION_HOOK, recurse=False)
+    return shallow_copy(
+        transformer,
+        cap_embedder=_RememberedOutput([transformer.cap_embedder]),
+        context_refiner=nn.ModuleList([_RememberedOutput(transformer.context_refiner)]),
+    )
 
 
-@contextmanager
-def first_block_cache(transformer: ZImageTransformer2DModel, config: FirstBlockCacheConfig | None) -> Iterator[None]:
+def forget_condition(transformer: ZImageTransformer2DModel) -> None:
+    """What [`with_remembered_condition`] made computes its condition again: the features may have changed."""
+    for module in transformer.modules():
+        if isinstance(module, _RememberedOutput):
+            module.output = None
+
+
+def may_skip_blocks(transformer: ZImageTransformer2DModel) -> bool:
+    """Whether blocks may be skipped: nobody else has hooks in the decoder, compiled it or replaced a `forward`."""
+    parts = [transformer, *transformer.layers]
+    is_compiled = is_compiled_module(transformer) or any(part._compiled_call_impl is not None for part in parts)
+    return not is_compiled and not is_hooked(transformer) and not any(is_replaced(part) for part in parts)
+
+
+def with_first_block_cache(
+    transformer: ZImageTransformer2DModel, config: FirstBlockCacheConfig
+) -> ZImageTransformer2DModel:
     r"""
-    diffusers' first block cache in a decoder, for the time of one decoding; nothing without a `config`.
+    A copy of the decoder, of the same weights, under diffusers' first block cache: for the steps of one decoding, and
+    to be called inside of `CacheMixin.cache_context(copy, name)`.
 
     diffusers has the cache, but not for this decoder: `ZImageTransformer2DModel` is no `CacheMixin`, and the entry of
-    its block in diffusers' registry does not say that the block calls its hidden states `x`. The hooks go at the end,
-    and with them what they remember: nothing is left for the next picture.
+    its block in diffusers' registry does not say that the block calls its hidden states `x`.
 
     Args:
-        transformer ([`ZImageTransformer2DModel`]): The decoder. It needs a second block for there to be any to skip.
-        config ([`FirstBlockCacheConfig`], *optional*): How small a change of the first block's residual, relative to
-            the last step that ran all blocks, lets the others be skipped. It is averaged over the whole batch.
+        transformer ([`ZImageTransformer2DModel`]): The decoder, where [`may_skip_blocks`]. Of one block it is a copy
+            without the cache, as there is none to skip.
+        config ([`FirstBlockCacheConfig`]): How small a change of the first block's residual, relative to the last step
+            that ran all blocks, lets the others be skipped. It is averaged over all rows of a call.
     """
-    if config is None or len(transformer.layers) < 2:
-        yield
-        return
+    # The hooks change the modules that they are registered with, so the blocks too are copies.
+    copied = shallow_copy(transformer, layers=nn.ModuleList(shallow_copy(block) for block in transformer.layers))
+    if len(transformer.layers) < 2:
+        return copied
     # Private to diffusers, and so imported only by who asks for this cache.
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-    from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK
 
     hidden_states_first = TransformerBlockMetadata(
         return_hidden_states_index=0,
@@ -113,13 +84,5 @@ def first_block_cache(transformer: ZImageTransformer2DModel, config: FirstBlockC
         _cached_parameter_indices={"x": 0, "hidden_states": 0},
     )
     TransformerBlockRegistry.register(type(transformer.layers[0]), hidden_states_first)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    try:
-        apply_first_block_cache(transformer, config)
-        registry.invalidate_child_registries_cache()
-        with CacheMixin.cache_context(transformer, "decoding"):
-            yield
-    finally:
-        for name in (_FBC_LEADER_BLOCK_HOOK, _FBC_BLOCK_HOOK):
-            registry.remove_hook(name, recurse=True)
-        registry.invalidate_child_registries_cache()
+    apply_first_block_cache(copied, config)
+    return copied

@@ -115,7 +115,9 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         5. Decode them.
 
         Args:
-            prompt (`str` or `list[str]`): What to draw, or how to change `image`.
+            prompt (`str` or `list[str]`): What to draw, or how to change `image`. The codes of a list are generated
+                in one batch for each size of pictures, 65,536 codes at most (64 pictures of 1024 x 1024); what is
+                more comes after it.
             image (picture or list, *optional*): The source to edit; of a list, the others are references. With a list
                 of prompts a picture for all, or a list with a picture (or list of pictures) for each.
             mask_image (picture or list, *optional*): White where `image` (the first, of several) is to be made anew;
@@ -185,7 +187,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
         rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt // images_per_row)]
         texts = [prompts[row] for row in rows]
         if image is None:
-            groups = [self._write_prompts(texts, grid, thinking, upscale)]
+            groups = self._write_prompts(texts, grid, thinking, upscale)
         else:
             image_processor, is_batch = self.processor.image_processor, isinstance(prompt, (list, tuple))
             pictures, masks = pictures_per_prompt(image, len(prompts), is_batch, image_processor), None
@@ -193,20 +195,21 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
                 masks = masks_per_prompt(mask_image, pictures, image_processor)
                 masks = [masks[row] for row in rows]
             groups = self._write_edit_prompts(texts, [pictures[row] for row in rows], masks, grid, upscale)
-        if latents is not None and len(groups) > 1:
+        if latents is not None and len({group.grid for group in groups}) > 1:
             raise ValueError("`latents` cannot be given for pictures of different sizes.")
         for group in groups:
             self._check_grid(group.grid, decoding)
             self._check_latents(latents, num_images, group.grid, decoding)
 
         codes: list[torch.LongTensor | None] = [None] * len(rows)
-        thoughts = None
+        thoughts: list[str] = []
         self._bring_in_model()
         for group in groups:
             group_generator = self._of_rows(generator, group.rows, images_per_row)
             # 3. With thinking: let the model write its thoughts.
             if thinking:
-                thoughts, group.inputs = self._think(group, group_generator, thinking_kwargs)
+                group_thoughts, group.inputs = self._think(group, group_generator, thinking_kwargs)
+                thoughts += group_thoughts
             # 4. Generate the image codes.
             for row, row_codes in zip(
                 group.rows, self._generate_codes(group, generation, group_generator), strict=True
@@ -215,11 +218,10 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
 
         # 5. Decode them.
         codes = [row_codes for row_codes in codes for _ in range(images_per_row)]
-        if thoughts is not None:
-            thoughts = [thought for thought in thoughts for _ in range(images_per_row)]
+        thoughts = [thought for thought in thoughts for _ in range(images_per_row)]
         images = self._decode_grids(codes, decoding, generator, latents)
         self.maybe_free_model_hooks()
-        output = LLaDAUniPipelineOutput(images=images, codes=codes, thoughts=thoughts)
+        output = LLaDAUniPipelineOutput(images=images, codes=codes, thoughts=thoughts if thinking else None)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()

@@ -183,6 +183,11 @@ class LLaDA2MoeAttention(nn.Module):
         )
         if can_share_key_value_heads(self.config._attn_implementation, query_states, attention_mask):
             attention_interface = shared_key_value_attention_forward
+        length = query_states.shape[-2]
+        is_flex = self.config._attn_implementation == "flex_attention" and query_states.is_cuda
+        if is_flex and length < 128 < length * self.num_key_value_groups:
+            # inductor's kernel for short queries takes all of a key head's in one block, of at most 128
+            kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True})
         attn_output, attn_weights = attention_interface(
             self,
             query_states,

@@ -12,7 +12,7 @@ from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig
 from .guided_head import GuidedHead
 from .policy import CommitPolicy, num_steps_of
-from .recording import StaticBuffers, fingerprint_of, recordings_of, why_not_recorded, why_not_static
+from .recording import GraphPool, StaticBuffers, fingerprint_of, recordings_of, why_not_recorded, why_not_static
 from .runners import EagerRunner, Runner, StaticRunner
 from .sampling import Generators, make_warpers
 from .sprint import SprintCache, SprintConfig
@@ -134,7 +134,7 @@ class BlockDiffusionDecoder:
         with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
             state, step = self._make_step(canvas, num_rows, self._guided_head(num_branches), None)
 
-        def make_buffers(pool: tuple[int, int] | None) -> StaticBuffers:
+        def make_buffers(pool: GraphPool | None) -> StaticBuffers:
             return StaticBuffers(backbone, state, step, num_columns, pool)
 
         recordings = recordings_of(backbone)
@@ -142,8 +142,10 @@ class BlockDiffusionDecoder:
         if not is_recorded or recordings.is_in_use_here:
             yield StaticRunner(canvas, self.generator, make_buffers(None))
             return
-        fingerprint = fingerprint_of(backbone, step)
-        with recordings.borrow(self._kind(canvas), fingerprint, num_columns, make_buffers) as buffers:
+        spread_matrix = step.head.spread_matrix
+        kind = (*self._kind(canvas), None if spread_matrix is None else spread_matrix.data_ptr())
+        fingerprint = fingerprint_of(backbone, self.head)
+        with recordings.borrow(kind, fingerprint, num_columns, make_buffers) as buffers:
             yield StaticRunner(canvas, self.generator, buffers)
 
     def _kind(self, canvas: Canvas) -> tuple:

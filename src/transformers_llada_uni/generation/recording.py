@@ -38,17 +38,29 @@ class CudaGraph:
 
     Args:
         program: Changes tensors that outlive it, and allocates none that does.
-        pool: Memory for what it allocates. Graphs that never run at the same time share it.
+        pool ([`GraphPool`]): Memory for what it allocates.
     """
 
-    def __init__(self, program: Callable[[], None], pool: tuple[int, int]):
+    def __init__(self, program: Callable[[], None], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may go on with what a recording thread may not do.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"):
             program()
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+class GraphPool:
+    """
+    Memory of graphs that never run at the same time.
+
+    torch lets go of a pool with its last graph, and fails if another one then asks for it: an empty graph keeps it.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._keeper = CudaGraph(lambda: torch.zeros(1, device="cuda"), self)
 
 
 class StaticBuffers:
@@ -69,7 +81,7 @@ class StaticBuffers:
         state: BlockState,
         step: DenoisingStep,
         num_columns: int,
-        pool: tuple[int, int] | None,
+        pool: GraphPool | None,
     ):
         num_branches, num_rows, block_length = state.tokens.shape
         device = state.tokens.device
@@ -119,9 +131,10 @@ class Recordings:
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.Lock(), None
-        self._kept: OrderedDict[Hashable, tuple[Hashable, StaticBuffers]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, StaticBuffers] = OrderedDict()
+        self.fingerprint: Hashable = None
         self._last_use: torch.cuda.Event | None = None
-        self.pool: tuple[int, int] | None = None
+        self.pool: GraphPool | None = None
 
     @property
     def is_in_use_here(self) -> bool:
@@ -130,7 +143,7 @@ class Recordings:
 
     @contextmanager
     def borrow(
-        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[tuple], StaticBuffers]
+        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[GraphPool], StaticBuffers]
     ) -> Iterator[StaticBuffers]:
         """
         Buffers and graphs of a kind of steps, for this thread alone until it leaves.
@@ -157,19 +170,16 @@ class Recordings:
                 self._owner = None
 
     def _find(
-        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[tuple], StaticBuffers]
+        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[GraphPool], StaticBuffers]
     ) -> StaticBuffers:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        known = self._kept.pop(kind, None)
-        if known is not None and known[0] == fingerprint and known[1].will_do(num_columns):
-            buffers = known[1]
-        else:
-            del known  # its memory serves the new one
+        if self.fingerprint != fingerprint:  # another model by now, perhaps on another device
+            self._kept.clear()
+            self.fingerprint, self.pool = fingerprint, GraphPool()
+        buffers = self._kept.pop(kind, None)
+        if buffers is None or not buffers.will_do(num_columns):
+            buffers = None  # its memory serves the new ones
             buffers = make(self.pool)
-        for other in [other for other, (old, _) in self._kept.items() if old != fingerprint]:
-            del self._kept[other]
-        self._kept[kind] = fingerprint, buffers
+        self._kept[kind] = buffers
         buffers.cache.reset()
         while len(self._kept) > 1 and (len(self._kept) > MAX_KINDS or self.num_bytes > MAX_BYTES):
             self._kept.popitem(last=False)
@@ -178,13 +188,13 @@ class Recordings:
     @property
     def num_bytes(self) -> int:
         """Of all keys and values that are kept."""
-        return sum(buffers.cache.num_bytes for _, buffers in self._kept.values())
+        return sum(buffers.cache.num_bytes for buffers in self._kept.values())
 
     def release(self) -> None:
         """Lets go of all graphs and buffers."""
         with self._lock:
             self._kept.clear()
-            self.pool = None
+            self.fingerprint = self.pool = None
 
 
 _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
@@ -235,11 +245,9 @@ def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
     return None
 
 
-def fingerprint_of(backbone: nn.Module, step: DenoisingStep) -> Hashable:
+def fingerprint_of(backbone: nn.Module, head: nn.Module) -> Hashable:
     """Where all tensors of a model are, and how it computes."""
-    tensors = [*backbone.parameters(), *backbone.buffers(), *step.head.head.parameters()]
-    if step.head.spread_matrix is not None:
-        tensors.append(step.head.spread_matrix)
+    tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
     config = backbone.config
     places = tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
     return places, config._attn_implementation, config._experts_implementation, is_fused()

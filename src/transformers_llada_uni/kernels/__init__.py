@@ -44,6 +44,8 @@ def can_fuse(states: torch.Tensor, weight: torch.Tensor) -> bool:
     """
     if not (_is_fused and (states.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         return False
+    if states.is_cuda and states.device.index != torch.cuda.current_device():
+        return False  # Triton launches where the process works at the moment
     is_known = states.dtype in (torch.bfloat16, torch.float16, torch.float32) and states.dtype == weight.dtype
     is_plain = type(states) is torch.Tensor and type(weight) is torch.nn.Parameter and states.device == weight.device
     # ROCm's devices are called "cuda" too; nobody has tried them.
