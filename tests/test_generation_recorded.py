@@ -169,13 +169,21 @@ def test_buffers_made_in_inference_mode_serve_outside_of_it(model):
 
 
 def test_a_program_that_cannot_be_recorded_goes_on_as_it_is(model, monkeypatch):
+    tries = []
+
     def refuse(program, pool):
+        tries.append(program)
+        pool.is_broken = True
         raise RuntimeError("operation not permitted when stream is capturing")
 
     wanted = model.generate(**TEXT)
     with recorded_on_cpu():
         monkeypatch.setattr(recording, "CudaGraph", refuse)
         assert torch.equal(model.generate(**TEXT), wanted)
+        assert torch.equal(
+            model.generate(**TEXT, threshold=0.5), model.generate(**TEXT, threshold=0.5, use_cache=False)
+        )
+    assert len(tries) == 1  # what has failed once is not tried at every step
 
 
 class TestWhyNot:

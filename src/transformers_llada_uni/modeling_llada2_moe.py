@@ -35,8 +35,11 @@ from .experts_fused_gather import fused_gather_experts_forward
 from .generation.block_diffusion import BlockDiffusionGenerationMixin
 from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
-from .kernels import can_fuse, has_triton
-from .kernels.experts_triton import triton_experts_forward
+from .kernels import (
+    can_fuse,
+    experts_triton,  # noqa: F401 registers `experts_implementation="triton"`
+    has_triton,
+)
 from .masking_block_causal import PrefixMask, create_block_causal_mask
 from .quantization_torchao import compute_torchao_experts_eagerly
 
@@ -60,7 +63,6 @@ register_checkpoint_conversion_mapping(
 )
 
 ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register("triton", triton_experts_forward)
 
 
 def take_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:

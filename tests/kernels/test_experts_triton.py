@@ -13,7 +13,7 @@ from transformers.integrations.moe import (
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from tests.kernels.common import DEVICE, DTYPES, random
+from tests.kernels.common import DEVICE, DTYPES, IS_INTERPRETED, random
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.kernels import experts_triton
 from transformers_llada_uni.kernels.expert_weights import ExpertWeights, experts_one_by_one, quantize_experts
@@ -30,6 +30,7 @@ EXPERTS, TOP_K = 16, 4
 # Hidden and intermediate size, columns that share a scale
 SIZES = {"one tile": (64, 32, 16), "no multiple of a tile": (96, 96, 16), "several tiles": (128, 128, 64)}
 ODD_SIZES = (77, 41)  # not for integers, which need whole groups
+DTYPE = torch.float32 if IS_INTERPRETED else torch.bfloat16  # of what is not tried in all: compiling takes time
 # Of the norm; half of a rounding of the output, and those on the way
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
@@ -63,38 +64,45 @@ def formula(states, gate_up, down, index, weights):
     return experts_one_by_one(states.double(), gate_up, down, index, weights.double())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_equals_the_formula(kind, sizes, dtype, tokens):
-    gate_up, down = weights_of(kind, *sizes, dtype=dtype, experts=6)
-    states, routing = random(tokens, sizes[0], dtype=dtype), route(tokens, experts=6, top_k=2, dtype=dtype)
+def test_equals_the_formula(kind, sizes, tokens):
+    gate_up, down = weights_of(kind, *sizes, dtype=DTYPE, experts=6)
+    states, routing = random(tokens, sizes[0], dtype=DTYPE), route(tokens, experts=6, top_k=2, dtype=DTYPE)
+    found = triton_experts(states, gate_up, down, *routing)
+    assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter knows float32 only")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_types(kind, dtype):
+    gate_up, down = weights_of(kind, 128, 128, 64, dtype=dtype)
+    states, routing = random(5, 128, dtype=dtype), route(5, dtype=dtype)
     found = triton_experts(states, gate_up, down, *routing)
     assert found.dtype == dtype
     assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "float8"])
-def test_odd_sizes(kind, dtype):
+def test_odd_sizes(kind):
     """A last block of float8 is smaller than a block, and the blocks of `up` do not begin at a multiple of one."""
     hidden, intermediate = ODD_SIZES
-    gate_up, down = weights_of(kind, hidden, intermediate, 16, dtype=dtype, experts=5)
-    states, routing = random(9, hidden, dtype=dtype), route(9, experts=5, top_k=3, dtype=dtype)
+    gate_up, down = weights_of(kind, hidden, intermediate, 16, dtype=DTYPE, experts=5)
+    states, routing = random(9, hidden, dtype=DTYPE), route(9, experts=5, top_k=3, dtype=DTYPE)
     found = triton_experts(states, gate_up, down, *routing)
-    assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[dtype]
+    assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[DTYPE]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [30, 100, 300])
-def test_many_tokens_an_expert(kind, dtype, tokens):
+def test_many_tokens_an_expert(kind, tokens):
     """Each row of the table of tiles, and more tokens than a tile has rows."""
-    gate_up, down = weights_of(kind, 64, 32, 32 if kind == "int8" else 16, dtype=dtype, experts=4)
-    states, routing = random(tokens, 64, dtype=dtype), route(tokens, experts=4, top_k=1, dtype=dtype)
+    gate_up, down = weights_of(kind, 64, 32, 32 if kind == "int8" else 16, dtype=DTYPE, experts=4)
+    states, routing = random(tokens, 64, dtype=DTYPE), route(tokens, experts=4, top_k=1, dtype=DTYPE)
     found = triton_experts(states, gate_up, down, *routing)
-    assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[dtype]
+    assert relative_error(found, formula(states, gate_up, down, *routing)) < TOLERANCE[DTYPE]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -351,7 +359,7 @@ def test_can_be_recorded():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [32, 128, 512])
+@pytest.mark.parametrize("tokens", [32, 512])
 def test_is_as_close_as_grouped_mm(dtype, tokens):
     gate_up, down = weights_of("plain", 512, 128, 16, dtype=dtype, experts=64)
     states, routing = random(tokens, 512, dtype=dtype), route(tokens, experts=64, top_k=8, dtype=dtype)

@@ -79,7 +79,7 @@ class GuidedHead:
         guided = guided_hidden_states(branches, *scales)
         logits = _at_least_float32(_linear(guided.to(weight.dtype), weight))
         if self.spread_matrix is not None:
-            conditional_spread, guided_spread = (_spread(h, self.spread_matrix) for h in (branches[0], guided))
+            conditional_spread, guided_spread = _spread(torch.stack([branches[0], guided]), self.spread_matrix)
             ratio = conditional_spread / (guided_spread + 1e-6)
             logits = logits * (rescale * ratio + 1 - rescale)[:, None]
         return logits
@@ -93,7 +93,7 @@ def _linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(hidden_states: torch.Tensor, spread_matrix: torch.Tensor) -> torch.Tensor:
-    """The standard deviation over all logits, `(masks,)`, of hidden states `(masks, hidden)`."""
+    """The standard deviation over all logits, `(..., masks)`, of hidden states `(..., masks, hidden)`."""
     variance = ((hidden_states @ spread_matrix) * hidden_states).sum(dim=-1)
     return variance.clamp(min=0).sqrt()
 

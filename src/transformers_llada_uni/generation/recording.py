@@ -43,9 +43,16 @@ class CudaGraph:
 
     def __init__(self, program: Callable[[], None], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with what a recording thread may not do.
-        with torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"):
-            program()
+        try:
+            # Other threads may go on with what a recording thread may not do.
+            with torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"):
+                program()
+        except BaseException:
+            pool.is_broken = True
+            # torch would take the device's random numbers for those of the recording for ever.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
 
     def replay(self) -> None:
         self.graph.replay()
@@ -56,10 +63,14 @@ class GraphPool:
     Memory of graphs that never run at the same time.
 
     torch lets go of a pool with its last graph, and fails if another one then asks for it: an empty graph keeps it.
+
+    Attributes:
+        is_broken: A recording was broken off, after which torch records nothing more in this pool.
     """
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
+        self.is_broken = False
         self._keeper = CudaGraph(lambda: torch.zeros(1, device="cuda"), self)
 
 
@@ -111,12 +122,12 @@ class StaticBuffers:
         Runs the program of this name, which is the same at every call: as it is at first, which compiles its kernels
         and takes the memory of its libraries; from its second run on recorded.
         """
-        if name not in self._graphs and self.pool is not None and name in self._has_run:
+        may_record = self.pool is not None and not self.pool.is_broken
+        if name not in self._graphs and may_record and name in self._has_run:
             try:
                 self._graphs[name] = CudaGraph(program, self.pool)
             except RuntimeError as error:
                 logger.warning_once(f"Steps of generation are not recorded as CUDA graphs, and so slower: {error}")
-                self.pool = None
         if name in self._graphs:
             self._graphs[name].replay()
         else:

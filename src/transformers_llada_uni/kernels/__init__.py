@@ -1,5 +1,6 @@
 """
 Kernels: what the model computes, in fewer launches. They take tensors and know neither modules nor generation.
+Routed experts (`experts_*`, `expert_*`) alone also come as transformers' interface, `experts_triton`.
 
 The Triton modules are imported by who calls them, as torch's builds for CPUs come without Triton.
 """
