@@ -1,6 +1,9 @@
 """Recorded steps, on a CPU: traced to operators once and replayed, see `tests/recorded_steps.py`."""
 
+import copy
+import gc
 import threading
+import weakref
 
 import peft
 import pytest
@@ -130,6 +133,24 @@ def test_kinds_and_bytes_are_bounded_and_released(model, monkeypatch):
         assert recordings.num_bytes == 2 * one_kind
         model.release_cuda_graphs()
         assert recordings.num_bytes == 0
+
+
+def test_recordings_do_not_keep_the_model():
+    model = tiny_backbone()
+    model.set_experts_implementation("batched_mm")
+    with recorded_on_cpu():
+        call(model, "guided codes")
+    assert recordings_of(model.model).num_bytes
+    copied = copy.deepcopy(model)  # recordings stay behind
+    assert not recordings_of(copied.model).num_bytes
+    reference = weakref.ref(model.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_get_their_own_tokens(model):

@@ -259,9 +259,8 @@ def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
 def fingerprint_of(backbone: nn.Module, head: nn.Module) -> Hashable:
     """Where all tensors of a model are, and how it computes."""
     tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
-    config = backbone.config
     places = tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
-    return places, config._attn_implementation, config._experts_implementation, is_fused()
+    return places, str(vars(backbone.config)), is_fused()
 
 
 def _is_hooked(module: nn.Module) -> bool:

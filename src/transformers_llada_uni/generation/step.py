@@ -1,5 +1,7 @@
 """A step of denoising as a program of tensors: backbone, guidance, head, prediction, choice."""
 
+import weakref
+
 import torch
 from torch import nn
 from transformers import LogitsProcessorList
@@ -38,7 +40,9 @@ class DenoisingStep:
         warpers: LogitsProcessorList | None,
         confidence: str = "low_confidence",
     ):
-        self.backbone, self.head, self.policy = backbone, head, policy
+        # What is kept of a model from call to call must not keep the model.
+        self._backbone = weakref.ref(backbone)
+        self.head, self.policy = head, policy
         self.block_length, self.first_id = block_length, 0 if allowed is None else allowed[0]
         self.warpers, self.confidence = warpers, confidence
 
@@ -99,7 +103,7 @@ class DenoisingStep:
         if columns is None and num_context > 0:
             of_block = torch.arange(num_context, num_context + block_length, device=tokens.device)
             columns_to_keep = of_block.expand(num_branches * num_rows, -1)
-        outputs = self.backbone(
+        outputs = self._backbone()(
             input_ids=tokens.flatten(0, 1),
             attention_mask=mask,
             position_ids=(positions - padding[:, None]).clamp(min=0),
