@@ -172,6 +172,50 @@ def test_threads_get_their_own_tokens(model):
         assert torch.equal(tokens, others)
 
 
+def test_a_thread_that_waits_in_vain_goes_on_alone(model, monkeypatch):
+    """A callback that waits for another thread, which waits for the call that the callback belongs to."""
+    monkeypatch.setattr(recording, "LONGEST_WAIT", 0.2)
+    wanted, found = model.generate(**TEXT), []
+
+    def callback(*_):
+        thread = threading.Thread(target=lambda: found.append(model.generate(**TEXT)))
+        thread.start()
+        thread.join()
+        model.release_cuda_graphs()  # waits for nobody either
+
+    with recorded_on_cpu():
+        model.generate_image_codes(**CODES, callback=callback)
+    assert found and all(torch.equal(tokens, wanted) for tokens in found)
+
+
+def test_nothing_of_a_broken_call_is_left(model):
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    wanted = call(model, "text of a schedule")
+    weight = model.model.layers[0].attention.query_key_value.weight
+    kept = weight.detach().clone()
+    with recorded_on_cpu():
+        weight.data.fill_(torch.nan)
+        call(model, "text of a schedule")
+        weight.data.copy_(kept)
+        assert torch.equal(call(model, "text of a schedule"), wanted)
+        model.config.routed_scaling_factor *= 2
+        changed = call(model, "text of a schedule")
+    assert torch.equal(changed, call(model, "text of a schedule"))
+    assert not torch.equal(changed, wanted)
+
+
+def test_uniforms_are_float32_whatever_the_default(model):
+    arguments = TEXT | {"do_sample": True, "threshold": 1.0}
+    wanted = model.generate(**arguments, generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = model.generate(**arguments, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
 def test_a_callback_may_generate(model):
     wanted = model.generate_image_codes(**CODES)
     inner = []
@@ -233,6 +277,9 @@ class TestWhyNot:
             other.set_experts_implementation("grouped_mm")
             with torch.autocast("cpu", torch.bfloat16):
                 assert "autocast" in why_not_recorded(other.model, other.lm_head)
+            other.model.layers[0].compile()
+            assert "compiled" in why_not_static(other.model, other.lm_head)
+            other.model.layers[0]._compiled_call_impl = None
             other.train()
             assert "training" in why_not_recorded(other.model, other.lm_head)
             other.eval()

@@ -52,7 +52,7 @@ def compute_torchao_experts_eagerly(model: PreTrainedModel) -> None:
     if not any(isinstance(weight.data, TorchAOBaseTensor) for module in experts for weight in module.parameters()):
         return
     experts_implementation = model.config.get_text_config()._experts_implementation
-    if experts_implementation not in ("eager", "grouped_mm"):
+    if experts_implementation not in ("eager", "grouped_mm", "triton"):  # the latter two are defaults
         raise ValueError(
             f"`experts_implementation` {experts_implementation!r} cannot compute with the experts that "
             "`quantization_config` quantises; leave it out, or quantise attention only."

@@ -66,6 +66,10 @@ class BlockDiffusionLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.length = 0
+        if self.first_column is not None:
+            # Under a mask a NaN that an earlier call has left would still be multiplied by 0.
+            self.keys.zero_()
+            self.values.zero_()
 
 
 class BlockDiffusionCache(Cache):

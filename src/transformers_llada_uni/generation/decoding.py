@@ -137,15 +137,14 @@ class BlockDiffusionDecoder:
         def make_buffers(pool: GraphPool | None) -> StaticBuffers:
             return StaticBuffers(backbone, state, step, num_columns, pool)
 
-        recordings = recordings_of(backbone)
         is_recorded = config.use_cuda_graphs is not False and why_not_recorded(backbone, self.head) is None
-        if not is_recorded or recordings.is_in_use_here:
+        if not is_recorded:
             yield StaticRunner(canvas, self.generator, make_buffers(None))
             return
         spread_matrix = step.head.spread_matrix
         kind = (*self._kind(canvas), None if spread_matrix is None else spread_matrix.data_ptr())
         fingerprint = fingerprint_of(backbone, self.head)
-        with recordings.borrow(kind, fingerprint, num_columns, make_buffers) as buffers:
+        with recordings_of(backbone).borrow(kind, fingerprint, num_columns, make_buffers) as buffers:
             yield StaticRunner(canvas, self.generator, buffers)
 
     def _kind(self, canvas: Canvas) -> tuple:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils import output_capturing as capturing
 
+from ..groupwise_modules import GroupwiseExperts, is_kernel_device
 from ..kernels import is_fused
 from .cache import BlockDiffusionCache
 from .state import BlockState
@@ -25,9 +26,11 @@ MAX_KINDS = 8
 MAX_BYTES = 2 * 2**30
 # Buffers are as long as the shortest of these that will do, so that canvases of different lengths share them.
 BUFFER_LENGTHS = tuple(1024 * 2**power for power in range(32))
-# The prompt is forwarded in pieces of so many columns, the last one filled up; the buffers have room for that.
-PIECES = (1024, 256)
+# The prompt is forwarded in pieces of so many tokens of all rows together, the last one filled up; the buffers have
+# room for that. The same number for any number of rows, so that kernels are the same.
+PIECES = (2048, 512)
 RECORDABLE_DEVICES = ("cuda",)
+LONGEST_WAIT = 30.0  # seconds, for another thread that works with what a model keeps recorded
 # Those that decide nothing by the value of a tensor
 RECORDABLE_EXPERTS = ("triton", "grouped_mm", "batched_mm")
 
@@ -100,7 +103,7 @@ class StaticBuffers:
         # Whole blocks: a block that is forwarded in parts would not see all of itself.
         self.pieces = {
             length: torch.zeros(num_branches, num_rows, length, dtype=torch.long, device=device)
-            for length in sorted({max(piece // block_length, 1) * block_length for piece in PIECES}, reverse=True)
+            for length in self._piece_lengths(num_branches * num_rows, block_length)
         }
         needed = num_columns + min(self.pieces)
         self.length = next(length for length in BUFFER_LENGTHS if length >= needed)
@@ -112,6 +115,12 @@ class StaticBuffers:
         self.pool = pool
         self._graphs: dict[str, CudaGraph] = {}
         self._has_run: set[str] = set()
+
+    @staticmethod
+    def _piece_lengths(batch_size: int, block_length: int) -> list[int]:
+        """In columns, the longest first."""
+        lengths = {max(piece // batch_size // block_length, 1) * block_length for piece in PIECES}
+        return sorted(lengths, reverse=True)
 
     def will_do(self, num_columns: int) -> bool:
         """Whether the buffers are long enough for a canvas of so many columns."""
@@ -135,10 +144,11 @@ class StaticBuffers:
             self._has_run.add(name)
 
 
+MakeBuffers = Callable[[GraphPool | None], StaticBuffers]
+
+
 class Recordings:
-    """
-    What a model keeps recorded, the least recently used first. One thread works with it at a time; others wait.
-    """
+    """What a model keeps recorded, the least recently used first. One thread works with it at a time."""
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.Lock(), None
@@ -147,17 +157,18 @@ class Recordings:
         self._last_use: torch.cuda.Event | None = None
         self.pool: GraphPool | None = None
 
-    @property
-    def is_in_use_here(self) -> bool:
-        """Whether this thread works with it already: a callback of generation that generates."""
-        return self._owner == threading.get_ident()
-
     @contextmanager
     def borrow(
-        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[GraphPool], StaticBuffers]
+        self,
+        kind: Hashable,
+        fingerprint: Hashable,
+        num_columns: int,
+        make: Callable[[GraphPool | None], StaticBuffers],
     ) -> Iterator[StaticBuffers]:
         """
-        Buffers and graphs of a kind of steps, for this thread alone until it leaves.
+        Buffers and graphs of a kind of steps, for this thread alone until it leaves. Who has waited for
+        `LONGEST_WAIT` while others work with them, or cannot wait as it has borrowed others (in a callback of
+        generation), gets buffers of its own, whose steps are not recorded.
 
         Args:
             kind: All that a recorded step holds fixed, but for what follows.
@@ -165,8 +176,13 @@ class Recordings:
             num_columns: Columns of the canvas.
             make: Makes them, given the pool, where there are none yet that will do.
         """
-        with self._lock:
+        may_wait = getattr(_borrowed, "count", 0) == 0
+        if not self._lock.acquire(timeout=LONGEST_WAIT if may_wait else 0):
+            yield make(None)
+            return
+        try:
             self._owner = threading.get_ident()
+            _borrowed.count = getattr(_borrowed, "count", 0) + 1
             try:
                 with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
                     buffers = self._find(kind, fingerprint, num_columns, make)
@@ -178,10 +194,17 @@ class Recordings:
                     self._last_use = torch.cuda.Event()
                     self._last_use.record()
             finally:
+                _borrowed.count -= 1
                 self._owner = None
+        finally:
+            self._lock.release()
 
     def _find(
-        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: Callable[[GraphPool], StaticBuffers]
+        self,
+        kind: Hashable,
+        fingerprint: Hashable,
+        num_columns: int,
+        make: Callable[[GraphPool | None], StaticBuffers],
     ) -> StaticBuffers:
         if self.fingerprint != fingerprint:  # another model by now, perhaps on another device
             self._kept.clear()
@@ -202,12 +225,13 @@ class Recordings:
         return sum(buffers.cache.num_bytes for buffers in self._kept.values())
 
     def release(self) -> None:
-        """Lets go of all graphs and buffers."""
-        with self._lock:
+        """Lets go of all graphs and buffers; of those in use as soon as they are not."""
+        with nullcontext() if self._owner == threading.get_ident() else self._lock:
             self._kept.clear()
             self.fingerprint = self.pool = None
 
 
+_borrowed = threading.local()  # how many this thread has borrowed
 _RECORDINGS: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
 _RECORDINGS_LOCK = threading.Lock()
 
@@ -230,6 +254,8 @@ def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
         return "the model has hooks, such as those that offload its weights"
     if backbone.config._attn_implementation not in ("sdpa", "eager"):
         return f"`attn_implementation={backbone.config._attn_implementation!r}` takes no 4-D mask"
+    if any(module._compiled_call_impl or hasattr(module, "_orig_mod") for module in backbone.modules()):
+        return "the backbone is compiled"
     if torch.is_autocast_enabled(next(iter(devices)).type):
         return "autocast is on"
     return None
@@ -246,20 +272,21 @@ def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
     modules = (*backbone.modules(), head)
     if any(type(module).__module__.partition(".")[0] == "peft" for module in modules):
         return "adapters, which may be switched, are not merged into the model"
+    is_quantised = any(isinstance(module, GroupwiseExperts) for module in modules)
+    if is_quantised and not is_kernel_device(next(backbone.parameters()).device):
+        return "quantised experts are computed one by one on this device, by what the router chose"
     kinds = {type(tensor) for module in modules for tensor in module.parameters(recurse=False)}
     if kinds - {nn.Parameter}:
         return f"weights are {', '.join(sorted(kind.__name__ for kind in kinds - {nn.Parameter}))}"
     if backbone.training:
         return "the model is in training mode"
-    if backbone._compiled_call_impl is not None:
-        return "the backbone is compiled"
     return None
 
 
 def fingerprint_of(backbone: nn.Module, head: nn.Module) -> Hashable:
     """Where all tensors of a model are, and how it computes."""
     tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
-    places = tuple((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+    places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
     return places, str(vars(backbone.config)), is_fused()
 
 

@@ -44,11 +44,13 @@ class BlockState:
         self.tokens = torch.zeros(num_branches, *shape, dtype=torch.long, device=device)
         self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self.is_new = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.confidence = torch.zeros(shape, device=device)
+        self.confidence = torch.zeros(shape, dtype=torch.float32, device=device)
         self.predicted = torch.zeros(shape, dtype=torch.bool, device=device)
         self.num_left = torch.zeros((), dtype=torch.long, device=device)
         self.step = torch.zeros((), dtype=torch.long, device=device)
-        self.uniforms = torch.zeros(num_steps, *shape, device=device) if is_sampled else None
+        self.uniforms = None
+        if is_sampled:
+            self.uniforms = torch.zeros(num_steps, *shape, dtype=torch.float32, device=device)
 
     def load(self, canvas: Canvas, rows: torch.Tensor, start: int) -> None:
         """Takes the block that begins at column `start`, of these rows, from the canvas."""
@@ -67,22 +69,24 @@ class BlockState:
         canvas.masked[rows, start:stop] = self.masked
         canvas.confidence[rows, start:stop] = self.confidence
 
-    def draw(self, generator: Generators, rows: list[int]) -> None:
+    def draw(self, generator: Generators, with_masks: list[tuple[int, int]]) -> None:
         """
         Draws the block's uniforms.
 
         Args:
             generator: One for the batch, or one per row of the canvas.
-            rows: Rows of the canvas that have masks in this block; the state's rows where it is one for the batch.
+            with_masks: Which rows of the state, and of the canvas, have masks in this block. A row alone would not
+                draw where it has none.
         """
         if self.uniforms is None:
             return
         num_steps, _, block_length = self.uniforms.shape
-        if isinstance(generator, list):
-            for index, row in rows:
-                drawn = torch.rand(num_steps, block_length, generator=generator[row], device=generator[row].device)
-                self.uniforms[:, index] = drawn.to(self.uniforms.device)
-        else:
+        if not isinstance(generator, list):
             device = self.uniforms.device if generator is None else generator.device  # a CPU generator serves any
-            drawn = torch.rand(self.uniforms.shape, generator=generator, device=device)
+            drawn = torch.rand(self.uniforms.shape, generator=generator, dtype=torch.float32, device=device)
             self.uniforms.copy_(drawn)
+            return
+        for index, row in with_masks:
+            device = generator[row].device
+            drawn = torch.rand(num_steps, block_length, generator=generator[row], dtype=torch.float32, device=device)
+            self.uniforms[:, index] = drawn.to(self.uniforms.device)

@@ -38,7 +38,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def can_fuse(states: torch.Tensor, weight: torch.Tensor) -> bool:
+def can_fuse(states: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     """
     Whether Triton's kernels can compute with these: plain tensors on a GPU of CUDA (or in Triton's interpreter, which
     tests use), of one type that they know, without gradients, and not where `torch.compile` fuses by itself.
@@ -47,8 +47,11 @@ def can_fuse(states: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     if states.is_cuda and states.device.index != torch.cuda.current_device():
         return False  # Triton launches where the process works at the moment
-    is_known = states.dtype in (torch.bfloat16, torch.float16, torch.float32) and states.dtype == weight.dtype
-    is_plain = type(states) is torch.Tensor and type(weight) is torch.nn.Parameter and states.device == weight.device
+    is_known = states.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    is_plain = type(states) is torch.Tensor
+    if weight is not None:
+        is_known = is_known and states.dtype == weight.dtype
+        is_plain = is_plain and type(weight) is torch.nn.Parameter and states.device == weight.device
     # ROCm's devices are called "cuda" too; nobody has tried them.
     is_ours = torch.version.hip is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return is_known and is_plain and is_ours and has_triton()
