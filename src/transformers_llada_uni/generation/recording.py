@@ -159,11 +159,7 @@ class Recordings:
 
     @contextmanager
     def borrow(
-        self,
-        kind: Hashable,
-        fingerprint: Hashable,
-        num_columns: int,
-        make: Callable[[GraphPool | None], StaticBuffers],
+        self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: MakeBuffers
     ) -> Iterator[StaticBuffers]:
         """
         Buffers and graphs of a kind of steps, for this thread alone until it leaves. Who has waited for
@@ -180,32 +176,20 @@ class Recordings:
         if not self._lock.acquire(timeout=LONGEST_WAIT if may_wait else 0):
             yield make(None)
             return
+        self._owner, _borrowed.count = threading.get_ident(), getattr(_borrowed, "count", 0) + 1
         try:
-            self._owner = threading.get_ident()
-            _borrowed.count = getattr(_borrowed, "count", 0) + 1
-            try:
-                with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
-                    buffers = self._find(kind, fingerprint, num_columns, make)
-                is_cuda = buffers.padding.is_cuda
-                if is_cuda and self._last_use is not None:
-                    self._last_use.wait()  # another thread's stream may still be at work
-                yield buffers
-                if is_cuda:
-                    self._last_use = torch.cuda.Event()
-                    self._last_use.record()
-            finally:
-                _borrowed.count -= 1
-                self._owner = None
+            if self._last_use is not None:
+                self._last_use.wait()  # another thread's stream may still be at work
+            with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
+                buffers = self._find(kind, fingerprint, num_columns, make)
+            yield buffers
         finally:
+            self._last_use = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            self._owner = None
+            _borrowed.count -= 1
             self._lock.release()
 
-    def _find(
-        self,
-        kind: Hashable,
-        fingerprint: Hashable,
-        num_columns: int,
-        make: Callable[[GraphPool | None], StaticBuffers],
-    ) -> StaticBuffers:
+    def _find(self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: MakeBuffers) -> StaticBuffers:
         if self.fingerprint != fingerprint:  # another model by now, perhaps on another device
             self._kept.clear()
             self.fingerprint, self.pool = fingerprint, GraphPool()
