@@ -5,7 +5,8 @@ What the faster but not exact settings cost in quality: the shipped emoji model,
     python benchmarks/emoji_quality.py emoji-datasource-twitter-16.0.0.tgz
 
 Shares of exact names and of right drawings (of all emoji, the asked one is the nearest to the drawn one), and seconds.
-The model was trained on these emoji; its card has held-out ones. Eight-bit weights need `pip install torchao`.
+The model was trained on these emoji; its card has held-out ones. "int8" and "float8" are torchao's and need `pip
+install torchao`; those with groups are [`GroupwiseQuantizationConfig`].
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchao_available
 
 from diffusers_llada_uni import embedded_checkpoint
-from transformers_llada_uni import backbone_quantization_config
+from transformers_llada_uni import GroupwiseQuantizationConfig, backbone_quantization_config
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
@@ -34,11 +35,14 @@ from wordings import TRAINED_DRAWING
 
 @dataclass
 class Setting:
-    """What of a pipeline is set otherwise: of `generate`, of the decoder's cache, of the weights (torchao's names)."""
+    """
+    What of a pipeline is set otherwise: of `generate`, of the decoder's cache, of the weights (torchao's names, or a
+    configuration of ours).
+    """
 
     generation: dict[str, Any] = field(default_factory=dict)
     cache_threshold: float | None = None
-    backbone_weights: str | None = None
+    backbone_weights: str | GroupwiseQuantizationConfig | None = None
     decoder_weights: str | None = None
 
 
@@ -54,13 +58,19 @@ SETTINGS = {
     "int8 backbone and decoder": Setting(backbone_weights=INT8, decoder_weights=INT8),
     "float8 backbone": Setting(backbone_weights=FLOAT8),
     "float8 backbone and decoder": Setting(backbone_weights=FLOAT8, decoder_weights=FLOAT8),
+    "8-bit backbone, groups of 64": Setting(backbone_weights=GroupwiseQuantizationConfig(bits=8)),
+    "4-bit backbone, groups of 64": Setting(backbone_weights=GroupwiseQuantizationConfig(bits=4)),
+    "4-bit backbone, groups of 32": Setting(backbone_weights=GroupwiseQuantizationConfig(bits=4, group_size=32)),
 }
 
 
-def quantized_backbone(folder: Path, weights: str) -> torch.nn.Module:
-    from torchao import quantization
+def quantized_backbone(folder: Path, weights: str | GroupwiseQuantizationConfig) -> torch.nn.Module:
+    if isinstance(weights, str):
+        from torchao import quantization
 
-    config = backbone_quantization_config(getattr(quantization, weights)())
+        config = backbone_quantization_config(getattr(quantization, weights)())
+    else:
+        config = weights
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, quantization_config=config).eval()
 
 
@@ -98,7 +108,7 @@ def main() -> None:
     print("| setting | names | seconds | drawings | seconds |\n|---|---|---|---|---|")
     for name in arguments.settings:
         setting = SETTINGS[name]
-        if setting.backbone_weights is not None and not is_torchao_available():
+        if isinstance(setting.backbone_weights, str) and not is_torchao_available():
             print(f"| {name} | torchao is not installed | | | |")
             continue
         evaluation = Evaluation(make_pipeline(embedded_checkpoint(), setting), table, arguments.seed)

@@ -1,12 +1,14 @@
 """
-How much memory the released shape takes, counted on meta tensors; and what loading a backbone takes, measured.
+How much memory the released shape takes, counted on meta tensors, and what of it is on a card at a time; and what
+loading a backbone takes, measured.
 
-    python benchmarks/memory.py                        # both
+    python benchmarks/memory.py                        # all
     python benchmarks/memory.py --layers 12            # a larger model to load
 
-The second part writes a scaled-down backbone in the released layout (one tensor per expert, in shards), loads it in a
-fresh process with `from_pretrained`, and compares the peak of the process's own memory with the model's size. Pages of
-the files that the system maps and can drop at any time are counted apart.
+The last part writes a scaled-down backbone in the released layout (one tensor per expert, in shards), loads it in
+fresh processes with `from_pretrained`, as it is and in four bits, and compares the peak of the process's own memory
+with the model's size. Pages of the files that the system maps and can drop at any time are counted apart. Decoders in
+float8 need torchao to be counted.
 """
 
 import argparse
@@ -19,10 +21,13 @@ from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from transformers import AutoModelForCausalLM
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+from transformers.utils import is_torchao_available
 from watched_memory import watched_memory
 
 from diffusers_llada_uni import LLaDAUniSemanticEmbedder
-from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from diffusers_llada_uni.decoder_compilation import PRODUCTS
+from transformers_llada_uni import GroupwiseQuantizationConfig, LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from transformers_llada_uni.groupwise_modules import replace_with_groupwise_modules
 
 
 # What a name of the backbone's belongs to; the first that matches.
@@ -41,6 +46,23 @@ VAE = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
+
+# Of the backbone: how it is quantised.
+PRECISIONS = {
+    "bfloat16": None,
+    "8 bits, groups of 64": ("int8", 64),
+    "4 bits, groups of 32": ("int4", 32),
+    "4 bits, groups of 64": ("int4", 64),
+}
+# A card, how the backbone and the decoder (one of the two) are stored, and whether all is on the card or a component
+# at a time.
+PLANS = [
+    ("80 GB", "bfloat16", "bfloat16", True),
+    ("24 GB", "4 bits, groups of 64", "float8", True),
+    ("24 GB", "8 bits, groups of 64", "bfloat16", False),
+    ("24 GB", "4 bits, groups of 64", "bfloat16", False),
+    ("16 GB", "4 bits, groups of 64", "float8", False),
+]
 
 
 def count_parameters() -> dict[str, int]:
@@ -73,12 +95,57 @@ def print_shape() -> None:
     print(f"\nCache: {cache / 1e6:.3f} MB a token in bfloat16, {1024 * cache / 1e6:.0f} MB for 1,024 tokens a branch.")
 
 
-def load(path: str, results) -> None:
+def num_bytes(module: torch.nn.Module) -> int:
+    """Of all parameters and buffers, those that torchao quantised included."""
+    total = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        parts = tensor.data.__tensor_flatten__()[0] if hasattr(tensor.data, "__tensor_flatten__") else None
+        total += tensor.nbytes if parts is None else sum(getattr(tensor.data, part).nbytes for part in parts)
+    return total
+
+
+def print_plans() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        backbones, config = {}, LLaDA2MoeConfig()
+        for precision, quantization in PRECISIONS.items():
+            backbone = LLaDA2MoeForBlockDiffusion(config)
+            if quantization is not None:
+                replace_with_groupwise_modules(backbone, config, *quantization)
+            backbones[precision] = num_bytes(backbone)
+        decoder = ZImageTransformer2DModel(cap_feat_dim=4096)
+        tokenizer = num_bytes(GlmImageVisionModel(GlmImageVisionConfig()))
+        tokenizer += num_bytes(GlmImageVQVAE(GlmImageVQVAEConfig()))
+        others = num_bytes(LLaDAUniSemanticEmbedder()), num_bytes(AutoencoderKL(**VAE))
+    torch.set_default_dtype(torch.float32)
+    decoders = {"bfloat16": num_bytes(decoder)}
+    if is_torchao_available():
+        from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, quantize_
+
+        quantize_(decoder, FqnToConfig({PRODUCTS: Float8WeightOnlyConfig()}), filter_fn=None)
+        decoders["float8"] = num_bytes(decoder)
+    print("\n| stored in | GB |\n|---|---|")
+    for name, sizes in (("backbone", backbones), ("decoder", decoders)):
+        for precision, size in sizes.items():
+            print(f"| {name}, {precision} | {size / 1e9:.2f} |")
+    print("\n| card | backbone | decoder | on the card | weights on it at a time, GB |\n|---|---|---|---|---|")
+    for card, precision, decoder_precision, is_resident in PLANS:
+        if decoder_precision not in decoders:
+            print(f"| {card} | {precision} | {decoder_precision} | torchao is not installed | |")
+            continue
+        components = [backbones[precision] + tokenizer, decoders[decoder_precision], *others]
+        size = sum(components) if is_resident else max(components)
+        place = "all" if is_resident else "one component at a time"
+        print(f"| {card} | {precision} | {decoder_precision} | {place} | {size / 1e9:.1f} |")
+
+
+def load(path: str, quantization_config: GroupwiseQuantizationConfig | None, results) -> None:
     """Loads in this process; a thread watches its memory."""
     with watched_memory() as growth:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
-    results.put((size, growth.own, growth.mapped))
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, quantization_config=quantization_config
+        )
+    results.put((num_bytes(model), growth.own, growth.mapped))
 
 
 def measure_load(options: argparse.Namespace) -> None:
@@ -96,15 +163,14 @@ def measure_load(options: argparse.Namespace) -> None:
         shards = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
-        process = context.Process(target=load, args=(folder, results))
-        process.start()
-        size, peak, mapped = results.get()
-        process.join()
-    print(
-        f"\nA backbone of {size / 1e6:.0f} MB in {len(shards)} shards of at most {max(shards) / 1e6:.0f} MB: loading "
-        f"took {peak / 1e6:.0f} MB ({peak / size:.2f} times its size; its size and a shard: "
-        f"{(size + max(shards)) / size:.2f}), and mapped files of up to {mapped / 1e6:.0f} MB."
-    )
+        print("\n| a backbone loaded | its size, MB | peak of own memory, MB | mapped files, MB |\n|---|---|---|---|")
+        for name, quantization_config in (("as it is", None), ("in four bits", GroupwiseQuantizationConfig())):
+            process = context.Process(target=load, args=(folder, quantization_config, results))
+            process.start()
+            size, peak, mapped = results.get()
+            process.join()
+            print(f"| {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {mapped / 1e6:.0f} |", flush=True)
+    print(f"\n{len(shards)} shards of at most {max(shards) / 1e6:.0f} MB.")
 
 
 def main() -> None:
@@ -113,6 +179,7 @@ def main() -> None:
     parser.add_argument("--shard-megabytes", type=int, default=100)
     options = parser.parse_args()
     print_shape()
+    print_plans()
     measure_load(options)
 
 

@@ -32,7 +32,7 @@ class TracedProgram:
 
 
 class Pool:
-    is_broken = False
+    failure = None
 
 
 @contextmanager

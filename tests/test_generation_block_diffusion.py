@@ -223,10 +223,16 @@ class TestRules:
             expected = guided_logits(head(hidden_states), *guidance)[:, 20:45]
             expected[:, 2] = float("-inf")
             found = GuidedHead(head, (20, 45), [3, 22], guidance, num_branches)(hidden_states)
+            biased = torch.nn.Linear(16, 50, dtype=dtype)
+            biased.weight = head.weight
+            wanted = guided_logits(biased(hidden_states), *guidance)[:, 20:45]
+            wanted[:, 2] = float("-inf")
+            with_bias = GuidedHead(biased, (20, 45), [3, 22], guidance, num_branches)(hidden_states)
             head.register_forward_hook(lambda module, args, output: output)  # now it is more than a matrix
             called = GuidedHead(head, (20, 45), [3, 22], guidance, num_branches)(hidden_states)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(called, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(with_bias, wanted, rtol=1e-5, atol=1e-5)
 
     def test_confidences_by_hand(self):
         logits = torch.tensor([[0.0, 1.0, 3.0]])

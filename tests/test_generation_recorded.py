@@ -89,12 +89,15 @@ def test_recorded_steps_give_the_same_tokens(model, kind):
 
 
 def test_other_lengths_are_served_by_the_same_graphs(model):
-    count = TracedProgram.count
-    for length, num_new_tokens in ((21, 30), (3, 50), (34, 40), (60, 20)):
-        arguments = TEXT | {"input_ids": ids_of(1, length), "max_new_tokens": num_new_tokens, "threshold": 1.0}
-        wanted = model.generate(**arguments)
-        with recorded_on_cpu():
-            assert torch.equal(model.generate(**arguments), wanted)
+    lengths = ((21, 30), (3, 50), (34, 40), (60, 20))
+    cases = [
+        TEXT | {"input_ids": ids_of(1, length), "max_new_tokens": num_new_tokens, "threshold": 1.0}
+        for length, num_new_tokens in lengths
+    ]
+    wanted, count = [model.generate(**case) for case in cases], TracedProgram.count
+    with recorded_on_cpu():
+        for case, tokens in zip(cases, wanted, strict=True):
+            assert torch.equal(model.generate(**case), tokens)
     # Those of steps, and of the two lengths of pieces in which a prompt is taken in.
     assert TracedProgram.count - count <= 4
 
@@ -205,6 +208,27 @@ def test_nothing_of_a_broken_call_is_left(model):
     assert not torch.equal(changed, wanted)
 
 
+def test_what_is_kept_goes_when_the_model_goes_elsewhere(model):
+    with recorded_on_cpu():
+        call(model, "guided codes")
+        assert recordings_of(model.model).num_bytes
+    call(model, "guided codes")  # on a CPU again
+    assert not recordings_of(model.model).num_bytes
+
+
+def test_one_generator_gives_a_row_the_same_numbers_by_every_way(model):
+    """Rows end apart; those that go on must not notice."""
+    arguments = TEXT | {"input_ids": ids_of(3, 21), "do_sample": True, "eos_token_id": [1, 2, 3, 4], "threshold": 0.5}
+
+    def sampled(**settings) -> torch.Tensor:
+        return model.generate(**arguments, generator=torch.Generator().manual_seed(0), **settings)
+
+    wanted = sampled()
+    assert torch.equal(sampled(use_cache=False), wanted)
+    with recorded_on_cpu():
+        assert torch.equal(sampled(), wanted)
+
+
 def test_uniforms_are_float32_whatever_the_default(model):
     arguments = TEXT | {"do_sample": True, "threshold": 1.0}
     wanted = model.generate(**arguments, generator=torch.Generator().manual_seed(0))
@@ -238,7 +262,7 @@ def test_a_program_that_cannot_be_recorded_goes_on_as_it_is(model, monkeypatch):
 
     def refuse(program, pool):
         tries.append(program)
-        pool.is_broken = True
+        pool.failure = RuntimeError
         raise RuntimeError("operation not permitted when stream is capturing")
 
     wanted = model.generate(**TEXT)
@@ -249,6 +273,20 @@ def test_a_program_that_cannot_be_recorded_goes_on_as_it_is(model, monkeypatch):
             model.generate(**TEXT, threshold=0.5), model.generate(**TEXT, threshold=0.5, use_cache=False)
         )
     assert len(tries) == 1  # what has failed once is not tried at every step
+
+
+def test_an_interrupted_recording_is_made_again(model, monkeypatch):
+    def interrupt(program, pool):
+        pool.failure = KeyboardInterrupt
+        raise KeyboardInterrupt
+
+    wanted, count = model.generate(**TEXT), TracedProgram.count
+    with recorded_on_cpu():
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(recording, "CudaGraph", interrupt)
+            model.generate(**TEXT)
+        assert torch.equal(model.generate(**TEXT), wanted)
+    assert TracedProgram.count > count
 
 
 class TestWhyNot:

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 
-FILES = ["test_normalization.py", "test_prefix_attention.py", "test_rotary.py", "test_router.py"]
+FILES = [
+    "test_groupwise_linear.py",
+    "test_normalization.py",
+    "test_prefix_attention.py",
+    "test_rotary.py",
+    "test_router.py",
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

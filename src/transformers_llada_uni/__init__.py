@@ -25,6 +25,7 @@ _EXPORTS = {
     "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
     "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
     "processing_llada_uni": ["LLaDAUniProcessor"],
+    "quantization_groupwise": ["GroupwiseQuantizationConfig"],
     "quantization_torchao": ["backbone_quantization_config"],
 }
 __getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .modeling_llada2_moe import *
     from .modeling_llada_uni import *
     from .processing_llada_uni import *
+    from .quantization_groupwise import *
     from .quantization_torchao import *
 
 

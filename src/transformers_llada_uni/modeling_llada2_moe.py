@@ -41,6 +41,7 @@ from .kernels import (
     has_triton,
 )
 from .masking_block_causal import PrefixMask, create_block_causal_mask
+from .quantization_groupwise import METHOD  # noqa: F401  makes the method known to transformers
 from .quantization_torchao import compute_torchao_experts_eagerly
 
 
@@ -106,7 +107,7 @@ class LLaDA2MoeMLP(Glm4MoeMLP):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if self.config.hidden_act == "silu" and can_fuse(gate, self.gate_proj.weight):
+        if self.config.hidden_act == "silu" and can_fuse(gate):
             from .kernels.normalization import silu_multiply
 
             return self.down_proj(silu_multiply(gate, up))

@@ -12,7 +12,15 @@ from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig
 from .guided_head import GuidedHead
 from .policy import CommitPolicy, num_steps_of
-from .recording import GraphPool, StaticBuffers, fingerprint_of, recordings_of, why_not_recorded, why_not_static
+from .recording import (
+    GraphPool,
+    StaticBuffers,
+    fingerprint_of,
+    recordings_of,
+    release_unused,
+    why_not_recorded,
+    why_not_static,
+)
 from .runners import EagerRunner, Runner, StaticRunner
 from .sampling import Generators, make_warpers
 from .sprint import SprintCache, SprintConfig
@@ -118,7 +126,10 @@ class BlockDiffusionDecoder:
         sprint = config.sprint_config() if config.use_cache and is_sprint else None
         is_exact = config.use_cache and sprint is None
 
-        if not is_exact or why_not_static(backbone, self.head) is not None:
+        why_not = why_not_static(backbone, self.head)
+        if why_not is not None:
+            release_unused(backbone)
+        if not is_exact or why_not is not None:
             cache = None
             if config.use_cache:
                 cache_class = BlockDiffusionCache if sprint is None else SprintCache
@@ -155,7 +166,7 @@ class BlockDiffusionDecoder:
         sampling = (config.temperature, config.top_k, config.top_p) if config.do_sample else None
         guidance = self.guidance if len(canvas.ids) > 1 else None
         head = (self.allowed, tuple(self.never_predicted))
-        return tuple(canvas.ids.shape[:2]), policy, editing, sampling, guidance, head, self.is_image
+        return tuple(canvas.ids.shape[:2]), canvas.ids.device, policy, editing, sampling, guidance, head, self.is_image
 
     def _guided_head(self, num_branches: int) -> GuidedHead:
         return GuidedHead(self.head, self.allowed, self.never_predicted, self.guidance, num_branches)

@@ -47,9 +47,9 @@ class GuidedHead:
         self.low, self.high = allowed or (0, head.out_features)
         excluded = [token_id - self.low for token_id in never_predicted if self.low <= token_id < self.high]
         self.is_plain = _is_plain_linear(head)
-        self.excluded = torch.tensor(excluded, dtype=torch.long)
-        if self.is_plain:
-            self.excluded = self.excluded.to(head.weight.device)
+        # Where the logits will be, or a copy in every step would bring them there.
+        devices = {parameter.device for parameter in head.parameters() if not parameter.is_meta}
+        self.excluded = torch.tensor(excluded, dtype=torch.long, device=next(iter(devices), None))
         self.spread_matrix: torch.Tensor | None = None
         if self.is_plain and num_branches > 1 and guidance[2] > 0:
             self.spread_matrix = _remembered_spread_matrix(head)
@@ -136,7 +136,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
     """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
     hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
     hooked = hooked or getattr(getattr(head, "_diffusers_hook", None), "hooks", None)  # group offloading
-    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hooked
+    return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter and not hooked
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +35,9 @@ LONGEST_WAIT = 30.0  # seconds, for another thread that works with what a model 
 RECORDABLE_EXPERTS = ("triton", "grouped_mm", "batched_mm")
 
 
+_recording_lock = threading.RLock()
+
+
 class CudaGraph:
     """
     A program of tensors recorded on a GPU; recording does not run it.
@@ -47,11 +50,16 @@ class CudaGraph:
     def __init__(self, program: Callable[[], None], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
         try:
+            # torch records one graph at a time in a process, and does not go back to the stream before if that fails.
             # Other threads may go on with what a recording thread may not do.
-            with torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"):
+            with (
+                _recording_lock,
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"),
+            ):
                 program()
-        except BaseException:
-            pool.is_broken = True
+        except BaseException as error:
+            pool.failure = type(error)
             # torch would take the device's random numbers for those of the recording for ever.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
@@ -68,12 +76,12 @@ class GraphPool:
     torch lets go of a pool with its last graph, and fails if another one then asks for it: an empty graph keeps it.
 
     Attributes:
-        is_broken: A recording was broken off, after which torch records nothing more in this pool.
+        failure: What kind of error broke off a recording, after which torch records nothing more in this pool.
     """
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
-        self.is_broken = False
+        self.failure: type[BaseException] | None = None  # not the error itself: its traceback holds the model
         self._keeper = CudaGraph(lambda: torch.zeros(1, device="cuda"), self)
 
 
@@ -106,7 +114,7 @@ class StaticBuffers:
             for length in self._piece_lengths(num_branches * num_rows, block_length)
         }
         needed = num_columns + min(self.pieces)
-        self.length = next(length for length in BUFFER_LENGTHS if length >= needed)
+        self.length = needed if pool is None else next(length for length in BUFFER_LENGTHS if length >= needed)
         self.cache = BlockDiffusionCache(len(backbone.layers), self.length)
         self.cache.make_static(backbone.config, num_branches * num_rows, backbone.dtype, device)
         self.padding = torch.zeros(num_branches, num_rows, dtype=torch.long, device=device)
@@ -131,7 +139,7 @@ class StaticBuffers:
         Runs the program of this name, which is the same at every call: as it is at first, which compiles its kernels
         and takes the memory of its libraries; from its second run on recorded.
         """
-        may_record = self.pool is not None and not self.pool.is_broken
+        may_record = self.pool is not None and self.pool.failure is None
         if name not in self._graphs and may_record and name in self._has_run:
             try:
                 self._graphs[name] = CudaGraph(program, self.pool)
@@ -176,21 +184,26 @@ class Recordings:
         if not self._lock.acquire(timeout=LONGEST_WAIT if may_wait else 0):
             yield make(None)
             return
-        self._owner, _borrowed.count = threading.get_ident(), getattr(_borrowed, "count", 0) + 1
         try:
+            self._owner, _borrowed.count = threading.get_ident(), getattr(_borrowed, "count", 0) + 1
             if self._last_use is not None:
                 self._last_use.wait()  # another thread's stream may still be at work
             with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
                 buffers = self._find(kind, fingerprint, num_columns, make)
             yield buffers
         finally:
-            self._last_use = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-            self._owner = None
-            _borrowed.count -= 1
-            self._lock.release()
+            # Whatever thread ends an abandoned generator: the lock is let go.
+            self._owner, _borrowed.count = None, max(getattr(_borrowed, "count", 0) - 1, 0)
+            try:
+                self._last_use = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+            finally:
+                self._lock.release()
 
     def _find(self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: MakeBuffers) -> StaticBuffers:
-        if self.fingerprint != fingerprint:  # another model by now, perhaps on another device
+        # What was only interrupted is tried again; what cannot be recorded is not.
+        failure = None if self.pool is None else self.pool.failure
+        was_interrupted = failure is not None and not issubclass(failure, RuntimeError)
+        if self.fingerprint != fingerprint or was_interrupted:  # another model by now, perhaps on another device
             self._kept.clear()
             self.fingerprint, self.pool = fingerprint, GraphPool()
         buffers = self._kept.pop(kind, None)
@@ -208,11 +221,17 @@ class Recordings:
         """Of all keys and values that are kept."""
         return sum(buffers.cache.num_bytes for buffers in self._kept.values())
 
-    def release(self) -> None:
-        """Lets go of all graphs and buffers; of those in use as soon as they are not."""
-        with nullcontext() if self._owner == threading.get_ident() else self._lock:
+    def release(self, wait: bool = True) -> None:
+        """Lets go of all graphs and buffers; of those in use as soon as they are not. `wait`: for other threads."""
+        is_own = self._owner == threading.get_ident()
+        if not is_own and not self._lock.acquire(blocking=wait):
+            return
+        try:
             self._kept.clear()
             self.fingerprint = self.pool = None
+        finally:
+            if not is_own:
+                self._lock.release()
 
 
 _borrowed = threading.local()  # how many this thread has borrowed
@@ -224,6 +243,13 @@ def recordings_of(backbone: nn.Module) -> Recordings:
     """Those of a model; not an attribute of it, as graphs can be neither copied nor saved."""
     with _RECORDINGS_LOCK:
         return _RECORDINGS.setdefault(backbone, Recordings())
+
+
+def release_unused(backbone: nn.Module) -> None:
+    """Lets go of what a model keeps that has left its place, as offloaded to a CPU; not while a thread uses it."""
+    recordings = _RECORDINGS.get(backbone)
+    if recordings is not None:
+        recordings.release(wait=False)
 
 
 def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
@@ -254,6 +280,8 @@ def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
     if experts_implementation not in RECORDABLE_EXPERTS:
         return f"`experts_implementation={experts_implementation!r}` may read values of tensors"
     modules = (*backbone.modules(), head)
+    if any(type(module).__module__.startswith("torch.distributed") for module in modules):
+        return "the model is sharded"
     if any(type(module).__module__.partition(".")[0] == "peft" for module in modules):
         return "adapters, which may be switched, are not merged into the model"
     is_quantised = any(isinstance(module, GroupwiseExperts) for module in modules)

@@ -48,8 +48,7 @@ class Runner:
             num_masked: Masks in it, of each row under work.
         """
         self.state.load(self.canvas, self.row_index, start)
-        with_masks = [(index, self.rows[index]) for index, count in enumerate(num_masked) if count]
-        self.state.draw(self.generator, with_masks)
+        self.state.draw(self.generator, self.rows, num_masked, self.canvas.ids.shape[1])
         policy = self.step.policy
         policy.begin(self.state)
         num_left = max(num_masked)

@@ -69,24 +69,27 @@ class BlockState:
         canvas.masked[rows, start:stop] = self.masked
         canvas.confidence[rows, start:stop] = self.confidence
 
-    def draw(self, generator: Generators, with_masks: list[tuple[int, int]]) -> None:
+    def draw(self, generator: Generators, rows: list[int], num_masked: list[int], num_rows: int) -> None:
         """
         Draws the block's uniforms.
 
         Args:
             generator: One for the batch, or one per row of the canvas.
-            with_masks: Which rows of the state, and of the canvas, have masks in this block. A row alone would not
-                draw where it has none.
+            rows: Which row of the canvas each row of the state is.
+            num_masked: Masks of each row of the state in this block. With a generator of its own a row draws nothing
+                where it has none, as alone.
+            num_rows: Of the canvas. One generator draws for all of them, also for those that have ended.
         """
         if self.uniforms is None:
             return
         num_steps, _, block_length = self.uniforms.shape
         if not isinstance(generator, list):
             device = self.uniforms.device if generator is None else generator.device  # a CPU generator serves any
-            drawn = torch.rand(self.uniforms.shape, generator=generator, dtype=torch.float32, device=device)
-            self.uniforms.copy_(drawn)
+            shape = num_steps, num_rows, block_length
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+            self.uniforms.copy_(drawn[:, rows])
             return
-        for index, row in with_masks:
+        for index, row in ((index, row) for index, row in enumerate(rows) if num_masked[index]):
             device = generator[row].device
             drawn = torch.rand(num_steps, block_length, generator=generator[row], dtype=torch.float32, device=device)
             self.uniforms[:, index] = drawn.to(self.uniforms.device)

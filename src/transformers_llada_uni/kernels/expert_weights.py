@@ -104,18 +104,20 @@ class ExpertWeights:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """`(experts, out_features, in_features)`; multiplied in float32 at least, then rounded to `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
         if self.kind == "plain":
             return self.data.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         if self.kind == "int4":
             # The shift to the left drops the upper bits, that to the right repeats the sign.
             signed = self.data.view(torch.int8)
             weight = torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1).to(wide)
         else:
             weight = self.data.to(wide)
-        scales = self.scales.to(wide) if self.kind == "float8" else self.scales.transpose(1, 2).to(wide)
         rows, columns = self.scale_shape
-        scales = scales.unflatten(1, (self.parts, -1)).repeat_interleave(rows, dim=2)
+        if self.kind != "float8":
+            groups = weight.unflatten(2, (-1, columns))
+            return groups.mul_(self.scales.transpose(1, 2).to(wide)[..., None]).flatten(2).to(dtype)
+        scales = self.scales.to(wide).unflatten(1, (self.parts, -1)).repeat_interleave(rows, dim=2)
         scales = scales[:, :, : self.out_features // self.parts].flatten(1, 2)
         return (weight * scales.repeat_interleave(columns, dim=2)[..., : self.in_features]).to(dtype)
 
@@ -195,15 +197,15 @@ def _quantize_int4(weight, scale_shape, scale_dtype):
     groups = weight.unflatten(1, (-1, scale_shape[1]))
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     best_error = torch.full_like(largest, torch.inf)
-    best_scales, best_stored = torch.ones_like(largest), torch.zeros_like(groups)
+    best_scales = torch.ones_like(largest)
     for part in CLIPPING:
         scales = _without_zeros((largest * (part / -8)).to(scale_dtype)).to(weight.dtype)
-        stored = (groups / scales).round().clamp(-8, 7)
-        error = (stored * scales - groups).square().sum(dim=-1, keepdim=True)
+        stored = (groups / scales).round_().clamp_(-8, 7)
+        error = stored.mul_(scales).sub_(groups).square_().sum(dim=-1, keepdim=True)
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         best_scales = torch.where(is_better, scales, best_scales)
-        best_stored = torch.where(is_better, stored, best_stored)
+    best_stored = (groups / best_scales).round_().clamp_(-8, 7)
     low, high = best_stored.flatten(1).to(torch.int8).chunk(2, dim=1)
     packed = (low & 15) | (high << 4)
     return packed.view(torch.uint8), best_scales[..., 0].T.to(scale_dtype).contiguous()
@@ -221,6 +223,33 @@ def _check_group(name: str, columns: int, in_features: int, kind: str) -> None:
     if kind != "float8" and (span % columns or (kind == "int4" and in_features % 2)):
         part = "half of the" if kind == "int4" else "the"
         raise ValueError(f"`{name}` must divide {part} {in_features} columns of {kind} weights, got {columns}.")
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """The backward pass makes the weight plain anew: kept from the forward pass, those of all layers would be many."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        ctx.weights, ctx.dtype = weights, states.dtype
+        return F.linear(states, weights.dequantize(states.dtype)[0])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (gradient @ ctx.weights.dequantize(gradient.dtype)[0]).to(ctx.dtype), None
+
+
+def dequantized_linear(states: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+    """
+    `states @ weight.T`, with gradients of the states; the weight is made plain for the time of the product.
+
+    Args:
+        states: `(..., in_features)`.
+        weights: Of one expert, `(1, out_features, in_features)`.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    return _DequantizedLinear.apply(states, weights)
 
 
 def experts_one_by_one(
@@ -246,8 +275,7 @@ def experts_one_by_one(
     output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     for expert in top_k_index.unique().tolist():
         token, place = torch.where(top_k_index == expert)
-        gate_up_weight, down_weight = (w.of_expert(expert).dequantize(hidden_states.dtype)[0] for w in (gate_up, down))
-        gate, up = F.linear(hidden_states[token], gate_up_weight).chunk(2, dim=-1)
-        found = F.linear(F.silu(gate) * up, down_weight) * top_k_weights[token, place, None]
+        gate, up = dequantized_linear(hidden_states[token], gate_up.of_expert(expert)).chunk(2, dim=-1)
+        found = dequantized_linear(F.silu(gate) * up, down.of_expert(expert)) * top_k_weights[token, place, None]
         output = output.index_add(0, token, found.to(output.dtype))
     return output.to(hidden_states.dtype)

@@ -33,10 +33,11 @@ def lora_config(
     and, with `folder` in the place of a pipeline's `model/`, `conversion/convert_llada_uni_checkpoint.py PIPELINE DST
     --to-released` writes the released layout.
 
-    On a quantised base model (QLoRA, arXiv 2305.14314) steps run with bitsandbytes (8 bits, and 4 where widths are
-    multiples of 64) and torchao (int8). That was tried on a CPU for 30 steps of a tiny model: how well it learns is
-    untested. Both quantise linear layers only: the routed experts, most of the model's weights, keep their precision.
-    Merge such an adapter into the model as it was before quantisation; merging into 4 bits moves the outputs.
+    On a quantised base model (QLoRA, arXiv 2305.14314), with [`GroupwiseQuantizationConfig`]: `experts=False`, as
+    routed experts in few bits cannot be adapted. Steps run also with bitsandbytes (8 bits, and 4 where widths are
+    multiples of 64) and torchao (int8), which by themselves quantise linear layers only, and not the routed experts,
+    most of the weights. All that was tried on a CPU with a tiny model. Merge such an adapter into the model as it was
+    before quantisation: into ours nothing can be merged, and merging into 4 bits moves the outputs.
 
     Args:
         r (`int`, defaults to 16): Rank. Every expert has its own adapter of this rank.
