@@ -8,6 +8,7 @@ from transformers import TextStreamer
 from tests.property_cases import random_case, tiny_backbone
 from tests.recorded_steps import recorded_on_cpu
 from transformers_llada_uni import BlockDiffusionGenerationConfig, LLaDA2MoeForBlockDiffusion
+from transformers_llada_uni.generation import guided_head
 from transformers_llada_uni.generation.guided_head import GuidedHead
 from transformers_llada_uni.generation.sampling import (
     commit_schedule,
@@ -233,6 +234,29 @@ class TestRules:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(called, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(with_bias, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_the_spread_matrix_is_made_once_for_a_weight(self, monkeypatch):
+        head, made = torch.nn.Linear(16, 50, bias=False), []
+        make = guided_head._spread_matrix
+        monkeypatch.setattr(guided_head, "ROWS_AT_ONCE", 20)  # the last part is a shorter one
+        monkeypatch.setattr(guided_head, "_spread_matrix", lambda weight: made.append(weight) or make(weight))
+
+        def matrix() -> torch.Tensor:
+            return GuidedHead(head, None, [], (2.0, 0.0, 0.7), num_branches=2).spread_matrix
+
+        first = matrix()
+        assert matrix() is first and len(made) == 1
+        torch.testing.assert_close(first, torch.cov(head.weight.detach().T))
+        changes = (
+            lambda weight: weight[[0, 1]].copy_(weight[[1, 0]]),  # a copy: nothing is changed
+            lambda weight: weight[7, 3].neg_(),
+            lambda weight: weight.copy_(weight.roll(1, dims=0)),
+            lambda weight: weight.copy_(weight.roll(1, dims=1)),
+        )
+        for count, change in enumerate(changes, start=1):
+            change(head.weight.data)  # in its place, past torch's count of versions
+            torch.testing.assert_close(matrix(), torch.cov(head.weight.detach().T))
+            assert len(made) == count
 
     def test_confidences_by_hand(self):
         logits = torch.tensor([[0.0, 1.0, 3.0]])

@@ -13,6 +13,10 @@ from .sampling import guided_hidden_states, guided_logits
 _SPREAD_MATRICES: WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
 
+# Of a head's weight that are looked at: a whole copy in wider numbers would be felt.
+ROWS_AT_ONCE = 16384
+
+
 class GuidedHead:
     r"""
     Guidance is linear in the logits, and these are linear in the hidden states: so the branches are combined before
@@ -112,12 +116,15 @@ def _remembered_spread_matrix(head: nn.Linear) -> torch.Tensor:
 def _checksum(weight: torch.Tensor) -> int:
     """Of all bits of a weight, and of their places: sums of its rows and columns as integers, weighted by where."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    bits = weight.detach().view(integers)
+    num_rows, num_columns = weight.shape
+    sums_of_columns = torch.zeros(num_columns, dtype=torch.long, device=weight.device)
     checksum = torch.zeros((), dtype=torch.long, device=weight.device)
-    for dim in (0, 1):
-        sums = bits.sum(dim=dim, dtype=torch.long)
-        checksum = checksum * 31 + (sums * torch.arange(1, 2 * len(sums), 2, device=weight.device)).sum()
-    return int(checksum)
+    odd = torch.arange(1, 2 * max(num_rows, num_columns), 2, device=weight.device)
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        bits = weight.detach()[first : first + ROWS_AT_ONCE].view(integers)
+        checksum += (bits.sum(dim=1, dtype=torch.long) * odd[first : first + len(bits)]).sum()
+        sums_of_columns += bits.sum(dim=0, dtype=torch.long)
+    return int(checksum * 31 + (sums_of_columns * odd[:num_columns]).sum())
 
 
 def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -126,7 +133,7 @@ def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
     num_ids, hidden_size = weight.shape
     mean = weight.mean(dim=0, dtype=dtype)
     spread_matrix = torch.zeros(hidden_size, hidden_size, dtype=dtype, device=weight.device)
-    for rows in weight.split(16384):  # a whole copy of a large head would be felt
+    for rows in weight.split(ROWS_AT_ONCE):
         centred = rows.to(dtype) - mean
         spread_matrix.addmm_(centred.T, centred)
     return spread_matrix / (num_ids - 1)
