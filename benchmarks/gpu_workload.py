@@ -31,7 +31,8 @@ class Method:
 
     @property
     def is_recorded(self) -> bool:
-        return not self.is_loop and self.settings.get("use_cuda_graphs") is None
+        is_exact = not self.is_loop and self.settings.get("use_cache", True)
+        return is_exact and self.settings.get("use_cuda_graphs") is None
 
 
 LOOP = Method(experts="grouped_mm", is_fused=False, is_loop=True)

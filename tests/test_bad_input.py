@@ -175,6 +175,7 @@ SETTINGS_CASES = (
     ({"cache_implementation": "sprint", "use_cache": False}, ValueError, ["sprint", "`use_cache=True`"]),
     ({"cache_implementation": "static"}, ValueError, ["`cache_implementation`", "'static'"]),
     ({"use_cuda_graphs": "yes"}, ValueError, ["`use_cuda_graphs`", "'yes'"]),
+    ({"use_cuda_graphs": 1}, ValueError, ["`use_cuda_graphs`", "got 1"]),
     ({"use_cuda_graphs": True, "cache_implementation": "sprint"}, ValueError, ["`use_cuda_graphs=True`"]),
     ({"use_cuda_graphs": True, "use_cache": False}, ValueError, ["`use_cuda_graphs=True`"]),
     ({"cache_config": {"keep_ratio": 0.5}}, ValueError, ["`cache_config`", "sprint", "not set"]),

@@ -239,6 +239,11 @@ class CodeGenerationMixin:
         if isinstance(hook, CpuOffload):
             hook.pre_forward(self.model)
 
+    def _let_go_of_model(self) -> None:
+        """Frees what the language model keeps on a card that it has to leave for the decoder."""
+        if isinstance(getattr(self.model, "_hf_hook", None), CpuOffload):
+            self.model.release_cuda_graphs()
+
     @staticmethod
     def _of_rows(generator: Generator, rows: Sequence[int], images_per_row: int) -> Generator:
         """The generators of some rows: of the images that share a row's codes, the first one's."""

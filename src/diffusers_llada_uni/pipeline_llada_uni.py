@@ -217,6 +217,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
                 codes[row] = row_codes
 
         # 5. Decode them.
+        self._let_go_of_model()
         codes = [row_codes for row_codes in codes for _ in range(images_per_row)]
         thoughts = [thought for thought in thoughts for _ in range(images_per_row)]
         images = self._decode_grids(codes, decoding, generator, latents)
@@ -348,6 +349,7 @@ class LLaDAUniPipeline(CodeGenerationMixin, CodeDecodingMixin, DiffusionPipeline
             show_progress_bar=self._shows_progress,
             **(generation_kwargs or {}),
         )
+        self._let_go_of_model()
         parts = self.processor.post_process(ids[:, inputs["input_ids"].shape[1] :])[0]
         parts = [part for part in parts if not isinstance(part, str) or part.strip()]
         grids = [part for part in parts if not isinstance(part, str)]

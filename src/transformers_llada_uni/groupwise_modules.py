@@ -6,6 +6,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .kernels import is_kernel_device
 from .kernels.expert_weights import (
     STORED_DTYPES,
     ExpertWeights,
@@ -14,7 +15,7 @@ from .kernels.expert_weights import (
     experts_one_by_one,
     quantize_experts,
 )
-from .kernels.experts_triton import DTYPES, HAS_TRITON, IS_INTERPRETED, MIN_CAPABILITY, triton_experts
+from .kernels.experts_triton import DTYPES, HAS_TRITON, IS_INTERPRETED, triton_experts
 
 
 SCALES = "_scales"  # what the name of a weight's scales ends with
@@ -92,12 +93,6 @@ class GroupwiseWeights:
         if type(data) is not nn.Parameter or data.device != states.device:
             return False
         return is_kernel_device(states.device) or (IS_INTERPRETED and HAS_TRITON)
-
-
-def is_kernel_device(device: torch.device) -> bool:
-    """Whether Triton's kernels run there. ROCm's devices are called "cuda" too; nobody has tried them."""
-    is_cuda = HAS_TRITON and device.type == "cuda" and torch.version.hip is None
-    return is_cuda and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY["plain"]
 
 
 class GroupwiseLinear(GroupwiseWeights, nn.Linear):

@@ -43,6 +43,7 @@ from .kernels import (
 from .masking_block_causal import PrefixMask, create_block_causal_mask
 from .quantization_groupwise import METHOD  # noqa: F401  makes the method known to transformers
 from .quantization_torchao import compute_torchao_experts_eagerly
+from .weight_hooks import is_hooked
 
 
 # The release stores every expert by itself; in memory the experts of a layer are two fused tensors.
@@ -297,9 +298,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
 
     def _sums_in_kernel(self) -> bool:
         """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""
-        experts = self.experts
-        is_whole = not (experts._forward_hooks or experts._forward_pre_hooks or hasattr(experts, "_hf_hook"))
-        return is_whole and self.gate.config._experts_implementation == "triton"
+        return self.gate.config._experts_implementation == "triton" and not is_hooked(self.experts)
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):

@@ -1,9 +1,19 @@
-"""Offloaded weights that are read without calling their module."""
+"""Hooks of a module, and offloaded weights that are read without calling it."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
+from transformers.utils import output_capturing
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its `forward`: hooks of its own, of accelerate or of diffusers."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    # transformers leaves those behind once hidden states were asked for; they do nothing by themselves.
+    hooks = [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+    of_diffusers = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return bool(hooks or of_diffusers or hasattr(module, "_hf_hook"))
 
 
 @contextmanager

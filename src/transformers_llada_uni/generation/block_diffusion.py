@@ -26,7 +26,7 @@ from ..input_checks import (
 from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .decoding import BlockDiffusionDecoder
-from .recording import recordings_of, why_not_recorded
+from .recording import recordings_of, why_not_recorded, why_not_static
 from .sampling import Generators
 
 
@@ -372,7 +372,8 @@ class BlockDiffusionGenerationMixin:
                 f"({text_config.max_position_embeddings})."
             )
         if config.use_cuda_graphs:
-            reason = why_not_recorded(self.get_decoder(), self.lm_head)
+            modules = self.get_decoder(), self.lm_head
+            reason = why_not_static(*modules) or why_not_recorded(*modules)
             if reason is not None:
                 raise ValueError(f"`use_cuda_graphs=True` cannot be had: {reason}.")
         return config

@@ -106,7 +106,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             )
         if self.cache_implementation != "exact" and not self.use_cache:
             raise ValueError(f"`cache_implementation={self.cache_implementation!r}` needs `use_cache=True`.")
-        if self.use_cuda_graphs not in (None, True, False):
+        if self.use_cuda_graphs is not None and not isinstance(self.use_cuda_graphs, bool):
             raise ValueError(f"`use_cuda_graphs` must be True, False or None, got {self.use_cuda_graphs!r}.")
         if self.use_cuda_graphs and (self.cache_implementation != "exact" or not self.use_cache):
             raise ValueError("`use_cuda_graphs=True` needs the exact cache.")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..weight_hooks import is_hooked
 from .sampling import guided_hidden_states, guided_logits
 
 
@@ -13,7 +14,7 @@ from .sampling import guided_hidden_states, guided_logits
 _SPREAD_MATRICES: WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
 
-# Of a head's weight that are looked at: a whole copy in wider numbers would be felt.
+# Rows of a head's weight that are looked at together: a copy of all of them in wider numbers would be felt.
 ROWS_AT_ONCE = 16384
 
 
@@ -141,9 +142,8 @@ def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 def _is_plain_linear(head: nn.Module) -> bool:
     """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
-    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-    hooked = hooked or getattr(getattr(head, "_diffusers_hook", None), "hooks", None)  # group offloading
-    return type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter and not hooked
+    is_matrix = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    return is_matrix and not is_hooked(head)
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers.utils import logging
-from transformers.utils import output_capturing as capturing
 
-from ..groupwise_modules import GroupwiseExperts, is_kernel_device
-from ..kernels import is_fused
+from ..groupwise_modules import GroupwiseExperts
+from ..kernels import has_grouped_mm_kernel, is_fused, is_kernel_device
+from ..weight_hooks import is_hooked
 from .cache import BlockDiffusionCache
 from .state import BlockState
 from .step import DenoisingStep
@@ -31,8 +31,6 @@ BUFFER_LENGTHS = tuple(1024 * 2**power for power in range(32))
 PIECES = (2048, 512)
 RECORDABLE_DEVICES = ("cuda",)
 LONGEST_WAIT = 30.0  # seconds, for another thread that works with what a model keeps recorded
-# Those that decide nothing by the value of a tensor
-RECORDABLE_EXPERTS = ("triton", "grouped_mm", "batched_mm")
 
 
 _recording_lock = threading.RLock()
@@ -49,17 +47,18 @@ class CudaGraph:
 
     def __init__(self, program: Callable[[], None], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
+        # A stream of its own: torch's is one of the first GPU for the whole process.
+        stream = torch.cuda.Stream()
         try:
             # torch records one graph at a time in a process, and does not go back to the stream before if that fails.
             # Other threads may go on with what a recording thread may not do.
             with (
                 _recording_lock,
                 torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self.graph, pool=pool.handle, capture_error_mode="thread_local"),
+                torch.cuda.graph(self.graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"),
             ):
                 program()
-        except BaseException as error:
-            pool.failure = type(error)
+        except BaseException:
             # torch would take the device's random numbers for those of the recording for ever.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
@@ -74,14 +73,14 @@ class GraphPool:
     Memory of graphs that never run at the same time.
 
     torch lets go of a pool with its last graph, and fails if another one then asks for it: an empty graph keeps it.
-
-    Attributes:
-        failure: What kind of error broke off a recording, after which torch records nothing more in this pool.
     """
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Another place for graphs to come, as torch records nothing more where a recording was broken off."""
         self.handle = torch.cuda.graph_pool_handle()
-        self.failure: type[BaseException] | None = None  # not the error itself: its traceback holds the model
         self._keeper = CudaGraph(lambda: torch.zeros(1, device="cuda"), self)
 
 
@@ -123,6 +122,7 @@ class StaticBuffers:
         self.pool = pool
         self._graphs: dict[str, CudaGraph] = {}
         self._has_run: set[str] = set()
+        self._refused: dict[str, str] = {}  # and why
 
     @staticmethod
     def _piece_lengths(batch_size: int, block_length: int) -> list[int]:
@@ -139,12 +139,16 @@ class StaticBuffers:
         Runs the program of this name, which is the same at every call: as it is at first, which compiles its kernels
         and takes the memory of its libraries; from its second run on recorded.
         """
-        may_record = self.pool is not None and self.pool.failure is None
-        if name not in self._graphs and may_record and name in self._has_run:
+        if self.pool is not None and name in self._has_run and name not in self._graphs | self._refused:
             try:
                 self._graphs[name] = CudaGraph(program, self.pool)
-            except RuntimeError as error:
+            except RuntimeError as error:  # out of memory, or something that cannot be recorded
+                self.pool.renew()
+                self._refused[name] = str(error)
                 logger.warning_once(f"Steps of generation are not recorded as CUDA graphs, and so slower: {error}")
+            except BaseException:
+                self.pool.renew()
+                raise
         if name in self._graphs:
             self._graphs[name].replay()
         else:
@@ -200,10 +204,7 @@ class Recordings:
                 self._lock.release()
 
     def _find(self, kind: Hashable, fingerprint: Hashable, num_columns: int, make: MakeBuffers) -> StaticBuffers:
-        # What was only interrupted is tried again; what cannot be recorded is not.
-        failure = None if self.pool is None else self.pool.failure
-        was_interrupted = failure is not None and not issubclass(failure, RuntimeError)
-        if self.fingerprint != fingerprint or was_interrupted:  # another model by now, perhaps on another device
+        if self.fingerprint != fingerprint:  # another model by now, perhaps on another device
             self._kept.clear()
             self.fingerprint, self.pool = fingerprint, GraphPool()
         buffers = self._kept.pop(kind, None)
@@ -260,7 +261,7 @@ def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
         return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
     if next(iter(devices)).type not in RECORDABLE_DEVICES:
         return f"the model is on {next(iter(devices))}, not on a GPU of CUDA"
-    if any(_is_hooked(module) for module in (*backbone.modules(), head)):
+    if any(is_hooked(module) for module in (*backbone.modules(), head)):
         return "the model has hooks, such as those that offload its weights"
     if backbone.config._attn_implementation not in ("sdpa", "eager"):
         return f"`attn_implementation={backbone.config._attn_implementation!r}` takes no 4-D mask"
@@ -272,12 +273,13 @@ def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
 
 
 def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
-    """What stands against recording steps of this model. `None`: nothing."""
-    reason = why_not_static(backbone, head)
-    if reason is not None:
-        return reason
+    """What stands against recording steps of a model, where nothing stands against static buffers. `None`: nothing."""
     experts_implementation = backbone.config._experts_implementation
-    if experts_implementation not in RECORDABLE_EXPERTS:
+    # The others decide by values of tensors, as `grouped_mm` does where it has no kernel.
+    is_recordable = experts_implementation in ("triton", "batched_mm")
+    if experts_implementation == "grouped_mm":
+        is_recordable = has_grouped_mm_kernel(backbone.device, backbone.dtype)
+    if not is_recordable:
         return f"`experts_implementation={experts_implementation!r}` may read values of tensors"
     modules = (*backbone.modules(), head)
     if any(type(module).__module__.startswith("torch.distributed") for module in modules):
@@ -299,12 +301,4 @@ def fingerprint_of(backbone: nn.Module, head: nn.Module) -> Hashable:
     """Where all tensors of a model are, and how it computes."""
     tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
     places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
-    return places, str(vars(backbone.config)), is_fused()
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    # transformers leaves those behind once hidden states were asked for; they do nothing by themselves.
-    hooks = [hook for hook in hooks if getattr(hook, "__module__", None) != capturing.__name__]
-    of_diffusers = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-    return bool(hooks or of_diffusers or hasattr(module, "_hf_hook"))
+    return places, str(vars(backbone.config)), is_fused(), torch.get_float32_matmul_precision()

@@ -38,12 +38,30 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def is_kernel_device(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: on cards of CUDA from Ampere on."""
+    # ROCm's devices are called "cuda" too; nobody has tried them.
+    is_cuda = device.type == "cuda" and torch.version.hip is None and has_triton()
+    return is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_grouped_mm_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product has a kernel, and not a loop that the host steers by values of tensors."""
+    if device.type != "cuda":
+        return True  # nothing there is recorded
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def can_fuse(states: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     """
     Whether Triton's kernels can compute with these: plain tensors on a GPU of CUDA (or in Triton's interpreter, which
     tests use), of one type that they know, without gradients, and not where `torch.compile` fuses by itself.
     """
-    if not (_is_fused and (states.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+    if not _is_fused or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+    if not (is_kernel_device(states.device) or is_interpreted):
         return False
     if states.is_cuda and states.device.index != torch.cuda.current_device():
         return False  # Triton launches where the process works at the moment
@@ -52,6 +70,4 @@ def can_fuse(states: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     if weight is not None:
         is_known = is_known and states.dtype == weight.dtype
         is_plain = is_plain and type(weight) is torch.nn.Parameter and states.device == weight.device
-    # ROCm's devices are called "cuda" too; nobody has tried them.
-    is_ours = torch.version.hip is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return is_known and is_plain and is_ours and has_triton()
+    return is_known and is_plain

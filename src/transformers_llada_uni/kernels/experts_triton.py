@@ -15,14 +15,15 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from . import has_triton
+from . import has_grouped_mm_kernel, has_triton, is_kernel_device
 from .expert_tiles import choose_tiles
 from .expert_weights import ExpertWeights
 
 
 # Pairs of token and expert, per expert on average, beyond which `grouped_mm` does it: 128 are 4,096 tokens of the
 # released shape, the most that was measured (`benchmarks/experts_gpu.py`): 14.7 ms in place of 24.5. For float8
-# transformers' own kernels have to be downloaded, and round states.
+# transformers' own kernels have to be downloaded, and round states. Where torch has no kernel of `grouped_mm`, nothing
+# is too much.
 MAX_PAIRS_PER_EXPERT = {"plain": 128, "float8": math.inf}
 MIN_CAPABILITY = {"plain": (8, 0), "float8": (8, 9)}  # of the card: Ampere; Ada, which can convert float8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +69,7 @@ def triton_experts_forward(
         )
     is_double = hidden_states.dtype == torch.float64
     other_forward = batched_mm_experts_forward if is_double else grouped_mm_experts_forward
-    output = other_forward(self, hidden_states, top_k_index, top_k_weights)
+    output = other_forward(self, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
     return output if addend is None else output + addend
 
 
@@ -101,7 +102,7 @@ def triton_fp8_experts_forward(
         gate_up = ExpertWeights("float8", self.gate_up_proj, self.gate_up_proj_scale_inv, block_size, parts=2)
         down = ExpertWeights("float8", self.down_proj, self.down_proj_scale_inv, block_size)
         return triton_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, addend=addend)
-    output = fp8_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    output = fp8_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
     return output if addend is None else output + addend
 
 
@@ -195,7 +196,8 @@ def _taken_apart(weights: ExpertWeights | torch.Tensor) -> tuple[torch.Tensor, t
 
 def _can_compute(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, kind: str) -> bool:
     """Whether experts, states and machine are what the kernels are for, all but the types of the weights."""
-    if not HAS_TRITON or top_k_index.numel() > self.num_experts * MAX_PAIRS_PER_EXPERT[kind]:
+    is_much = top_k_index.numel() > self.num_experts * MAX_PAIRS_PER_EXPERT[kind]
+    if not HAS_TRITON or (is_much and has_grouped_mm_kernel(hidden_states.device, hidden_states.dtype)):
         return False
     if not (self.has_gate and self.is_concatenated and isinstance(self.act_fn, nn.SiLU | SiLUActivation)):
         return False
@@ -210,12 +212,8 @@ def _can_compute(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torc
             return False
     if IS_INTERPRETED:
         return True
-    # ROCm's devices are called "cuda" too; nobody has tried them.
-    return (
-        hidden_states.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(hidden_states.device) >= MIN_CAPABILITY[kind]
-    )
+    device = hidden_states.device
+    return is_kernel_device(device) and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY[kind]
 
 
 @functools.cache
