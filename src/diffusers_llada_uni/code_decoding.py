@@ -295,7 +295,7 @@ class CodeDecodingMixin:
 
     def _denoise(
         self,
-        decoder: SteppedDecoder,
+        decoder: SteppedDecoder | ZImageTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         latents: torch.Tensor,
         image_features: torch.Tensor,
