@@ -1,5 +1,6 @@
 """Steps recorded as CUDA graphs, their buffers, and which of them a model keeps."""
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -36,6 +37,12 @@ LONGEST_WAIT = 30.0  # seconds, for another thread that works with what a model 
 _recording_lock = threading.RLock()
 
 
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """torch's own is one of the first GPU, for all; and libraries keep working memory for every new one."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """
     A program of tensors recorded on a GPU; recording does not run it.
@@ -47,8 +54,7 @@ class CudaGraph:
 
     def __init__(self, program: Callable[[], None], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
-        # A stream of its own: torch's is one of the first GPU for the whole process.
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(torch.cuda.current_device())
         try:
             # torch records one graph at a time in a process, and does not go back to the stream before if that fails.
             # Other threads may go on with what a recording thread may not do.
@@ -122,7 +128,7 @@ class StaticBuffers:
         self.pool = pool
         self._graphs: dict[str, CudaGraph] = {}
         self._has_run: set[str] = set()
-        self._refused: dict[str, str] = {}  # and why
+        self._refused: set[str] = set()  # what could not be recorded
 
     @staticmethod
     def _piece_lengths(batch_size: int, block_length: int) -> list[int]:
@@ -139,12 +145,13 @@ class StaticBuffers:
         Runs the program of this name, which is the same at every call: as it is at first, which compiles its kernels
         and takes the memory of its libraries; from its second run on recorded.
         """
-        if self.pool is not None and name in self._has_run and name not in self._graphs | self._refused:
+        is_new = name not in self._graphs and name not in self._refused
+        if self.pool is not None and name in self._has_run and is_new:
             try:
                 self._graphs[name] = CudaGraph(program, self.pool)
             except RuntimeError as error:  # out of memory, or something that cannot be recorded
                 self.pool.renew()
-                self._refused[name] = str(error)
+                self._refused.add(name)
                 logger.warning_once(f"Steps of generation are not recorded as CUDA graphs, and so slower: {error}")
             except BaseException:
                 self.pool.renew()
