@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.property_cases import tiny_backbone
-from tests.test_generation_recorded import KINDS, TEXT
+from tests.test_generation_recorded import KINDS, TEXT, call
 from transformers_llada_uni.generation import recording
 from transformers_llada_uni.generation.recording import recordings_of
 
@@ -16,15 +16,6 @@ def model_on(device: str):
     model = tiny_backbone().float().to(device)
     model.set_experts_implementation("triton")
     return model
-
-
-def call(model, kind: str, **settings) -> torch.Tensor:
-    method, arguments = KINDS[kind]
-    arguments = {name: value() if callable(value) else value for name, value in arguments.items()}
-    arguments = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
-    }
-    return getattr(model, method)(**arguments, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,6 +71,9 @@ KINDS = {
 def call(model, kind: str, **settings) -> torch.Tensor:
     method, arguments = KINDS[kind]
     arguments = {name: value() if callable(value) else value for name, value in arguments.items()}
+    arguments = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
     return getattr(model, method)(**arguments, **settings)
 
 

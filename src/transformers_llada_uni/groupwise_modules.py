@@ -6,7 +6,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
-from .kernels import is_kernel_device
+from .kernels import DTYPES, IS_INTERPRETED, is_kernel_device
 from .kernels.expert_weights import (
     STORED_DTYPES,
     ExpertWeights,
@@ -15,7 +15,7 @@ from .kernels.expert_weights import (
     experts_one_by_one,
     quantize_experts,
 )
-from .kernels.experts_triton import DTYPES, HAS_TRITON, IS_INTERPRETED, triton_experts
+from .kernels.experts_triton import HAS_TRITON, triton_experts
 
 
 SCALES = "_scales"  # what the name of a weight's scales ends with

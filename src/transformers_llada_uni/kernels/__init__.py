@@ -14,6 +14,9 @@ from contextlib import contextmanager
 import torch
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in tests, on a CPU
+
 _is_fused = True
 
 
@@ -60,12 +63,11 @@ def can_fuse(states: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     """
     if not _is_fused or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
-    if not (is_kernel_device(states.device) or is_interpreted):
+    if not (is_kernel_device(states.device) or (IS_INTERPRETED and has_triton())):
         return False
     if states.is_cuda and states.device.index != torch.cuda.current_device():
         return False  # Triton launches where the process works at the moment
-    is_known = states.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    is_known = states.dtype in DTYPES
     is_plain = type(states) is torch.Tensor
     if weight is not None:
         is_known = is_known and states.dtype == weight.dtype

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from . import has_grouped_mm_kernel, has_triton, is_kernel_device
+from . import DTYPES, IS_INTERPRETED, has_grouped_mm_kernel, has_triton, is_kernel_device
 from .expert_tiles import choose_tiles
 from .expert_weights import ExpertWeights
 
@@ -26,9 +25,7 @@ from .expert_weights import ExpertWeights
 # is too much.
 MAX_PAIRS_PER_EXPERT = {"plain": 128, "float8": math.inf}
 MIN_CAPABILITY = {"plain": (8, 0), "float8": (8, 9)}  # of the card: Ampere; Ada, which can convert float8
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HAS_TRITON = has_triton()  # asked here, as a graph that is being compiled cannot ask
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in tests, on a CPU
 SMALL_SHARED_MEMORY = 99 * 1024  # that a program may have on consumers' cards
 
 
