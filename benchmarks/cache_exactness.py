@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.property_cases import random_case, tiny_backbone
+from tests.transformers_llada_uni.generation.property_cases import random_case, tiny_backbone
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from watched_memory import watched_memory
 from diffusers_llada_uni import LLaDAUniSemanticEmbedder
 from diffusers_llada_uni.decoder_compilation import PRODUCTS
 from transformers_llada_uni import GroupwiseQuantizationConfig, LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
-from transformers_llada_uni.groupwise_modules import replace_with_groupwise_modules
+from transformers_llada_uni.loading.quantization_groupwise import replace_with_groupwise_modules
 
 
 # What a name of the backbone's belongs to; the first that matches.

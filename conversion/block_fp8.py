@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from conversion.llada_uni_layout import (
+from llada_uni.conversion.llada_uni_layout import (
     IMAGE_TOKENIZER_PREFIXES,
     SCALE_SUFFIX,
     Shapes,
     backbone_name_to_ours,
     backbone_name_to_released,
 )
-from conversion.tensor_files import TensorRef
+from llada_uni.conversion.tensor_files import TensorRef
 
 
 def check_quantization_config(config: Mapping[str, Any], backbone: Mapping[str, TensorRef], file: Path) -> None:

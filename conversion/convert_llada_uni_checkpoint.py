@@ -28,10 +28,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 if not __package__:  # run as a script: the repository is not on the path, but this folder is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from conversion import block_fp8
-from conversion import llada_uni_layout as layout
-from conversion import tensor_files as files
-from conversion.output_plan import Plan, by_source_file, carry_out, main_dtype, plan_outputs
+from llada_uni.conversion import block_fp8
+from llada_uni.conversion import llada_uni_layout as layout
+from llada_uni.conversion import tensor_files as files
+from llada_uni.conversion.output_plan import Plan, by_source_file, carry_out, main_dtype, plan_outputs
 from transformers_llada_uni import (
     BlockDiffusionGenerationConfig,
     LLaDA2MoeConfig,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from conversion import tensor_files as files
-from conversion.llada_uni_layout import SCALE_SUFFIX, stored_dtype
-from conversion.tensor_files import OutputTensor, TensorRef
+from llada_uni.conversion import tensor_files as files
+from llada_uni.conversion.llada_uni_layout import SCALE_SUFFIX, stored_dtype
+from llada_uni.conversion.tensor_files import OutputTensor, TensorRef
 
 
 @dataclass

@@ -20,8 +20,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, TextStreamer
 
-from conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
 from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
+from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
 from transformers_llada_uni import (
     BlockDiffusionGenerationConfig,
     LLaDA2MoeConfig,

@@ -21,8 +21,8 @@ from prepare_tasks import chat
 from tqdm import tqdm
 from wordings import NAMING, TRAINED_DRAWING, subjects
 
+from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import prepare_preference_dataset
-from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
 BATCH = 128

@@ -19,8 +19,8 @@ from emoji_table import Emoji, load_emoji
 from tasks import EmojiTasks, Story, shown_to_adapter, texts_of_all_tasks
 from wordings import NAMING, SENTENCE, TRAINED_DRAWING, subjects
 
+from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import prepare_dataset
-from transformers_llada_uni.training.model_loading import load_model, load_processor
 
 
 # How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.

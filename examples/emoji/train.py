@@ -35,7 +35,7 @@ def steps(package: Path) -> dict[str, list[str]]:
 
     def stage(command: str, config: str) -> list[str]:
         config_file = str(HERE / "configs" / f"{config}.yaml")
-        return [sys.executable, "-m", "diffusers_llada_uni.cli", "train", command, "--config", config_file]
+        return [sys.executable, "-m", "llada_uni.cli", "train", command, "--config", config_file]
 
     def put(trained: str) -> list[str]:
         return script("put_into_pipeline", RUNS / trained, MODEL)

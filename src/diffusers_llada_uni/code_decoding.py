@@ -9,11 +9,9 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from .decoder_caching import may_skip_blocks
 from .decoder_compilation import compile_decoder, quantize_decoder
 from .input_checks import (
     check_callback,
@@ -88,7 +86,6 @@ class CodeDecodingMixin:
     """
 
     _callback_tensor_inputs = ["latents", "image_features"]
-    _decoder_cache_config: FirstBlockCacheConfig | None = None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -109,33 +106,6 @@ class CodeDecodingMixin:
     def interrupt(self) -> bool:
         """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
         return self._interrupt
-
-    def enable_decoder_cache(self, config: FirstBlockCacheConfig) -> None:
-        r"""
-        Lets the decoder skip all blocks but the first at steps where that one gives nearly what it gave before.
-
-        Faster and not exact: pictures change, the more the higher the threshold, and a picture also depends on those
-        decoded together with it, as all of a batch skip or none does. Helps with many steps ("normal"); the few of
-        "turbo" differ much.
-
-            pipe.enable_decoder_cache(FirstBlockCacheConfig(threshold=0.05))  # from diffusers.hooks
-
-        Args:
-            config ([`FirstBlockCacheConfig`]): diffusers' settings of its first block cache.
-
-        Raises:
-            TypeError: if `config` is of another class, as of another of diffusers' caches.
-            ValueError: if the threshold is negative or not finite; when decoding, if the decoder is compiled or under
-                other hooks of diffusers.
-        """
-        if not isinstance(config, FirstBlockCacheConfig):
-            raise TypeError(f"`config` must be a FirstBlockCacheConfig of diffusers, got {type(config).__name__}.")
-        check_finite("threshold", config.threshold, minimum=0.0)
-        self._decoder_cache_config = config
-
-    def disable_decoder_cache(self) -> None:
-        """Every step runs all blocks of the decoder again, as by default."""
-        self._decoder_cache_config = None
 
     def compile_decoders(self, float8: bool = False, **kwargs: Any) -> None:
         r"""
@@ -278,7 +248,7 @@ class CodeDecodingMixin:
         self._interrupt = False
 
         # 4. From noise to latents
-        decoder = SteppedDecoder(transformer, self._decoder_cache_config)
+        decoder = SteppedDecoder(transformer)
         latents = self._denoise(decoder, scheduler, latents, image_features, settings, generator)
 
         # 5. Latents to pixels
@@ -380,12 +350,6 @@ class CodeDecodingMixin:
                 f"`decoder_guidance_scale` must be 0 for the decoder 'turbo', distilled without it, got {guidance}."
             )
         transformer, embedder = getattr(self, DECODERS[decoder][0]), self.semantic_embedder
-        if self._decoder_cache_config is not None and not may_skip_blocks(transformer):
-            raise ValueError(
-                f"The decoder cache cannot work in the decoder {decoder!r}, which is compiled, under other hooks of "
-                "diffusers, as of group offloading, or has another `forward`; undo that, or call "
-                "`disable_decoder_cache()`."
-            )
         feature_dim = embedder.config.out_dim or embedder.config.embedding_dim
         if feature_dim != transformer.config.cap_feat_dim:
             raise ValueError(

@@ -1,15 +1,12 @@
 """The decoder as the steps of one decoding call it: as many rows at a time as pay, their condition computed once."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig
-from diffusers.models import CacheMixin
 from diffusers.utils.torch_utils import is_compiled_module
 
-from .decoder_caching import forget_condition, with_first_block_cache, with_remembered_condition
+from .decoder_condition import forget_condition, with_remembered_condition
 from .fused_norms import with_fused_norms
 from .module_sharing import is_hooked, is_replaced
 
@@ -30,15 +27,11 @@ class SteppedDecoder:
     Args:
         transformer ([`ZImageTransformer2DModel`]): The decoder. One that is compiled as a whole, is under hooks of
             diffusers or has a `forward` of its own does all its work at every step, as they may count on it.
-        cache_config ([`FirstBlockCacheConfig`], *optional*): Lets it skip blocks, see [`with_first_block_cache`]; rows
-            that are taken together skip together.
     """
 
-    def __init__(
-        self, transformer: ZImageTransformer2DModel, cache_config: FirstBlockCacheConfig | None = None
-    ) -> None:
+    def __init__(self, transformer: ZImageTransformer2DModel) -> None:
         self.config, self.dtype = transformer.config, transformer.dtype
-        self._transformer, self._cache_config = transformer, cache_config
+        self._transformer = transformer
         self._copies: dict[int, ZImageTransformer2DModel] = {}  # by the first row that they take
 
     def __call__(
@@ -60,9 +53,7 @@ class SteppedDecoder:
             if first not in self._copies:
                 self._copies[first] = self._copy(features[0].device)
             decoder, rows = self._copies[first], slice(first, first + rows_at_once)
-            context = nullcontext() if self._cache_config is None else CacheMixin.cache_context(decoder, "decoding")
-            with context:
-                velocities += decoder(latents[rows], time[rows], features[rows], **kwargs)[0]
+            velocities += decoder(latents[rows], time[rows], features[rows], **kwargs)[0]
         return (velocities,)
 
     def forget_condition(self) -> None:
@@ -76,5 +67,4 @@ class SteppedDecoder:
         if is_compiled or is_hooked(transformer) or is_replaced(transformer):
             return transformer
         copied = with_fused_norms(transformer) if device.type == "cuda" else transformer
-        copied = with_remembered_condition(copied)
-        return copied if self._cache_config is None else with_first_block_cache(copied, self._cache_config)
+        return with_remembered_condition(copied)

@@ -1,50 +1,31 @@
 """
-LLaDA2.0-Uni for transformers: backbone, multimodal model, processors, block-diffusion generation and training.
+LLaDA2.0-Uni for transformers: backbone, multimodal model, processors and block-diffusion generation, with rooms for
+`generation`, `kernels`, `loading`, `training` and `evaluation`. Nothing in here knows diffusers.
 
-Importing the package registers its classes with the Auto classes; the classes themselves are imported when first used.
+Importing the package makes the Auto classes of transformers know its classes.
 """
 
-from typing import TYPE_CHECKING
-
-from .auto_registration import register
-from .lazy_names import attach
+from . import auto_registration as auto_registration
+from .configuration_llada2_moe import LLaDA2MoeConfig as LLaDA2MoeConfig
+from .configuration_llada_uni import LLaDAUniConfig as LLaDAUniConfig
+from .generation.block_diffusion import BlockDiffusionGenerationMixin as BlockDiffusionGenerationMixin
+from .generation.block_diffusion import BlockDiffusionOutput as BlockDiffusionOutput
+from .generation.cache import BlockDiffusionCache as BlockDiffusionCache
+from .generation.configuration import BlockDiffusionGenerationConfig as BlockDiffusionGenerationConfig
+from .generation.interleaved import InterleavedGenerationMixin as InterleavedGenerationMixin
+from .generation.sprint import SprintCache as SprintCache
+from .generation.sprint import SprintConfig as SprintConfig
+from .image_processing_llada_uni import LLaDAUniImageProcessor as LLaDAUniImageProcessor
+from .loading.expert_offloading import expert_offload_device_map as expert_offload_device_map
+from .loading.quantization_groupwise import GroupwiseQuantizationConfig as GroupwiseQuantizationConfig
+from .loading.quantization_torchao import backbone_quantization_config as backbone_quantization_config
+from .modeling_llada2_moe import LLaDA2MoeForBlockDiffusion as LLaDA2MoeForBlockDiffusion
+from .modeling_llada2_moe import LLaDA2MoeModel as LLaDA2MoeModel
+from .modeling_llada2_moe import LLaDA2MoePreTrainedModel as LLaDA2MoePreTrainedModel
+from .modeling_llada_uni import LLaDAUniForConditionalGeneration as LLaDAUniForConditionalGeneration
+from .modeling_llada_uni import LLaDAUniModel as LLaDAUniModel
+from .modeling_llada_uni import LLaDAUniPreTrainedModel as LLaDAUniPreTrainedModel
+from .processing_llada_uni import LLaDAUniProcessor as LLaDAUniProcessor
 
 
 __version__ = "0.1.0"
-
-_EXPORTS = {
-    "generation.cache": ["BlockDiffusionCache"],
-    "generation.sprint": ["SprintCache", "SprintConfig"],
-    "configuration_llada2_moe": ["LLaDA2MoeConfig"],
-    "configuration_llada_uni": ["LLaDAUniConfig"],
-    "expert_offloading": ["expert_offload_device_map"],
-    "generation.block_diffusion": ["BlockDiffusionGenerationMixin", "BlockDiffusionOutput"],
-    "generation.interleaved": ["InterleavedGenerationMixin"],
-    "generation.configuration": ["BlockDiffusionGenerationConfig"],
-    "image_processing_llada_uni": ["LLaDAUniImageProcessor"],
-    "modeling_llada2_moe": ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"],
-    "modeling_llada_uni": ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"],
-    "processing_llada_uni": ["LLaDAUniProcessor"],
-    "quantization_groupwise": ["GroupwiseQuantizationConfig"],
-    "quantization_torchao": ["backbone_quantization_config"],
-}
-__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
-
-if TYPE_CHECKING:
-    from .configuration_llada2_moe import *
-    from .configuration_llada_uni import *
-    from .expert_offloading import *
-    from .generation.block_diffusion import *
-    from .generation.cache import *
-    from .generation.configuration import *
-    from .generation.interleaved import *
-    from .generation.sprint import *
-    from .image_processing_llada_uni import *
-    from .modeling_llada2_moe import *
-    from .modeling_llada_uni import *
-    from .processing_llada_uni import *
-    from .quantization_groupwise import *
-    from .quantization_torchao import *
-
-
-register()

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from .masking_block_causal import PrefixMask
-
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -79,7 +77,7 @@ def check_forward_inputs(
         check_tensor("inputs_embeds", inputs_embeds, ndim=3)
         batch_size, length = inputs_embeds.shape[:2]
         check_shape("inputs_embeds", inputs_embeds, (batch_size, length, hidden_size))
-    if attention_mask is not None and not isinstance(attention_mask, (BlockMask, PrefixMask)):
+    if attention_mask is not None and not isinstance(attention_mask, BlockMask):
         check_tensor("attention_mask", attention_mask)
         if attention_mask.ndim == 2:
             check_shape("attention_mask", attention_mask, (batch_size, past_length + length))

@@ -31,7 +31,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
 from .configuration_llada2_moe import LLaDA2MoeConfig
-from .experts_fused_gather import fused_gather_experts_forward
 from .generation.block_diffusion import BlockDiffusionGenerationMixin
 from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .input_checks import check_columns_to_keep, check_forward_inputs, check_labels
@@ -40,9 +39,10 @@ from .kernels import (
     experts_triton,  # noqa: F401 registers `experts_implementation="triton"`
     has_triton,
 )
+from .kernels.experts_fused_gather import fused_gather_experts_forward
+from .loading.quantization_groupwise import METHOD  # noqa: F401  makes the method known to transformers
+from .loading.quantization_torchao import compute_torchao_experts_eagerly
 from .masking_block_causal import PrefixMask, create_block_causal_mask
-from .quantization_groupwise import METHOD  # noqa: F401  makes the method known to transformers
-from .quantization_torchao import compute_torchao_experts_eagerly
 from .weight_hooks import is_hooked
 
 
@@ -487,8 +487,9 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             raise TypeError(f"`past_key_values` must be a Cache, got {type(past_key_values).__name__}.")
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        plain_mask = None if isinstance(attention_mask, PrefixMask) else attention_mask
         check_forward_inputs(
-            input_ids, inputs_embeds, attention_mask, position_ids, block_length, self.config.hidden_size, start
+            input_ids, inputs_embeds, plain_mask, position_ids, block_length, self.config.hidden_size, start
         )
         check_columns_to_keep(columns_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
         if inputs_embeds is None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers_llada_uni import LLaDAUniImageProcessor
 from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
 from transformers_llada_uni.training.model_card import TrainingCardMixin
-from transformers_llada_uni.training.noise import step_generators
+from transformers_llada_uni.training.objective.noise import step_generators
 
 from .autoencoder_config import LLaDAUniAutoencoderConfig
 from .component_saving import ComponentSavingMixin

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers_llada_uni import LLaDAUniProcessor
 from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
 from transformers_llada_uni.training.model_card import TrainingCardMixin
-from transformers_llada_uni.training.noise import step_generators
+from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_saving import ComponentSavingMixin

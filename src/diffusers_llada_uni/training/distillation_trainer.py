@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
 from transformers_llada_uni.training.model_card import TrainingCardMixin
-from transformers_llada_uni.training.noise import step_generators
+from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..code_decoding import decoder_sigmas, guided_velocity
 from ..semantic_embedder import LLaDAUniSemanticEmbedder

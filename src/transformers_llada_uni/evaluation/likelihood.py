@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..input_checks import check_integer
-from ..training.objective import add_block_diffusion_head
+from ..training.objective.block_diffusion import add_block_diffusion_head
 from .likelihood_noise import LikelihoodNoise
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..input_checks import check_integer, check_shape, check_tensor
-from ..training.masking import positions_of
+from ..training.objective.masking import positions_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from ..input_checks import check_integer
 from ..processing_llada_uni import _TEXT_CHAT as TEXT_CHAT
 from ..prompts import left_pad
 from .likelihood import completion_likelihood, unwrap
-from .lm_eval_registration import MODEL_NAME
+
+
+MODEL_NAME = "llada-uni"
 
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]

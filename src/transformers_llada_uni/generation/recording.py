@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..groupwise_modules import GroupwiseExperts
 from ..kernels import has_grouped_mm_kernel, is_fused, is_kernel_device
+from ..kernels.groupwise_modules import GroupwiseExperts
 from ..weight_hooks import is_hooked
 from .cache import BlockDiffusionCache
 from .state import BlockState

@@ -9,18 +9,18 @@ from ..lazy_names import attach
 
 
 _EXPORTS = {
-    "data": ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"],
+    "data.preparation": ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"],
     "dpo_config": ["LLaDAUniDPOConfig"],
     "dpo_trainer": ["LLaDAUniDPOTrainer"],
     "grpo_config": ["LLaDAUniGRPOConfig"],
     "grpo_trainer": ["LLaDAUniGRPOTrainer"],
-    "image_codes": ["encode_images"],
+    "data.image_codes": ["encode_images"],
     "image_tokenizer_config": ["LLaDAUniImageTokenizerConfig"],
     "image_tokenizer_trainer": ["LLaDAUniImageTokenizerTrainer"],
     "lora": ["lora_config"],
-    "noise": ["BlockDiffusionNoise"],
-    "objective": ["add_block_diffusion_head"],
-    "router_balancing": ["RouterBalancing"],
+    "objective.noise": ["BlockDiffusionNoise"],
+    "objective.block_diffusion": ["add_block_diffusion_head"],
+    "objective.router_balancing": ["RouterBalancing"],
     "sft_config": ["LLaDAUniSFTConfig"],
     "sft_trainer": ["LLaDAUniSFTTrainer"],
     "stages": ["STAGES"],
@@ -28,18 +28,18 @@ _EXPORTS = {
 __getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
-    from .data import *
+    from .data.image_codes import *
+    from .data.preparation import *
     from .dpo_config import *
     from .dpo_trainer import *
     from .grpo_config import *
     from .grpo_trainer import *
-    from .image_codes import *
     from .image_tokenizer_config import *
     from .image_tokenizer_trainer import *
     from .lora import *
-    from .noise import *
-    from .objective import *
-    from .router_balancing import *
+    from .objective.block_diffusion import *
+    from .objective.noise import *
+    from .objective.router_balancing import *
     from .sft_config import *
     from .sft_trainer import *
     from .stages import *

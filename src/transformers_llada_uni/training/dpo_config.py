@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .noise_settings import NoiseSettings
+from .objective.noise_settings import NoiseSettings
 from .trl_settings import refuse_without_meaning, settle_precision
 
 

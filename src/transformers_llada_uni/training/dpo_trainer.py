@@ -10,13 +10,13 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
 from .checkpointing import ResumableTrainerMixin
-from .data import prepare_preference_dataset
+from .data.preparation import prepare_preference_dataset
 from .dpo_config import LLaDAUniDPOConfig
 from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
-from .model_loading import base_of, resolve_model
-from .noise import step_generators
-from .objective import add_block_diffusion_head, document_ids_of
+from .model_resolution import base_of, resolve_model
+from .objective.block_diffusion import add_block_diffusion_head, document_ids_of
+from .objective.noise import step_generators
 from .reference_model import make_reference
 
 

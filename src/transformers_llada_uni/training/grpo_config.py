@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..input_checks import check_integer, check_number
-from .noise import BlockDiffusionNoise
+from .objective.noise import BlockDiffusionNoise
 from .trl_settings import refuse_without_meaning, settle_precision
 
 

@@ -20,14 +20,14 @@ from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
 from ..processing_llada_uni import UPSCALE
 from .checkpointing import ResumableTrainerMixin
-from .data import prepare_prompts
-from .dataset_formats import CODES_COLUMN, check_text, refuse_row
+from .data.dataset_formats import CODES_COLUMN, check_text, refuse_row
+from .data.preparation import prepare_prompts
 from .expert_checkpoints import FusedExpertsMixin
 from .grpo_config import LLaDAUniGRPOConfig
 from .model_card import TrainingCardMixin
-from .model_loading import base_of, resolve_model
-from .noise import step_generator
-from .objective import add_block_diffusion_head
+from .model_resolution import base_of, resolve_model
+from .objective.block_diffusion import add_block_diffusion_head
+from .objective.noise import step_generator
 
 
 AnyDataset = Dataset | IterableDataset

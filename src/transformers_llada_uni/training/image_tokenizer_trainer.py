@@ -21,7 +21,7 @@ from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
 from .image_tokenizer_model import ImageTokenizerWithText
 from .model_card import TrainingCardMixin
-from .noise import step_generator
+from .objective.noise import step_generator
 
 
 COLUMNS = ("image", "caption")

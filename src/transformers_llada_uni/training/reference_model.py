@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .model_loading import load_model
+from ..loading.model_loading import load_model
 
 
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:

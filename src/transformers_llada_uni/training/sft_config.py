@@ -7,8 +7,8 @@ from typing import Any
 from trl import SFTConfig
 
 from ..input_checks import check_number
-from .noise import WEIGHTINGS, BlockDiffusionNoise
-from .noise_settings import NoiseSettings
+from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
+from .objective.noise_settings import NoiseSettings
 from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
 from .trl_settings import refuse_without_meaning, settle_precision
 

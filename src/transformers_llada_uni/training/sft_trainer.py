@@ -13,13 +13,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
 from .checkpointing import ResumableTrainerMixin
-from .data import mix_datasets, prepare_dataset
+from .data.preparation import mix_datasets, prepare_dataset
 from .expert_checkpoints import FusedExpertsMixin
 from .model_card import TrainingCardMixin
-from .model_loading import base_of, resolve_model
-from .noise import step_generators
-from .objective import BlockDiffusionTerms, add_block_diffusion_head, columns_of_pass, document_ids_of
-from .router_balancing import RouterBalancing
+from .model_resolution import base_of, resolve_model
+from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_head, columns_of_pass, document_ids_of
+from .objective.noise import step_generators
+from .objective.router_balancing import RouterBalancing
 from .sft_config import LLaDAUniSFTConfig
 from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
 

@@ -1,0 +1,1 @@
+"""What is learnt, as tensors: noise, the attention mask of training, the loss, the balance of experts. No trainers."""

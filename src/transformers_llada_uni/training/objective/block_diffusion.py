@@ -1,0 +1,234 @@
+r"""
+The training objective of block diffusion, for every trainer of the language model.
+
+A document x is cut into blocks of B tokens. Block b is noised at a level t to x_t^b, and its masked tokens are
+predicted from x_t^b and the clean blocks before it (BD3-LM, arXiv 2503.09573). With w = 1/t,
+
+    L(x) = sum_b E_t [ w(t) * sum_{i in b, masked} -log p(x_i | x_t^b, x^{<b}) ]  >=  -log p(x).
+
+All blocks are learnt in one forward pass over `[noisy_1 | ... | noisy_R | clean]`, where every copy has the position
+ids of the document and [`create_noisy_clean_mask`] says who sees whom. Three things keep the pass small:
+
+- the clean part is computed once for all R noisy copies (a complementary pair costs 3 lengths instead of 4);
+- only blocks that hold a token with a label are in the noisy copies (not the prompt's), and only blocks that a noisy
+  one looks back at are in the clean part (not a document's last);
+- the head is applied to masked tokens only, and in tiles of the vocabulary.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from ...input_checks import check_integer, check_shape, check_tensor
+from ...weight_hooks import weights_in_place
+from .masking import block_ids_of, create_noisy_clean_mask, positions_of, running_block_ids
+
+
+# Columns of the vocabulary whose logits exist at one time.
+VOCABULARY_TILE = 32768
+STATISTICS = ("entropy", "mean_logits", "is_top1")
+
+
+def document_ids_of(
+    labels: torch.LongTensor, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None
+) -> torch.LongTensor:
+    """
+    The number of each token's document, `(batch, length)`, from what trl's collators give: position ids that start
+    again with each packed document, or else an attention mask, whose padding gets -1.
+    """
+    if position_ids is not None:
+        return (position_ids == 0).cumsum(dim=1) - 1
+    if attention_mask is not None:
+        return attention_mask.to(torch.long) - 1
+    return torch.zeros_like(labels)
+
+
+def columns_of_pass(
+    labels: torch.LongTensor, document_ids: torch.LongTensor, num_copies: int, block_length: int
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+    """
+    What of `[noisy_1 | ... | noisy_R | clean]` has to be computed: of a noisy copy the blocks that hold a token with a
+    label, of the clean part the blocks with such a block after them in their document. What is left of a row moves
+    together.
+
+    Args:
+        labels, document_ids: `(batch, length)`.
+        num_copies: R.
+        block_length: Tokens of a block.
+
+    Returns:
+        `columns`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass the column of the document's
+        row, the number of the copy (R for the clean part), and whether it is more than padding.
+    """
+    length = labels.shape[1]
+    positions = positions_of(document_ids)
+    block_numbers = running_block_ids(positions, block_length)
+    has_label = (labels != -100).to(torch.long)
+    labels_in_block = torch.zeros_like(labels).scatter_add_(1, block_numbers, has_label)
+    is_noised = labels_in_block.gather(1, block_numbers) > 0
+    # Of each document the last block that is noised; documents are counted anew, as their numbers may be anything.
+    documents = document_ids_of(labels, position_ids=positions)
+    noised_blocks = torch.where(is_noised, block_numbers, -1)
+    last_noised = torch.full_like(labels, -1).scatter_reduce_(1, documents, noised_blocks, "amax")
+    is_seen = block_numbers < last_noised.gather(1, documents)
+
+    is_needed = torch.cat([is_noised.repeat(1, num_copies), is_seen], dim=1)
+    width = max(int(is_needed.sum(dim=1).max()), 1)
+    # A stable sort puts what is needed first, in its order.
+    order = torch.sort(is_needed.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :width]
+    return order % length, order // length, is_needed.gather(1, order)
+
+
+def add_block_diffusion_head(model: PreTrainedModel) -> None:
+    """
+    Gives `model` a forward that returns the objective's terms in place of logits, in the manner (and with the output)
+    of trl's `add_fused_lm_head`, which it overrides. Without `fused_lm_head=True` the forward is the model's own. As
+    it is the model's forward, it works inside DDP, FSDP and PEFT.
+
+    The new call is `model(input_ids, labels=..., masked=..., weights=..., document_ids=None, block_length=None,
+    fused_lm_head=True)`:
+
+    Args of the call:
+        input_ids: `(batch, length)`, the clean ids.
+        labels: `(batch, length)`, the clean ids where a loss is taken, -100 elsewhere.
+        masked, weights: `(batch, copies, length)`, from [`BlockDiffusionNoise.sample`]. Giving the same to two models
+            compares them under the same noise.
+        document_ids: `(batch, length)`, see [`document_ids_of`], which makes them if they are not given.
+        block_length: Default: the model's.
+
+    Returns of the call:
+        [`trl.trainer.utils.FusedCausalLMOutput`] with `log_probs` `(batch, length)`, the sum over the copies of
+        weight times log-probability of the label; `entropy`, `mean_logits` and `is_top1`, of the same shape, their
+        means over the copies that mask the token; `label_mask`; and `router_logits` if they were asked for.
+
+    Raises:
+        ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
+    """
+    text_config = model.config.get_text_config()
+    if text_config.model_type != "llada2_moe":
+        raise ValueError(f"`model` must be a LLaDA2 MoE model, got a {type(model).__name__}.")
+    plain_forward = model.forward
+
+    # `generate` checks its arguments against the signature of the class.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head: bool = False, **kwargs):
+        if not fused_lm_head:
+            return plain_forward(*args, **kwargs)
+        return _forward_objective(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+@dataclass
+class BlockDiffusionTerms(FusedCausalLMOutput):
+    """trl's output, with the routers' logits for the trainers that look at them."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def _forward_objective(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    labels: torch.LongTensor,
+    masked: torch.BoolTensor | None = None,
+    weights: torch.FloatTensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+    block_length: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    num_items_in_batch: int | None = None,
+    **kwargs,
+) -> BlockDiffusionTerms:
+    config = model.config.get_text_config()
+    block_length = config.block_length if block_length is None else block_length
+    _check_inputs(input_ids, labels, masked, weights, block_length)
+    if document_ids is None:
+        document_ids = document_ids_of(labels, attention_mask, position_ids)
+    check_shape("document_ids", document_ids, tuple(input_ids.shape))
+    batch_size, length = input_ids.shape
+    num_copies = masked.shape[1]
+
+    # 1. What has to be computed of [noisy copies | clean]
+    columns, copies, is_real = columns_of_pass(labels, document_ids, num_copies, block_length)
+    positions = positions_of(document_ids)
+    masked = masked & (labels != -100)[:, None]
+    never_masked = torch.zeros_like(masked[:, :1])  # the clean part
+    is_hidden = torch.cat([masked, never_masked], dim=1).flatten(1).gather(1, copies * length + columns) & is_real
+
+    # 2. That row, and who sees whom in it
+    mask = create_noisy_clean_mask(
+        config,
+        copy_ids=copies,
+        block_ids=block_ids_of(positions, block_length).gather(1, columns),
+        document_ids=document_ids.gather(1, columns).masked_fill(~is_real, -1),
+        clean_copy=num_copies,
+        dtype=model.dtype,
+    )
+    outputs = model.base_model(
+        input_ids=input_ids.gather(1, columns).masked_fill(is_hidden, config.mask_token_id),
+        attention_mask=mask,
+        position_ids=positions.gather(1, columns),
+        **{**kwargs, "use_cache": False},
+    )
+
+    # 3. The head, on hidden tokens only
+    row, place = is_hidden.nonzero(as_tuple=True)
+    column, copy = columns[row, place], copies[row, place]
+    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, place], labels[row, column])
+
+    # 4. Back to where the tokens stand, summed over the copies
+    flat = row * length + column
+
+    def sum_over_copies(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(batch_size * length).index_add(0, flat, values).view(batch_size, length)
+
+    times_masked = masked.sum(dim=1).clamp(min=1)
+    entropy, mean_logits, is_top1 = (sum_over_copies(values) / times_masked for values in statistics)
+    return BlockDiffusionTerms(
+        log_probs=sum_over_copies(log_probs * weights[row, copy, column].to(log_probs.dtype)),
+        entropy=entropy,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
+        label_mask=labels != -100,
+        router_logits=outputs.router_logits,
+    )
+
+
+def _score(
+    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
+    head = model.get_output_embeddings()
+    with weights_in_place(head):
+        weight = head.weight
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        if targets.numel() == 0:
+            # No token is masked: zero-sized results that still hang on the model, so that `backward` works.
+            nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
+            return nothing, nothing.detach(), nothing.detach(), nothing.detach()
+        with maybe_gather_lm_head_ctx(weight):
+            log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+                hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
+            )
+    return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
+
+
+def _check_inputs(input_ids, labels, masked, weights, block_length) -> None:
+    check_tensor("input_ids", input_ids, (torch.int64,), ndim=2)
+    check_tensor("labels", labels, (torch.int64,), ndim=2)
+    check_shape("labels", labels, tuple(input_ids.shape))
+    check_tensor("masked", masked, (torch.bool,), ndim=3)
+    check_shape("masked", masked, (input_ids.shape[0], masked.shape[1], input_ids.shape[1]))
+    check_tensor("weights", weights, ndim=3)
+    check_shape("weights", weights, tuple(masked.shape))
+    check_integer("block_length", block_length, 1)
+
+
+__all__ = ["add_block_diffusion_head"]

@@ -1,0 +1,178 @@
+"""Which tokens a training step hides, and what each hidden token weighs in the loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+
+from ...input_checks import check_integer, check_number, check_shape, check_tensor
+from .masking import positions_of
+
+
+NOISE_LEVELS = ("block", "sample")
+WEIGHTINGS = ("inverse", "none")
+
+
+@dataclass(frozen=True)
+class BlockDiffusionNoise:
+    r"""
+    The noising process of masked diffusion with its linear schedule: at level t a token is masked with probability t,
+    independently of the others.
+
+    With `weighting="inverse"` the sum over masked tokens of `-log p / t` is an unbiased estimate of a bound on the
+    negative log-likelihood (MDLM, arXiv 2406.07524, eq. 11; per block given the blocks before it: BD3-LM,
+    arXiv 2503.09573, eq. 8). The bound holds for `noise_range=(0, 1)`; the default leaves out the first thousandth,
+    whose rare tokens would weigh more than 1000.
+
+    Args:
+        noise_range (`tuple[float, float]`, defaults to `(1e-3, 1.0)`): t is uniform between the two.
+        noise_level (`str`, defaults to `"block"`): `"block"` draws a t for every block, `"sample"` one for a document.
+        weighting (`str`, defaults to `"inverse"`): `"inverse"` weighs a masked token 1/t; `"none"` weighs all masked
+            tokens alike, scaled so that a token's expected weight is 1 as well.
+        complementary (`bool`, defaults to `False`): Adds to every noisy copy another that masks exactly the tokens
+            which the first leaves visible; its level is 1 - t. Each token is then learnt from once per pair
+            (LLaDA2.0, arXiv 2512.15745).
+        num_noise_samples (`int`, defaults to 1): Independent noisy copies (pairs if complementary). Their levels are
+            stratified: copy s of S has t in a different S-th of the range, which lowers the variance.
+
+    Raises:
+        ValueError: for a range that is not `0 <= low < high <= 1`, an unknown name, or fewer than one sample.
+    """
+
+    noise_range: tuple[float, float] = (1e-3, 1.0)
+    noise_level: str = "block"
+    weighting: str = "inverse"
+    complementary: bool = False
+    num_noise_samples: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.noise_range, (tuple, list)) or len(self.noise_range) != 2:
+            raise ValueError(f"`noise_range` must be two numbers (low, high), got {self.noise_range!r}.")
+        for bound in self.noise_range:
+            check_number("noise_range", bound, 0.0, 1.0)
+        if self.noise_range[0] >= self.noise_range[1]:
+            raise ValueError(f"`noise_range` must rise from low to high, got {self.noise_range!r}.")
+        if self.noise_level not in NOISE_LEVELS:
+            raise ValueError(f"`noise_level` must be one of {NOISE_LEVELS}, got {self.noise_level!r}.")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, got {self.weighting!r}.")
+        check_integer("num_noise_samples", self.num_noise_samples, 1)
+
+    def sample(
+        self,
+        labels: torch.LongTensor,
+        document_ids: torch.LongTensor | None,
+        block_length: int,
+        generator: torch.Generator | list[torch.Generator],
+    ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
+        """
+        Draws the noise of one batch.
+
+        Args:
+            labels: `(batch, length)`, -100 where no loss is taken: those tokens (prompts) are never masked.
+            document_ids: `(batch, length)`, the number of each token's document in its row, -1 for padding; `None`
+                for one document a row.
+            block_length: Tokens of a block, counted from each document's begin.
+            generator: One for all rows or one per row. They draw on their own device; the result lies where `labels`
+                lie. With one per row, a row's noise depends neither on its companions nor on its padding.
+
+        Returns:
+            `masked` and `weights`, both `(batch, copies, length)`. `weights` is 0 where `masked` is false, and divided
+            by the number of copies: summed over the copies, its expectation is 1 for every token with a label.
+        """
+        check_tensor("labels", labels, (torch.int64,), ndim=2)
+        check_integer("block_length", block_length, 1)
+        if document_ids is None:
+            document_ids = torch.zeros_like(labels)
+        check_shape("document_ids", document_ids, tuple(labels.shape))
+        batch_size, length = labels.shape
+        num_samples, device = self.num_noise_samples, labels.device
+
+        # 1. One uniform number per block or document, and from it num_samples stratified levels
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if len(generators) != batch_size:
+            raise ValueError(f"`generator` must hold one generator per row, {batch_size}, got {len(generators)}.")
+        # A token's numbers stand together, so that a longer row begins with the numbers of a shorter one.
+        numbers = [torch.rand(length, 1 + num_samples, generator=one, device=one.device) for one in generators]
+        numbers = torch.stack(numbers).to(device).transpose(1, 2)  # [b, 1 + s, l]
+        columns = torch.arange(length, device=device)
+        positions = positions_of(document_ids)
+        unit_length = block_length if self.noise_level == "block" else length
+        begins = columns - positions % unit_length  # [b, l], where each token's block or document begins
+        uniform = numbers[:, :1].gather(2, begins[:, None])  # [b, 1, l]: the number at the unit's first token
+        strata = torch.arange(num_samples, device=device)[:, None]
+        low, high = self.noise_range
+        levels = low + (high - low) * ((uniform + strata) / num_samples)  # [b, s, l]
+
+        # 2. The masks
+        target = (labels != -100)[:, None]  # [b, 1, l]
+        masked = (numbers[:, 1:] < levels) & target
+        if self.weighting == "inverse":
+            weights = masked / levels.clamp(min=torch.finfo(levels.dtype).tiny)
+        else:
+            weights = masked / ((low + high) / 2)
+        if not self.complementary:
+            return masked, weights / num_samples
+
+        # 3. Their complements
+        complement = ~masked & target
+        if self.weighting == "inverse":
+            complement_weights = complement / (1 - levels).clamp(min=torch.finfo(levels.dtype).eps)
+            weights = torch.cat([weights, complement_weights], dim=1) / 2
+        else:
+            weights = torch.cat([masked, complement], dim=1).to(levels.dtype)  # every token once per pair
+        return torch.cat([masked, complement], dim=1), weights / num_samples
+
+
+class NoiseStream(TrainerCallback):
+    """
+    Seeds the noise of every row that a trainer sees by the run's seed, the optimiser step, and the row's number in
+    that step, counted over all processes and accumulated batches. So a resumed run draws what the uninterrupted run
+    draws, and the split of a step's rows over processes and batches changes nothing. Evaluation draws the same noise
+    every time: its losses can be compared.
+    """
+
+    def __init__(self):
+        self.num_rows = {"train": 0, "eval": 0}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.num_rows["train"] = 0
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.num_rows["eval"] = 0
+
+    on_predict = on_evaluate
+
+    def generators(self, trainer: Trainer, num_rows: int) -> list[torch.Generator]:
+        mode = "train" if trainer.model.training else "eval"
+        step = trainer.state.global_step if mode == "train" else 0
+        # Tensor-parallel processes work on one batch together and need the same noise.
+        tp_size = trainer.get_tp_size()
+        process, num_processes = trainer.args.process_index // tp_size, trainer.args.world_size // tp_size
+        first = self.num_rows[mode] * num_processes + process * num_rows
+        self.num_rows[mode] += num_rows
+        generators = []
+        for row in range(first, first + num_rows):
+            parts = [trainer.args.seed, ("train", "eval").index(mode), step, row]
+            seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+            generators.append(torch.Generator().manual_seed(int(seed) >> 1))
+        return generators
+
+
+def step_generators(trainer: Trainer, num_rows: int) -> list[torch.Generator]:
+    """A generator, on the CPU, for each of the next `num_rows` rows of `trainer`; see [`NoiseStream`]."""
+    callbacks = trainer.callback_handler.callbacks
+    stream = next((callback for callback in callbacks if isinstance(callback, NoiseStream)), None)
+    if stream is None:
+        stream = NoiseStream()
+        trainer.add_callback(stream)
+    return stream.generators(trainer, num_rows)
+
+
+def step_generator(trainer: Trainer) -> torch.Generator:
+    """One generator, on the CPU, for a draw of `trainer` that does not belong to a row."""
+    return step_generators(trainer, 1)[0]
+
+
+__all__ = ["BlockDiffusionNoise"]

@@ -1,0 +1,47 @@
+"""The fields that the configurations of all language-model trainers share."""
+
+from dataclasses import dataclass, field
+
+from ...input_checks import check_integer
+from .noise import NOISE_LEVELS, BlockDiffusionNoise
+
+
+@dataclass
+class NoiseSettings:
+    """
+    Parameters:
+        block_length (`int`, *optional*): Tokens of a block. Default: the model's.
+        noise_range (`list[float]`, defaults to `[1e-3, 1.0]`): See [`BlockDiffusionNoise`], as for the next two.
+        noise_level (`str`, defaults to `"block"`): `"block"` or `"sample"`.
+        num_noise_samples (`int`, defaults to 4): Noisy copies of each row.
+        complementary (`bool`, defaults to `False`): Whether each copy comes with its complement.
+
+    Raises:
+        ValueError: naming the field, for a value out of range.
+    """
+
+    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
+    noise_range: list[float] = field(
+        default_factory=lambda: [1e-3, 1.0],
+        metadata={"help": "Lowest and highest noise level: the share of tokens that is masked."},
+    )
+    noise_level: str = field(
+        default="block",
+        metadata={"help": "One noise level for each block or for each sample.", "choices": list(NOISE_LEVELS)},
+    )
+    num_noise_samples: int = field(default=4, metadata={"help": "Noisy copies of each row."})
+    complementary: bool = field(default=False, metadata={"help": "Whether each noisy copy comes with its complement."})
+
+    def __post_init__(self):
+        self.make_noise()
+        if self.block_length is not None:
+            check_integer("block_length", self.block_length, 1)
+
+    def make_noise(self) -> BlockDiffusionNoise:
+        """The likelihood bound's noise: its weights are 1/t."""
+        return BlockDiffusionNoise(
+            noise_range=tuple(self.noise_range),
+            noise_level=self.noise_level,
+            complementary=self.complementary,
+            num_noise_samples=self.num_noise_samples,
+        )

@@ -1,0 +1,241 @@
+"""The converter writes all or nothing, checks what it wrote, and needs the memory of one shard, not of the model."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import diffusers_llada_uni  # noqa: F401 (registers)
+from llada_uni.conversion import output_plan, tensor_files
+from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers, main
+from tests.conversion.conversion_common import (
+    ROOT,
+    SHARD,
+    assert_equal,
+    backbone_of,
+    copy_released,
+)
+
+
+@pytest.fixture
+def released(official_tiny, tmp_path) -> Path:
+    return copy_released(official_tiny, tmp_path / "released")
+
+
+# Files
+
+
+def test_writer_writes_what_safetensors_writes(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "b.half": torch.randn(3, 5).to(torch.bfloat16),
+        "a": torch.randn(7),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "long": torch.arange(4),
+        "nan": torch.tensor([float("nan"), -0.0]),
+    }
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    refs = tensor_files.list_tensors(tmp_path / "theirs.safetensors")
+    outputs = [tensor_files.OutputTensor(name, ref, ref.dtype) for name, ref in refs.items()]
+    reported = []
+    tensor_files.write_safetensors(tmp_path / "ours.safetensors", outputs, reported.append)
+    assert sum(reported) == sum(tensor.nbytes for tensor in tensors.values())
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    tensor_files.verify_tensors(tmp_path / "ours.safetensors", outputs, reported.append)
+
+
+@pytest.mark.parametrize("file", ["model/model-00002-of-00003.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_verification_finds_a_flipped_bit(official_tiny, tmp_path, monkeypatch, file):
+    write = tensor_files.write_safetensors
+
+    def write_badly(path, outputs, report):
+        write(path, outputs, report)
+        if str(path).endswith(file):
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+    monkeypatch.setattr(tensor_files, "write_safetensors", write_badly)
+    with pytest.raises(ValueError, match="differs from its source"):
+        convert_to_diffusers(official_tiny, tmp_path / "out" / "ours", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
+@pytest.mark.parametrize("moment", ["write_safetensors", "verify_tensors"])
+def test_nothing_is_left_behind(official_tiny, tmp_path, monkeypatch, error, moment):
+    calls = []
+    work = getattr(tensor_files, moment)
+
+    def fail_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error("stop")
+        work(*args)
+
+    monkeypatch.setattr(tensor_files, moment, fail_at_the_third)
+    with pytest.raises(error):
+        convert_to_diffusers(official_tiny, tmp_path / "deep" / "er" / "ours", progress=False)
+    assert len(calls) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_refused_before_any_work(official_tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(output_plan.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"0\.0 GB are needed .* only 0\.0 GB are free"):
+        convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The command
+
+
+def test_command_reports_errors_without_a_traceback(released, tmp_path, capsys):
+    (released / SHARD).unlink()
+    assert main([str(released), str(tmp_path / "out")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert SHARD in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_both_ways(official_tiny, tmp_path, capsys):
+    assert main([str(official_tiny), str(tmp_path / "ours"), "--decoder", "turbo", "--dtype", "bfloat16"]) == 0
+    assert main([str(tmp_path / "ours"), str(tmp_path / "back"), "--to-released"]) == 0
+    assert str(tmp_path / "back") in capsys.readouterr().out
+    assert backbone_of(tmp_path / "back")["model.norm.weight"].dtype == torch.bfloat16
+
+
+SLOW_WRITER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from llada_uni.conversion import convert_llada_uni_checkpoint as script, tensor_files
+write = tensor_files.write_safetensors
+def slowly(*args):
+    write(*args)
+    print("wrote", flush=True)
+    time.sleep(60)
+tensor_files.write_safetensors = slowly
+sys.exit(script.main([{source!r}, {target!r}]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_command_leaves_nothing(official_tiny, tmp_path, number, code):
+    program = SLOW_WRITER.format(root=str(ROOT), source=str(official_tiny), target=str(tmp_path / "out"))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout.readline().strip() == b"wrote"
+        assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+        process.stdout.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Memory
+
+MEASURE = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import torch
+from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
+
+def anonymous_memory():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous_memory())
+        time.sleep(0.001)
+
+convert_to_diffusers({tiny!r}, {target!r} + "-warm", progress=False)
+for convert, source, target, dtype in [
+    (convert_to_diffusers, {source!r}, {target!r}, None),
+    (convert_to_diffusers, {source!r}, {target!r} + "-half", torch.bfloat16),
+    (convert_to_released, {target!r}, {target!r} + "-back", None),
+]:
+    done, peak, before = threading.Event(), [0], anonymous_memory()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    convert(source, target, dtype=dtype, progress=False)
+    done.set()
+    thread.join()
+    print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
+def test_memory_is_that_of_one_shard_not_of_the_model(released, official_tiny, tmp_path):
+    layers, width = 7, 2048
+    file = released / "config.json"
+    config = json.loads(file.read_text()) | {"num_hidden_layers": layers, "moe_intermediate_size": width}
+    file.write_text(json.dumps(config))
+    tensors = backbone_of(released)
+    for path in released.glob("model-*.safetensors"):
+        path.unlink()
+    shapes = {"gate_proj": (width, 64), "up_proj": (width, 64), "down_proj": (64, width)}
+    weight_map = {}
+    for layer in range(layers + 1):  # one shard for each layer, and one for what is not a layer
+        shard = {k: t for k, t in tensors.items() if f"layers.{min(layer, 1)}." in k and layer < layers}
+        if layer == layers:
+            shard = {k: t for k, t in tensors.items() if "layers." not in k}
+        elif layer:
+            shard = {k.replace("layers.1.", f"layers.{layer}."): t.clone() for k, t in shard.items()}
+            for name in shard:
+                part = name.split(".")[-2]
+                if "experts" in name:
+                    shard[name] = torch.full(shapes[part], float(layer))
+        name = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file(shard, released / name)
+        weight_map |= dict.fromkeys(shard, name)
+    (released / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shard_size = (released / f"model-00003-of-{layers + 1:05d}.safetensors").stat().st_size
+    assert shard_size > 20e6
+
+    program = MEASURE.format(
+        root=str(ROOT), source=str(released), target=str(tmp_path / "out"), tiny=str(official_tiny)
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    peaks = [int(line) for line in run.stdout.split()]
+    assert len(peaks) == 3
+    assert max(peaks) < shard_size, f"peaks {peaks} for shards of {shard_size}"
+    assert_equal(backbone_of(tmp_path / "out-back"), backbone_of(released))
+
+
+def test_only_one_source_file_is_open_at_a_time(official_tiny, tmp_path, monkeypatch):
+    is_open, most = [], []
+
+    class Counting:
+        def __init__(self, path, framework):
+            self.file = safe_open(path, framework=framework)
+
+        def __enter__(self):
+            is_open.append(self)
+            most.append(len(is_open))
+            return self.file.__enter__()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __exit__(self, *error):
+            is_open.remove(self)
+            return self.file.__exit__(*error)
+
+    monkeypatch.setattr(tensor_files, "safe_open", Counting)
+    convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
+    assert max(most) == 2  # the source and, while verifying, its copy
+    assert not is_open

@@ -1,0 +1,407 @@
+"""GRPO with block-diffusion rollouts: the estimate, the ratio, and that rewards rise."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from tests.transformers_llada_uni.training.training_common import BLOCK, RUN
+from tests.transformers_llada_uni.training.training_common import tiny_model as small_model
+from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer, lora_config
+
+
+END = 440
+MASK = 441
+
+
+def tiny_model(seed=0):
+    return small_model(seed, vocab_size=768, mask_token_id=MASK, eos_token_id=END, pad_token_id=END)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(official_tiny):
+    return AutoTokenizer.from_pretrained(official_tiny)
+
+
+def share_of_low_tokens(completion_ids, **kwargs):
+    """At random about a half; 1 for the best policies."""
+    return [sum(token < 384 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make_trainer(
+    tokenizer, output_dir, model=None, reward=share_of_low_tokens, dataset=None, peft_config=None, **settings
+):
+    settings = {
+        **RUN,
+        "per_device_train_batch_size": 8,
+        "num_generations": 8,
+        "max_completion_length": 6,
+        "num_steps_per_block": 2,
+        "max_steps": 1,
+        **settings,
+    }
+    return LLaDAUniGRPOTrainer(
+        model=tiny_model() if model is None else model,
+        reward_funcs=reward,
+        args=LLaDAUniGRPOConfig(str(output_dir), **settings),
+        train_dataset=Dataset.from_dict({"prompt": ["one two", "three"] * 8}) if dataset is None else dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+# Left-padded prompts of 5 and 3 tokens, answers of 6 and 4.
+INPUT_IDS = torch.tensor([[*range(11, 16), *range(21, 27)], [END, END, *range(31, 34), *range(41, 45), END, END]])
+ATTENTION_MASK = torch.tensor([[1] * 11, [0, 0] + [1] * 7 + [0, 0]])
+
+
+def test_full_mask_estimate_equals_single_forwards(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    with torch.no_grad():
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, INPUT_IDS, ATTENTION_MASK, 6, compute_entropy=True
+        )
+        model = tiny_model()
+        for row in range(2):
+            ids = INPUT_IDS[row][ATTENTION_MASK[row].bool()].tolist()
+            first = [5, 3][row]
+            for place in range(first, len(ids)):
+                begin = place // BLOCK * BLOCK
+                seen = [*ids[:begin], *(token if begin + i < first else MASK for i, token in enumerate(ids[begin:]))]
+                seen = (seen + [MASK] * BLOCK)[: begin + BLOCK]
+                log_probs = model(input_ids=torch.tensor([seen])).logits[0, place].log_softmax(-1)
+                torch.testing.assert_close(logps[row, place - first], log_probs[ids[place]], atol=1e-5, rtol=1e-5)
+                entropy = -(log_probs.exp() * log_probs).sum()
+                torch.testing.assert_close(entropies[row, place - first], entropy, atol=1e-5, rtol=1e-5)
+    assert logps[1, 4:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+def test_an_estimate_depends_on_the_row_alone(tokenizer, tmp_path, estimate):
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate=estimate, num_noise_samples=2)
+    with torch.no_grad():
+        arguments = (trainer.model, INPUT_IDS, ATTENTION_MASK, 6)
+        both, _, _ = trainer._get_per_token_logps_and_entropies(*arguments)
+        again, _, _ = trainer._get_per_token_logps_and_entropies(*arguments, batch_size=1)
+        alone, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, INPUT_IDS[1:, 2:9], ATTENTION_MASK[1:, 2:9], 4
+        )
+    torch.testing.assert_close(again, both, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone[0], both[1, :4], atol=1e-5, rtol=1e-5)
+
+
+def test_complementary_estimate_covers_every_token(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="complementary", num_noise_samples=3)
+    chunk = trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)
+    is_answer = chunk["labels"] != -100
+    assert chunk["masked"].shape[1] == 6
+    assert torch.equal(chunk["masked"].sum(dim=1), 3 * is_answer)
+    torch.testing.assert_close(chunk["weights"].sum(dim=1), is_answer.float())
+
+
+@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+def test_the_ratio_is_one_before_the_first_update(tokenizer, tmp_path, estimate):
+    """With several iterations old log-probabilities are made when the rollout is; they must equal the new ones."""
+    trainer = make_trainer(
+        tokenizer,
+        tmp_path,
+        num_iterations=2,
+        beta=0.1,
+        log_probability_estimate=estimate,
+        learning_rate=1e-2,
+        max_steps=2,
+    )
+    seen = []
+    original = trainer._compute_loss
+
+    def spy(model, inputs):
+        keep = inputs["completion_ids"].shape[1]
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, keep)
+        old, reference = inputs["old_per_token_logps"], inputs["ref_per_token_logps"]
+        seen.append(((logps - old).abs().max().item(), (logps - reference).abs().max().item()))
+        return original(model, inputs)
+
+    trainer._compute_loss = spy
+    trainer.train()
+    assert seen[0] == (0.0, 0.0)
+    assert seen[1][0] > 1e-4  # after an update they differ
+
+
+def test_masks_change_from_rollout_to_rollout(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="complementary", num_noise_samples=4)
+    trainer.model.train()
+    first, again = (trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"] for _ in range(2))
+    trainer._rollout_step["train"] = 1
+    later = trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"]
+    assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def test_the_reference_of_a_trained_adapter_is_that_adapter(tokenizer, tmp_path):
+    model = get_peft_model(tiny_model(), lora_config(r=4))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    trainer = make_trainer(tokenizer, tmp_path, model=model, beta=0.1, learning_rate=1e-2, max_steps=2)
+    trainer.train()
+    first, second = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert first == 0.0 and second > 0
+
+
+@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path, estimate):
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "beta": 0.05}
+    settings["log_probability_estimate"] = estimate
+    whole = make_trainer(tokenizer, tmp_path / "whole", max_steps=4, **settings)
+    whole.train()
+    make_trainer(tokenizer, tmp_path / "parts", max_steps=2, **settings).train()
+    resumed = make_trainer(tokenizer, tmp_path / "parts", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_the_reward_rises_to_its_optimum(tokenizer, tmp_path, with_adapter):
+    model = tiny_model()
+    model.lm_head.weight.data *= 20  # a new head is too flat for any hidden state to decide a token
+    trainer = make_trainer(
+        tokenizer,
+        tmp_path,
+        model=model,
+        max_steps=40,
+        learning_rate=2e-2 if with_adapter else 1e-2,
+        per_device_train_batch_size=16,
+        temperature=1.0,
+        peft_config=lora_config(r=8) if with_adapter else None,
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert rewards[0] < 0.8 and sum(rewards[-3:]) / 3 > 0.97
+
+
+def test_rollouts_repeat_with_the_seed(tokenizer, tmp_path):
+    rollouts = []
+    for seed in (1, 1, 2):
+        seen = []
+
+        def reward(completion_ids, seen=seen, **kwargs):
+            seen.extend(completion_ids)
+            return [0.0] * len(completion_ids)
+
+        make_trainer(tokenizer, tmp_path, reward=reward, seed=seed, data_seed=0).train()
+        rollouts.append(seen)
+    assert rollouts[0] == rollouts[1] != rollouts[2]
+
+
+def chat(text):
+    return [{"role": "user", "content": text}]
+
+
+def picture(seed, width=128):
+    pixels = np.random.default_rng(seed).integers(0, 256, (128, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def rollouts_of(converted_dir, output_dir, dataset, **settings):
+    """The prompts that `generate` is given in the first step, and what the reward is given."""
+    prompts, seen = [], []
+
+    def reward(completion_ids, **kwargs):
+        seen.append(kwargs)
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    settings = {**RUN, "per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 1, **settings}
+    trainer = LLaDAUniGRPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
+        reward_funcs=reward,
+        args=LLaDAUniGRPOConfig(
+            str(output_dir), block_length=8, num_steps_per_block=2, max_completion_length=8, **settings
+        ),
+        train_dataset=dataset,
+        processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
+    )
+    original = trainer._generate_single_turn
+
+    def spy(prompt_ids, *args):
+        prompts.append(prompt_ids)
+        return original(prompt_ids, *args)
+
+    trainer._generate_single_turn = spy
+    trainer.train()
+    return trainer, prompts, seen
+
+
+@pytest.mark.parametrize("kind", ["texts", "chats", "stream", "shuffled"])
+def test_prompts_of_unequal_length_are_not_padded(converted_dir, tmp_path, kind):
+    prompts = ["one two", "three four five six seven"]
+    rows = [text if kind == "texts" else chat(text) for text in prompts]
+    dataset = Dataset.from_dict({"prompt": rows * 4, "answer": prompts * 4})
+    if kind == "stream":
+        dataset = dataset.to_iterable_dataset()
+    if kind == "shuffled":
+        dataset = dataset.shuffle(seed=0)
+    _, (prompt_ids,), (given,) = rollouts_of(converted_dir, tmp_path, dataset)
+    processor = AutoProcessor.from_pretrained(converted_dir / "processor")
+    for ids, text in zip(prompt_ids, given["answer"], strict=True):
+        words = text
+        if kind != "texts":
+            words = processor.apply_chat_template(chat(text), add_generation_prompt=True, tokenize=False)
+        assert ids == processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert "prompt_ids" not in given
+
+
+@pytest.mark.parametrize("place", ["column", "messages"])
+def test_prompts_show_their_pictures(converted_dir, tmp_path, place):
+    """To the model as codes, and to the reward as they are; one row has none."""
+    pictures = [picture(0), picture(1, width=192), None, picture(2)]
+    rows, given = [], {}
+    for shown in pictures:
+        image = [{"type": "image", "image": shown}] if shown is not None and place == "messages" else []
+        rows.append([{"role": "user", "content": [*image, {"type": "text", "text": "What is it?"}]}])
+    if place == "column":
+        given["images"] = [[] if shown is None else [shown] for shown in pictures]
+        rows = [chat("What is it?") for _ in pictures]
+    dataset = Dataset.from_dict({"prompt": rows, **given, "row": list(range(4))})
+    trainer, (prompt_ids,), (seen,) = rollouts_of(
+        converted_dir, tmp_path, dataset, per_device_train_batch_size=8, beta=0.1, learning_rate=1e-3
+    )
+    model, processor = AutoModelForImageTextToText.from_pretrained(converted_dir / "model"), trainer.processing_class
+    for ids, row in zip(prompt_ids, seen["row"], strict=True):
+        shown = pictures[row]
+        inputs = processor(
+            text="What is it?", images=None if shown is None else [shown], task="understanding", return_tensors="pt"
+        )
+        expected = inputs["input_ids"]
+        if shown is not None:
+            codes = model.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
+            expected = model.model.place_image_codes(expected, codes)
+        assert ids == expected[0].tolist()
+        if place == "column":
+            assert [image.size for image in seen["images"][seen["row"].index(row)]] == (
+                [] if shown is None else [shown.size]
+            )
+    assert trainer.state.log_history[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_pictures_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_scale):
+    processor = AutoProcessor.from_pretrained(converted_dir / "processor")
+    model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
+    offset = model.config.text_config.image_token_offset
+    seen = []
+
+    def decode_images(codes):
+        return [Image.new("L", grid.shape[::-1], int(grid.float().mean())) for grid in codes]
+
+    def reward(completion_ids, image_codes, generated_images, grid, **kwargs):
+        for ids, codes, picture, size in zip(completion_ids, image_codes, generated_images, grid, strict=True):
+            assert codes.shape == tuple(size) and picture.size == tuple(size)[::-1]
+            assert ids == (codes.flatten() + offset).tolist() and codes.min() >= 0
+            seen.append(codes)
+        return [float(codes.float().mean()) for codes in image_codes]
+
+    trainer = LLaDAUniGRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=LLaDAUniGRPOConfig(
+            str(tmp_path),
+            **{**RUN, "per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 2, "learning_rate": 1e-3},
+            block_length=8,
+            num_steps_per_block=2,
+            guidance_scale=guidance_scale,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"] * 4, "grid": [[2, 3], [3, 2]] * 4}),
+        processing_class=processor,
+        decode_images=decode_images,
+    )
+    before = model.model.language_model.layers[0].attention.dense.weight.detach().clone()
+    trainer.train()
+    assert len(seen) == 8
+    assert not torch.equal(before, model.model.language_model.layers[0].attention.dense.weight)
+
+
+def test_the_reward_of_pictures_rises_to_its_optimum(converted_dir, tmp_path):
+    def share_of_low_codes(image_codes, **kwargs):
+        return [float((codes < 128).float().mean()) for codes in image_codes]
+
+    trainer = LLaDAUniGRPOTrainer(
+        model=AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
+        reward_funcs=share_of_low_codes,
+        args=LLaDAUniGRPOConfig(
+            str(tmp_path),
+            **{**RUN, "per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 12, "learning_rate": 1e-3},
+            block_length=8,
+            num_steps_per_block=2,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"] * 8, "grid": [[2, 3], [3, 2]] * 8}),
+        processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert rewards[0] < 0.8 and sum(rewards[-3:]) / 3 > 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"use_vllm": True}, "use_vllm"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"log_probability_estimate": "exact"}, "log_probability_estimate"),
+        ({"num_noise_samples": 0}, "num_noise_samples"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"num_steps_per_block": 0}, "num_steps_per_block"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_bad_settings_are_refused(settings, name, tmp_path):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        LLaDAUniGRPOConfig(str(tmp_path), **settings)
+
+
+def test_bad_arguments_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="`prompt`"):
+        make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(TypeError, match="`processing_class`"):
+        make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"prompt": ["a"], "grid": [[2, 2]]}))
+
+
+def test_sharded_models_are_refused(tokenizer, tmp_path):
+    model = tiny_model()
+    model._is_distributed_loading_by_transformers = True
+    with pytest.raises(ValueError, match="`model` is sharded"):
+        make_trainer(tokenizer, tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": [chat("a cat")], "grid": [[2, 2]]}, "Row 0: `prompt` must be a text"),
+        ({"prompt": ["a", "b"], "grid": [[2, 2], [0, 2]]}, "Row 1: `grid`"),
+        ({"prompt": ["a", "b"], "grid": [[2, 2], None]}, "Row 1: `grid`"),
+        ({"prompt": [chat("Red")], "image": [picture(0)], "grid": [[2, 2]]}, "edited pictures are not supported"),
+        ({"prompt": ["What is it?"], "image": [picture(0)]}, "Row 0: .*give messages"),
+        ({"prompt": [[{"role": "assistant", "content": "Hm"}]]}, "Row 0: `prompt`"),
+    ],
+)
+def test_bad_rows_are_refused_before_the_run(converted_dir, tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        rollouts_of(converted_dir, tmp_path, Dataset.from_dict(columns))
+
+
+def test_decoder_must_return_a_picture_per_grid(converted_dir, tmp_path):
+    dataset = Dataset.from_dict({"prompt": ["a cat"] * 4, "grid": [[2, 2]] * 4})
+    trainer, _, _ = rollouts_of(converted_dir, tmp_path, dataset)
+    trainer.decode_images = lambda codes: []
+    with pytest.raises(ValueError, match="`decode_images` returned 0 pictures for 4"):
+        trainer.train()
+    with pytest.raises(ValueError, match="`eval_dataset` must have a column `grid`"):
+        trainer.evaluate(dataset.remove_columns("grid"))

@@ -1,0 +1,488 @@
+"""Supervised training: the loss against its formula, presets, load balancing, resuming, adapters."""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import SFTConfig, TrlParser
+
+from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
+from transformers_llada_uni.training.lora import lora_config
+from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise, step_generators
+from transformers_llada_uni.training.objective.router_balancing import RouterBalancing
+from transformers_llada_uni.training.sft_config import LLaDAUniSFTConfig
+from transformers_llada_uni.training.sft_trainer import LLaDAUniSFTTrainer
+from transformers_llada_uni.training.stages import PARTS, STAGES, block_length_at, freeze_all_but, part_of
+
+
+BLOCK = 8
+LENGTH = 24
+IMAGE_OFFSET = 512
+ALL_MASKED = [0.999999, 1.0]
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = LLaDA2MoeConfig(
+        vocab_size=768,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        block_length=BLOCK,
+        mask_token_id=441,
+        eos_token_id=440,
+        pad_token_id=440,
+        image_token_offset=IMAGE_OFFSET,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
+    return LLaDA2MoeForBlockDiffusion(config)
+
+
+def rows(num_rows=16, seed=0):
+    """Prompts of 10 tokens; every second row answers with image codes. Rows 2, 6, 10, ... are a block shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, 400, (num_rows, LENGTH), generator=generator)
+    input_ids[1::2, 12:] = IMAGE_OFFSET + input_ids[1::2, 12:] % 256
+    labels = input_ids.clone()
+    labels[:, :10] = -100
+    lengths = [LENGTH - BLOCK if row % 4 == 2 else LENGTH for row in range(num_rows)]
+    return Dataset.from_dict(
+        {
+            "input_ids": [ids[:length] for ids, length in zip(input_ids.tolist(), lengths, strict=True)],
+            "labels": [ids[:length] for ids, length in zip(labels.tolist(), lengths, strict=True)],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(official_tiny):
+    return AutoTokenizer.from_pretrained(official_tiny)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tokenizer):
+    def make(model=None, dataset=None, eval_dataset=None, peft_config=None, folder="out", **settings):
+        settings = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            **settings,
+        }
+        args = LLaDAUniSFTConfig(str(tmp_path / folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+        return LLaDAUniSFTTrainer(
+            tiny_model() if model is None else model,
+            args,
+            train_dataset=rows() if dataset is None else dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def collate(trainer, num_rows=4):
+    return trainer.data_collator([trainer.train_dataset[row] for row in range(num_rows)])
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# The loss
+
+
+def loss_by_hand(model, inputs, masked, weights, text_weight, image_weight, num_items):
+    """A forward for every row, copy and block: the clean blocks before it, and the block with its masks."""
+    total = torch.zeros(())
+    for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+        for copy_number in range(masked.shape[1]):
+            for begin in range(0, length, BLOCK):
+                hidden = [i for i in range(begin, begin + BLOCK) if masked[row, copy_number, i]]
+                if not hidden:
+                    continue
+                ids = inputs["input_ids"][row, : begin + BLOCK].clone()
+                ids[hidden] = model.config.mask_token_id
+                log_probs = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
+                for i in hidden:
+                    label = inputs["labels"][row, i]
+                    alpha = image_weight if label >= IMAGE_OFFSET else text_weight
+                    total = total - alpha * weights[row, copy_number, i] * log_probs[i, label]
+    return total / num_items
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"complementary": False},
+        {"complementary": True, "text_weight": 3.0, "image_weight": 0.25},
+        {"complementary": False, "num_noise_samples": 2, "noise_level": "sample", "image_weight": 0.0},
+        {"weighting": "none", "noise_range": [0.3, 0.8], "text_weight": 0.5},
+    ],
+)
+@pytest.mark.parametrize("num_items", [None, 70])
+def test_loss_is_the_formula(make_trainer, settings, num_items):
+    trainer = make_trainer(**settings)
+    inputs = collate(trainer)
+    trainer.model.train()
+    masked, weights = trainer.noise.sample(inputs["labels"], None, BLOCK, step_generators(trainer, 4))
+    trainer.callback_handler.on_step_begin(trainer.args, trainer.state, trainer.control)  # the same noise again
+    loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items)
+    with torch.no_grad():
+        count = int((inputs["labels"] != -100).sum()) if num_items is None else num_items
+        alphas = [settings.get(name, 1.0) for name in ("text_weight", "image_weight")]
+        expected = loss_by_hand(trainer.model, inputs, masked, weights, *alphas, count)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reports_each_modality(make_trainer):
+    """With everything masked at t = 1, the numbers are those of the plain cross-entropy."""
+    trainer = make_trainer(noise_range=ALL_MASKED, complementary=False, text_weight=2.0, image_weight=0.5)
+    trainer.model.eval()
+    inputs = collate(trainer)
+    trainer.compute_loss(trainer.model, dict(inputs))
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+
+    losses, hits = {"text": [], "image": []}, {"text": [], "image": []}
+    for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
+        for begin in range(0, length, BLOCK):
+            ids, labels = (
+                inputs["input_ids"][row, : begin + BLOCK].clone(),
+                inputs["labels"][row, begin : begin + BLOCK],
+            )
+            ids[begin:][labels != -100] = 441
+            with torch.no_grad():
+                log_probs = trainer.model(input_ids=ids[None]).logits[0, begin:].log_softmax(dim=-1)
+            for place, label in enumerate(labels.tolist()):
+                if label != -100:
+                    modality = "image" if label >= IMAGE_OFFSET else "text"
+                    losses[modality].append(-log_probs[place, label].item())
+                    hits[modality].append(log_probs[place].argmax().item() == label)
+    for modality in ("text", "image"):
+        mean = sum(losses[modality]) / len(losses[modality])
+        assert metrics[f"{modality}_loss"] == pytest.approx(mean, rel=1e-4)
+        assert metrics[f"{modality}_accuracy"] == pytest.approx(sum(hits[modality]) / len(hits[modality]))
+    all_hits = hits["text"] + hits["image"]
+    assert metrics["mean_token_accuracy"] == pytest.approx(sum(all_hits) / len(all_hits))
+
+
+def test_gradient_accumulation_equals_a_big_batch(make_trainer):
+    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    big = make_trainer(per_device_train_batch_size=8, **settings)
+    small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
+    big.train()
+    small.train()
+    torch.testing.assert_close(logged(small, "loss"), logged(big, "loss"), rtol=1e-4, atol=1e-5)
+    for name, tensor in big.model.state_dict().items():
+        torch.testing.assert_close(small.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer):
+    """Neither the gradients nor the counts of the experts' loads, with a z-loss as well."""
+    settings = {"max_steps": 2, "expert_bias_update_rate": 0.01, "router_z_loss_coefficient": 0.1}
+    plain = make_trainer(**settings)
+    checkpointed = make_trainer(gradient_checkpointing=True, **settings)
+    plain.train()
+    checkpointed.train()
+    assert logged(checkpointed, "max_load_violation") == logged(plain, "max_load_violation")
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_packed_rows_have_the_loss_of_rows_apart(make_trainer):
+    """trl takes the first token of each packed document out of the loss; here that is a prompt's."""
+    settings = {"noise_range": ALL_MASKED, "complementary": False, "max_steps": 1, "per_device_train_batch_size": 16}
+    apart = make_trainer(**settings)
+    packed = make_trainer(packing=True, max_length=2 * LENGTH, **settings)
+    apart.train()
+    packed.train()
+    assert len(packed.train_dataset) < len(apart.train_dataset)
+    assert logged(packed, "loss")[0] == pytest.approx(logged(apart, "loss")[0], rel=1e-4)
+
+
+def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
+    trainer = make_trainer(block_length_warmup_steps=100, max_steps=2)
+    first = trainer.evaluate(rows(6, seed=1))
+    second = trainer.evaluate(rows(6, seed=1))
+    assert first["eval_loss"] == second["eval_loss"]
+    assert first["eval_block_length"] == BLOCK
+    trainer.train()
+    assert logged(trainer, "block_length") == [1, 1]
+    assert trainer.evaluate(rows(6, seed=1))["eval_loss"] != first["eval_loss"]
+
+
+# Stages
+
+
+def test_blocks_grow_through_the_powers_of_two():
+    lengths = [block_length_at(step, 100, 50, 32) for step in range(60)]
+    assert lengths == [1] * 10 + [2] * 10 + [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10
+    assert [block_length_at(step, 100, 0.5, 32) for step in range(60)] == lengths
+    assert block_length_at(0, 100, 0, 24) == 24
+    with pytest.raises(ValueError, match="`warmup_steps`.*24"):
+        block_length_at(0, 100, 10, 24)
+
+
+def test_training_follows_the_warm_up(make_trainer):
+    trainer = make_trainer(max_steps=8, block_length_warmup_steps=6)
+    trainer.train()
+    assert logged(trainer, "block_length") == [1, 1, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parts_stay_frozen(make_trainer, stage):
+    trainer = make_trainer(stage=stage, packing=False, max_steps=2)
+    before = state_of(trainer.model)
+    trainer.train()
+    for name, tensor in trainer.model.state_dict().items():
+        if name.endswith("expert_bias"):
+            is_trained = STAGES[stage].expert_bias_update_rate > 0
+        else:
+            is_trained = part_of(name) in STAGES[stage].trained_parts
+        assert torch.equal(tensor, before[name]) is not is_trained, name
+
+
+def test_every_parameter_of_the_composite_belongs_to_a_part(converted_dir):
+    from transformers_llada_uni import LLaDAUniForConditionalGeneration
+
+    model = LLaDAUniForConditionalGeneration.from_pretrained(converted_dir / "model")
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
+    freeze_all_but(model, ["attention"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".attention." in name and "language_model" in name for name in trained)
+
+
+def test_stage_sets_what_the_user_does_not(tmp_path):
+    preset = LLaDAUniSFTConfig(str(tmp_path), stage="pretraining")
+    assert (preset.learning_rate, preset.packing) == (1e-4, True)
+    own = LLaDAUniSFTConfig(str(tmp_path), stage="pretraining", learning_rate=5e-5, packing=False)
+    assert (own.learning_rate, own.packing) == (5e-5, False)
+
+
+def test_config_is_read_from_the_command_line(tmp_path):
+    options = "--stage alignment --noise_range 0.1 0.9 --trained_parts head norms --complementary true"
+    mix = '{"text": 1, "editing": 2}'
+    (args,) = TrlParser(LLaDAUniSFTConfig).parse_args_and_config(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--task_mix", mix, *options.split()]
+    )
+    assert args.make_noise() == BlockDiffusionNoise((0.1, 0.9), complementary=True)
+    assert (args.trained_parts, args.learning_rate) == (["head", "norms"], 1e-3)
+    assert args.task_mix == {"text": 1, "editing": 2}
+
+
+# Routers
+
+
+def test_expert_bias_follows_the_loads(make_trainer):
+    """One step of two accumulated batches with padding; the loads are counted from the objective's own definition."""
+    trainer = make_trainer(
+        max_steps=1, gradient_accumulation_steps=2, expert_bias_update_rate=0.25, complementary=False, seed=3
+    )
+    routers = [module for module in trainer.model.modules() if isinstance(module, LLaDA2MoeTopkRouter)]
+    seen = []
+    hooks = [
+        router.register_forward_hook(lambda module, args, output: seen.append((module, output[2])))
+        for router in routers
+    ]
+    batches = []
+    plain_loss = trainer.compute_loss
+
+    def compute_loss(model, inputs, **kwargs):
+        batches.append(inputs)
+        return plain_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    for hook in hooks:
+        hook.remove()
+    assert any(bool((batch["attention_mask"] == 0).any()) for batch in batches)
+
+    for number, router in enumerate(routers):
+        load = torch.zeros(8)
+        indices = [index for module, index in seen if module is router]
+        for batch, index in zip(batches, indices, strict=True):
+            # Of each row the blocks with labels (prompts of 10 tokens: all but the first), then those before the last.
+            length = batch["attention_mask"].sum(dim=1)
+            num_tokens = length - BLOCK + (length - 1) // BLOCK * BLOCK
+            is_token = (torch.arange(int(num_tokens.max())) < num_tokens[:, None]).flatten()
+            for experts in index[is_token].tolist():
+                for expert in experts:
+                    load[expert] += 1
+        assert torch.equal(router.expert_bias, 0.25 * torch.sign(load.mean() - load)), number
+    assert logged(trainer, "max_load_violation")[0] > 0
+
+
+def test_expert_bias_evens_the_loads_and_is_saved(make_trainer, tmp_path):
+    model = tiny_model()
+    freeze_all_but(model, ["head"])
+    trainer = make_trainer(
+        model,
+        trained_parts=["head"],
+        max_steps=60,
+        per_device_train_batch_size=16,
+        learning_rate=0.0,
+        expert_bias_update_rate=0.01,
+    )
+    trainer.train()
+    violations = logged(trainer, "max_load_violation")
+    assert sum(violations[-5:]) < 0.5 * sum(violations[:5])
+    trainer.save_model(tmp_path / "saved")
+    loaded = LLaDA2MoeForBlockDiffusion.from_pretrained(tmp_path / "saved")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert any(tensor.any() for name, tensor in loaded.state_dict().items() if name.endswith("expert_bias"))
+
+
+def test_z_loss_is_the_formula():
+    model = tiny_model()
+    balancing = RouterBalancing(model, 0.0, None, None)
+    ids = torch.arange(12).view(1, 12)
+    is_token = torch.arange(12)[None] < 9
+    with balancing.recording(is_token, keep_logits=True):
+        logits = model(input_ids=ids, output_router_logits=True).router_logits
+    expected = torch.stack([layer[:9].exp().sum(dim=-1).log().square().mean() for layer in logits]).mean()
+    found = balancing.z_loss(is_token)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("kind", ["all", "adapter", "packed"])
+def test_resumed_run_equals_the_uninterrupted_one(make_trainer, kind):
+    settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 3, "block_length_warmup_steps": 5, "num_noise_samples": 2}
+    if kind != "adapter":
+        settings |= {"expert_bias_update_rate": 0.01}
+    if kind == "packed":
+        settings |= {"packing": True, "max_length": 2 * LENGTH}
+    peft_config = lora_config(r=2) if kind == "adapter" else None
+
+    whole = make_trainer(folder="whole", peft_config=peft_config, **settings)
+    whole.train()
+    make_trainer(folder="killed", peft_config=copy.deepcopy(peft_config), **settings).train()
+    resumed = make_trainer(folder="killed", peft_config=copy.deepcopy(peft_config), **settings)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-3")
+    assert logged(resumed, "loss")[3:] == logged(whole, "loss")[3:]
+    state = whole.model.state_dict()
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_best_model_is_loaded_whole(make_trainer):
+    """The first of two equally good checkpoints is the best; the experts come back too."""
+    trainer = make_trainer(
+        max_steps=2,
+        learning_rate=0.5,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        eval_dataset=rows(4, seed=1),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,
+        metric_for_best_model="block_length",
+    )
+    trainer.train()
+    best = LLaDA2MoeForBlockDiffusion.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
+
+
+def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    saved = tmp_path / "out" / "checkpoint-1"
+    assert AutoTokenizer.from_pretrained(saved).get_vocab() == trainer.processing_class.get_vocab()
+    assert LLaDA2MoeForBlockDiffusion.from_pretrained(saved).generation_config.block_length == BLOCK
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"stage": "warmup"}, "`stage`.*'warmup'"),
+        ({"trained_parts": ["heads"]}, "`trained_parts`.*heads"),
+        ({"trained_parts": ["image_tokenizer"]}, "`trained_parts`.*image_tokenizer"),
+        ({"trained_parts": []}, "`trained_parts`"),
+        ({"block_length": 0}, "`block_length`.*0"),
+        ({"block_length": 24, "block_length_warmup_steps": 5}, "`block_length_warmup_steps`.*24"),
+        ({"block_length_warmup_steps": -1}, "`block_length_warmup_steps`.*-1"),
+        ({"noise_range": [0.5, 0.5]}, "`noise_range`"),
+        ({"noise_level": "row"}, "`noise_level`.*'row'"),
+        ({"weighting": "t"}, "`weighting`.*'t'"),
+        ({"text_weight": -1.0}, "`text_weight`.*-1"),
+        ({"text_weight": 0.0, "image_weight": 0.0}, "`text_weight` and `image_weight`"),
+        ({"image_weight": math.nan}, "`image_weight`.*nan"),
+        ({"expert_bias_update_rate": -0.1}, "`expert_bias_update_rate`.*-0.1"),
+        ({"router_z_loss_coefficient": -0.1}, "`router_z_loss_coefficient`.*-0.1"),
+        ({"caption_dropout": 1.5}, "`caption_dropout`.*1.5"),
+        ({"image_dropout": "a"}, "`image_dropout`.*'a'"),
+        ({"task_mix": {"text": 0.0}}, "`task_mix`"),
+        ({"task_mix": {"text": -1.0}}, "`task_mix.*text.*-1"),
+        ({"loss_type": "dft"}, "`loss_type`.*'dft'"),
+        ({"packing_strategy": "wrapped"}, "`packing_strategy`.*'wrapped'"),
+        ({"completion_only_loss": False}, "`completion_only_loss`.*False"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`.*0.1"),
+    ],
+)
+def test_config_refuses_by_name(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LLaDAUniSFTConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_trainer_refuses_by_name(make_trainer, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`max_length` .44. must be a multiple of `block_length` .8."):
+        make_trainer(packing=True, max_length=44)
+    with pytest.raises(ValueError, match="`trained_parts`.*adapter"):
+        make_trainer(peft_config=lora_config(), trained_parts=["head"])
+    with pytest.raises(ValueError, match="`expert_bias_update_rate`.*adapter"):
+        make_trainer(peft_config=lora_config(), expert_bias_update_rate=0.1)
+    with pytest.raises(TypeError, match="`args` must be a LLaDAUniSFTConfig, got SFTConfig"):
+        LLaDAUniSFTTrainer(tiny_model(), SFTConfig(str(tmp_path), bf16=False), train_dataset=rows())
+    args = LLaDAUniSFTConfig(str(tmp_path), use_cpu=True)
+    for dataset in (None, rows().select([])):
+        with pytest.raises(ValueError, match="`train_dataset`"):
+            LLaDAUniSFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`compute_metrics`"):
+        LLaDAUniSFTTrainer(
+            tiny_model(), args, train_dataset=rows(), processing_class=tokenizer, compute_metrics=SimpleNamespace()
+        )
+    with pytest.raises(ValueError, match="`task_mix`.*poetry"):
+        LLaDAUniSFTTrainer(tiny_model(), args, train_dataset={"poetry": rows()}, processing_class=tokenizer)
+
+
+def test_lora_config_refuses_by_name():
+    with pytest.raises(ValueError, match="`r`.*0"):
+        lora_config(r=0)
+    with pytest.raises(ValueError, match="`lora_dropout`.*0.1"):
+        lora_config(lora_dropout=0.1)
+    with pytest.raises(ValueError, match="`attention`, `mlps` and `experts`"):
+        lora_config(attention=False, mlps=False, experts=False)
