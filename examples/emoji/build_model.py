@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 
@@ -37,6 +37,8 @@ LARGEST_GRID = 8
 def build_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE. What frames every prompt is one token each: words that never vary need no thought."""
     tokenizer = Tokenizer(models.BPE())
+    # The corpus has neither capitals nor compatibility characters; what people type has.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     # With a space before every text, a word is one token wherever it stands.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
@@ -52,13 +54,14 @@ def build_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train([str(corpus)], trainer)
-    tokenizer.add_tokens([UNCONDITION])
+    tokenizer.add_tokens([AddedToken(UNCONDITION, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         mask_token="<|mask|>",
+        extra_special_tokens={"image_token": "<|image|>"},
         padding_side="left",
     )
 

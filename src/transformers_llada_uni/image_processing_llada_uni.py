@@ -1,33 +1,24 @@
-"""Image processor of LLaDA2.0-Uni: pictures of any kind and size to 16 x 16 patches, with PIL and numpy only."""
+"""Image processor of LLaDA2.0-Uni: images of any kind and size to 16 x 16 patches, with PIL and numpy only."""
 
-import base64
-import binascii
 import math
-import os
-from collections.abc import Sequence
 from functools import lru_cache
-from io import BytesIO
 from typing import Any
 
 import numpy as np
-from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import (
-    ChannelDimension,
-    ImageInput,
-    PILImageResampling,
-    infer_channel_dimension_format,
-    is_valid_image,
-)
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType, is_torch_tensor
+
+from .image_reading import ImageReader
 
 
 RESIZE_MODES = ("understanding", "editing")
-URL_TIMEOUT = 60.0  # seconds
+
+# An image of which scaling would make so many times what is kept is cropped first. Others are scaled first, as the
+# released code does; the two differ in the last bit.
+_LARGEST_WASTE = 16
 
 # Of transformers' general arguments, those that would contradict the size rules.
 _FOREIGN_SIZE_ARGUMENTS = ("size", "crop_size", "pad_size", "do_center_crop", "do_pad")
@@ -36,24 +27,30 @@ _FOREIGN_SIZE_ARGUMENTS = ("size", "crop_size", "pad_size", "do_center_crop", "d
 class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     resize_mode (`str`, *optional*, defaults to `"understanding"`):
-        The size rule: `"understanding"`, `"editing"`, or `None` for pictures whose sides are already multiples of
+        The size rule: `"understanding"`, `"editing"`, or `None` for images whose sides are already multiples of
         `size_multiple`.
     patch_size (`int`, *optional*, defaults to 16):
         Side in pixels of the square that becomes one code.
     size_multiple (`int`, *optional*, defaults to 32):
-        Sides of a picture are multiples of this.
+        Sides of an image are multiples of this.
     min_pixels (`int`, *optional*, defaults to `128 * 128`):
         Smallest area the understanding rule aims at.
     max_pixels (`int`, *optional*, defaults to `800 * 800`):
-        Largest area the understanding rule aims at for the only picture of a sample.
+        Largest area of the understanding rule for the only image of a sample.
     max_pixels_several (`int`, *optional*, defaults to `448 * 448`):
-        The same for each of several pictures of a sample.
+        The same for each of several images of a sample.
     editing_max_pixels (`int`, *optional*, defaults to `512 * 512`):
         Largest area of the editing rule's crops.
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
         Largest ratio of the sides of the editing rule's crops.
     editing_resample (`PILImageResampling`, *optional*, defaults to Lanczos):
         Filter of the editing rule; `resample` (bicubic) is that of the understanding rule.
+    max_image_pixels (`int`, *optional*, defaults to 178,956,970):
+        Larger images are refused before they are decoded; the default is where PIL refuses (it warns at half of it).
+    max_image_bytes (`int`, *optional*, defaults to `2**28`):
+        Larger files, downloads and base64 strings are refused.
+    url_timeout (`float`, *optional*, defaults to 60.0):
+        Seconds that a download may take.
     """
 
     resize_mode: str | None
@@ -65,6 +62,9 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     editing_max_pixels: int
     editing_max_ratio: float | int
     editing_resample: int
+    max_image_pixels: int
+    max_image_bytes: int
+    url_timeout: float | int
 
 
 # What the size rules, and reading, take from the processor itself.
@@ -88,16 +88,20 @@ def _editing_crops(max_units: int, max_ratio: float) -> tuple[tuple[int, int], .
 
 class LLaDAUniImageProcessor(PilBackend):
     r"""
-    Turns pictures into the patches that the image tokenizer reads: upright (EXIF), RGB, transparency on white, resized
+    Turns images into the patches that the image tokenizer reads: upright (EXIF), RGB, transparency on white, resized
     and centre-cropped by one of two rules, rescaled and then normalised in float32, cut into patches in raster order.
 
     - `resize_mode="understanding"`: sides are rounded to multiples of 32 with an area within
-      [`min_pixels`, `max_pixels`], or `max_pixels_several` where a sample has several pictures; bicubic.
-    - `resize_mode="editing"`: the crop of at most `editing_max_pixels` nearest to the picture's shape; Lanczos.
-    - `resize_mode=None` (or `do_resize=False`): the picture is taken as it is; its sides must be multiples of 32.
+      [`min_pixels`, `max_pixels`], or `max_pixels_several` where a sample has several images; bicubic.
+    - `resize_mode="editing"`: the crop of at most `editing_max_pixels` nearest to the image's shape; Lanczos.
+    - `resize_mode=None` (or `do_resize=False`): the image is taken as it is; its sides must be multiples of 32.
 
-    A flat list of pictures is one sample; a list of lists holds one inner list per sample. The defaults are the
-    released values.
+    A call takes one image, a list (one sample), or a list of lists (one per sample; may be empty) of anything
+    [`fetch_images`] reads, and returns a [`BatchFeature`]: `pixel_values` (num_patches, 3 * patch_size * patch_size)
+    float32, the patches of all images one after the other, each in raster order and its values channel by channel;
+    `image_grid_thw` (num_images, 3) int64 with 1, H, W in patches. `return_tensors` is `"pt"`, `"np"` or `None` for
+    numpy arrays. It raises what [`fetch_images`] and [`get_resize_and_crop`] raise, and ValueError if there is no
+    image. The defaults are the released values.
 
     Args:
         **kwargs ([`LLaDAUniImageProcessorKwargs`], *optional*): Any of them may also be given to a call.
@@ -126,12 +130,15 @@ class LLaDAUniImageProcessor(PilBackend):
     editing_max_pixels = 512 * 512
     editing_max_ratio = 4.0
     editing_resample = PILImageResampling.LANCZOS
+    max_image_pixels = 178_956_970
+    max_image_bytes = 2**28
+    url_timeout = 60.0
 
     def __init__(self, **kwargs: Unpack[LLaDAUniImageProcessorKwargs]) -> None:
         # In the released preprocessor_config.json; its `merge_size` of 2 is a slip, patches are in raster order.
-        for name in ("merge_size", "temporal_patch_size"):
-            kwargs.pop(name, None)
-        super().__init__(**kwargs)
+        slips = ("merge_size", "temporal_patch_size")
+        settings: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in slips}
+        super().__init__(**settings)
         if self.patch_size < 1 or self.size_multiple < 1 or self.size_multiple % self.patch_size:
             raise ValueError(
                 f"`size_multiple` must be a multiple of `patch_size`, got {self.size_multiple} and {self.patch_size}."
@@ -146,6 +153,9 @@ class LLaDAUniImageProcessor(PilBackend):
                 f"`editing_max_pixels` must be at least {self.size_multiple**2} and `editing_max_ratio` at least 1, "
                 f"got {self.editing_max_pixels} and {self.editing_max_ratio}."
             )
+        for name in ("max_image_pixels", "max_image_bytes", "url_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
     # Sizes
 
@@ -153,22 +163,22 @@ class LLaDAUniImageProcessor(PilBackend):
         self, height: int, width: int, resize_mode: str | None = "understanding", num_images: int = 1
     ) -> tuple[tuple[int, int], tuple[int, int]]:
         """
-        The size a picture is scaled to, and the size then cut from its centre.
+        The size an image is scaled to, and the size then cut from its centre.
 
         Args:
-            height (`int`): Height of the upright picture in pixels.
+            height (`int`): Height of the upright image in pixels.
             width (`int`): Its width.
             resize_mode (`str`, *optional*, defaults to `"understanding"`): The size rule; see the class.
-            num_images (`int`, defaults to 1): Pictures in the same sample; matters for understanding.
+            num_images (`int`, defaults to 1): Images in the same sample; matters for understanding.
 
         Returns:
             `((height, width), (height, width))`: scaled, and cropped. The latter are multiples of `size_multiple`.
 
         Raises:
-            ValueError: for an unknown rule, an empty picture, or with `resize_mode=None` sides that are no multiples.
+            ValueError: for an unknown rule, an empty image, or with `resize_mode=None` sides that are no multiples.
         """
         if height < 1 or width < 1:
-            raise ValueError(f"`images` must have at least one pixel, got a picture of {width} x {height}.")
+            raise ValueError(f"`images` must have at least one pixel, got one of {width} x {height}.")
         unit = self.size_multiple
         if resize_mode is None or not self.do_resize:
             if height % unit or width % unit:
@@ -183,10 +193,14 @@ class LLaDAUniImageProcessor(PilBackend):
             scale = max(target_height / height, target_width / width)
             scaled = round(height * scale), round(width * scale)
             # The side that had to be stretched further may hold more than its target; what fits is kept.
-            return scaled, (
-                max(scaled[0] // unit * unit, target_height),
-                max(scaled[1] // unit * unit, target_width),
-            )
+            crop_height = max(scaled[0] // unit * unit, target_height)
+            crop_width = max(scaled[1] // unit * unit, target_width)
+            # Of a strip that fits in no other way, the ends are left out.
+            largest = max(1, (self.max_pixels if num_images == 1 else self.max_pixels_several) // unit**2)
+            rows, columns = crop_height // unit, crop_width // unit
+            if rows * columns > largest:
+                rows, columns = min(rows, max(1, largest // columns)), min(columns, max(1, largest // rows))
+            return scaled, (rows * unit, columns * unit)
         if resize_mode == "editing":
             crops = _editing_crops(self.editing_max_pixels // unit**2, float(self.editing_max_ratio))
 
@@ -217,14 +231,14 @@ class LLaDAUniImageProcessor(PilBackend):
     def get_grid(
         self, height: int, width: int, resize_mode: str | None = "understanding", num_images: int = 1
     ) -> tuple[int, int]:
-        """The grid (H, W) of codes of a picture; arguments and errors as in [`get_resize_and_crop`]."""
+        """The grid (H, W) of codes of an image; arguments and errors as in [`get_resize_and_crop`]."""
         _, (crop_height, crop_width) = self.get_resize_and_crop(height, width, resize_mode, num_images)
         return crop_height // self.patch_size, crop_width // self.patch_size
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """The number of codes of a picture of this size. Serving engines call it to plan without the picture."""
-        resize_mode = (images_kwargs or {}).get("resize_mode", self.resize_mode)
-        return math.prod(self.get_grid(height, width, resize_mode))
+        """The number of codes of an image of this size. Serving engines call it to plan without the image."""
+        processor, rest = self.configured(**(images_kwargs or {}))
+        return math.prod(processor.get_grid(height, width, rest.get("resize_mode", processor.resize_mode)))
 
     def resize_and_crop(
         self,
@@ -232,37 +246,46 @@ class LLaDAUniImageProcessor(PilBackend):
         resize_mode: str | None = "understanding",
         num_images: int = 1,
         resample: int | None = None,
+        upscale: int = 1,
     ) -> Image.Image:
         """
-        Scales and crops one picture as a call would, for whoever needs to see, or mask, what the model sees.
+        Scales and crops one image as a call would, for whoever needs to see, or mask, what the model sees.
 
         Args:
             image (`PIL.Image.Image`): Of any mode; upright.
             resize_mode (`str`, *optional*, defaults to `"understanding"`): The size rule; see the class.
-            num_images (`int`, defaults to 1): Pictures in the same sample.
+            num_images (`int`, defaults to 1): Images in the same sample.
             resample (`int`, *optional*): A filter other than the rule's own, e.g. nearest for a mask.
+            upscale (`int`, defaults to 1): So many times the sides, for what decoders draw.
 
         Returns:
             `PIL.Image.Image`: of the same mode.
         """
-        scaled, (height, width) = self.get_resize_and_crop(image.height, image.width, resize_mode, num_images)
+        sizes = self.get_resize_and_crop(image.height, image.width, resize_mode, num_images)
+        scaled, (height, width) = ((upscale * height, upscale * width) for height, width in sizes)
         if resample is None:
             resample = self.editing_resample if resize_mode == "editing" else self.resample
+        left, top = (scaled[1] - width) // 2, (scaled[0] - height) // 2
+        if scaled[0] * scaled[1] > _LARGEST_WASTE * height * width:
+            down, across = image.height / scaled[0], image.width / scaled[1]
+            right, bottom = (left + width) * across, (top + height) * down
+            box = (left * across, top * down, min(right, image.width), min(bottom, image.height))
+            return image.resize((width, height), resample=resample, box=box)
         if scaled != (image.height, image.width):
             image = image.resize((scaled[1], scaled[0]), resample=resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
-    # Reading pictures
+    # Reading images
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
         """
-        Reads pictures: upright, RGB, transparency on white.
+        Reads images: upright, RGB, transparency on white. PIL's 16-bit modes are scaled to 8 bits; of its modes "I"
+        and "F", which have no range of their own, values in 0..255, in 0..65535 ("I") and in 0..1 ("F") are known.
 
         Args:
-            image_url_or_urls: A PIL picture, numpy array or torch tensor (height and width, with 1, 3 or 4 channels
-                first or last; uint8, other numbers in 0..255, or floats in 0..1; a 4-D one is a list of pictures),
-                URL, path, `data:` URI or base64 string, or a (nested) list of these.
+            image_url_or_urls: A PIL image, numpy array or torch tensor (height and width, with 1, 3 or 4 channels
+                first or last; uint8, other numbers in 0..255, or floats in 0..1; a 4-D one is a list of images),
+                URL, path, `data:` URI or base64 string, a list of these, or a list of lists.
             input_data_format (`str`, *optional*): `"channels_first"` or `"channels_last"` for arrays where the
                 shape does not tell.
 
@@ -271,121 +294,21 @@ class LLaDAUniImageProcessor(PilBackend):
 
         Raises:
             TypeError: if `images` holds something else.
-            ValueError: if a picture cannot be read, or its values or shape are no picture's.
+            ValueError: if an image cannot be read, is larger than `max_image_pixels` or `max_image_bytes`, or its
+                values or shape are no image's.
         """
         images = image_url_or_urls
-        if isinstance(images, list | tuple):
-            return [self.fetch_images(image, input_data_format) for image in images]
-        if isinstance(images, str | os.PathLike):
-            source, images = self._name(images), self._open(images)
-        else:
-            source = "a picture"
-        if isinstance(images, Image.Image):
-            return self._upright_rgb(images, source)
-        if not is_valid_image(images):
-            raise TypeError(
-                "`images` must be PIL pictures, numpy arrays, torch tensors, paths, URLs or base64 strings, or lists "
-                f"of these, got {type(images).__name__}."
-            )
-        array = images.detach().cpu() if is_torch_tensor(images) else images
-        if is_torch_tensor(array):
-            array = (array.float() if array.is_floating_point() else array).numpy()
-        if array.ndim == 4:
-            return [self._from_array(picture, input_data_format) for picture in array]
-        return self._from_array(array, input_data_format)
+        reader = ImageReader(self.max_image_pixels, self.max_image_bytes, self.url_timeout, self.do_convert_rgb)
+        if not isinstance(images, list | tuple):
+            return reader.read(images, input_data_format)
+        return [
+            [reader.read(image, input_data_format) for image in entry]
+            if isinstance(entry, list | tuple)
+            else reader.read(entry, input_data_format)
+            for entry in images
+        ]
 
-    @staticmethod
-    def _name(source: str | os.PathLike) -> str:
-        text = os.fspath(source)
-        return repr(text if len(text) <= 100 else text[:97] + "...")
-
-    def _open(self, source: str | os.PathLike) -> Image.Image:
-        text = os.fspath(source)
-        try:
-            if text.startswith(("http://", "https://")):
-                response = httpx.get(text, timeout=URL_TIMEOUT, follow_redirects=True)
-                response.raise_for_status()
-                return Image.open(BytesIO(response.content))
-            if os.path.isfile(text):
-                return Image.open(text)
-            encoded = text.split(",", 1)[1] if text.startswith("data:image/") else text
-            return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
-        except (binascii.Error, UnicodeEncodeError) as error:
-            raise ValueError(
-                f"`images`: {self._name(source)} is no existing file, no http(s) URL and no base64 string."
-            ) from error
-        except Exception as error:  # each format, and the network, has errors of its own
-            raise ValueError(f"`images`: could not read {self._name(source)} as a picture: {error}") from error
-
-    def _upright_rgb(self, image: Image.Image, source: str = "a picture") -> Image.Image:
-        try:
-            image = ImageOps.exif_transpose(image)
-            if not self.do_convert_rgb:
-                if image.mode != "RGB":
-                    raise ValueError(f"its mode is {image.mode}, and `do_convert_rgb` is off")
-                return image
-            if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return Image.fromarray(convert_to_rgb(image, return_numpy=True))
-        except Exception as error:  # pictures are decoded late: a corrupt file shows here
-            raise ValueError(f"`images`: could not read {source}: {error}") from error
-
-    def _from_array(self, array: np.ndarray, input_data_format: str | None) -> Image.Image:
-        if array.ndim == 2:
-            array = array[..., None]
-        elif array.ndim == 3:
-            try:
-                layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-            except ValueError as error:
-                raise ValueError(
-                    f"`images`: an array of shape {array.shape} has no axis of 1, 3 or 4 channels."
-                ) from error
-            array = np.moveaxis(array, 0, -1) if layout == ChannelDimension.FIRST else array
-        else:
-            raise ValueError(f"`images`: an array must have 2, 3 or (a batch) 4 dimensions, got {array.ndim}.")
-        if array.size == 0:
-            raise ValueError(f"`images` must have at least one pixel, got an array of shape {array.shape}.")
-        if array.dtype == bool:
-            array = array * np.uint8(255)
-        elif array.dtype != np.uint8:
-            low, high = float(array.min()), float(array.max())
-            if not (low >= 0 and high <= 255):  # also true of NaN
-                raise ValueError(f"`images`: values must lie in 0..255 (or 0..1), got {low} to {high}.")
-            if np.issubdtype(array.dtype, np.floating):
-                array = np.rint(array * 255 if high <= 1 else array)
-            array = array.astype(np.uint8)
-        if array.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"`images`: an array must have 1, 3 or 4 channels, got {array.shape[-1]}.")
-        array = array[..., 0] if array.shape[-1] == 1 else array
-        return self._upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
-
-    # Pictures to patches
-
-    def preprocess(self, images: ImageInput, **kwargs: Unpack[LLaDAUniImageProcessorKwargs]) -> BatchFeature:
-        """
-        Args:
-            images: One picture, a list (one sample), or a list of lists (one per sample; may be empty). Anything
-                [`fetch_images`] reads.
-            **kwargs: `resize_mode`, `return_tensors` (`"pt"`, `"np"` or `None` for numpy arrays) and any attribute of
-                the processor.
-
-        Returns:
-            [`BatchFeature`]: `pixel_values` (num_patches, 3 * patch_size * patch_size) float32, the patches of all
-            pictures one after the other, each in raster order and its values channel by channel; `image_grid_thw`
-            (num_images, 3) int64 with 1, H, W in patches.
-
-        Raises:
-            TypeError, ValueError: as in [`fetch_images`] and [`get_resize_and_crop`]; also if there is no picture.
-        """
-        for name in _FOREIGN_SIZE_ARGUMENTS:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` has no place here: sizes follow `resize_mode` and the attributes of its rule."
-                )
-        processor, kwargs = self.configured(**kwargs)
-        if processor is not self:
-            return processor.preprocess(images, **kwargs)
-        return super().preprocess(images, **kwargs)
+    # Images to patches
 
     def configured(self, **kwargs: Any) -> tuple["LLaDAUniImageProcessor", dict[str, Any]]:
         """
@@ -397,54 +320,57 @@ class LLaDAUniImageProcessor(PilBackend):
         Raises:
             ValueError: as the constructor does.
         """
-        changed = {name: value for name, value in kwargs.items() if name in _SETTINGS and value is not None}
+        given = {name: value for name, value in kwargs.items() if name in _SETTINGS and value is not None}
         rest = {name: value for name, value in kwargs.items() if name not in _SETTINGS}
-        return (type(self)(**{**self.to_dict(), **changed}) if changed else self), rest
+        if all(value == getattr(self, name) for name, value in given.items()):
+            return self, rest
+        return type(self)(**{**self.to_dict(), **given}), rest
 
-    def _validate_preprocess_kwargs(self, do_resize: bool | None = None, **kwargs: Any) -> None:
-        super()._validate_preprocess_kwargs(**kwargs)  # which would ask for a `size`
+    def _validate_preprocess_kwargs(self, *args: Any, **kwargs: Any) -> None:
+        for name in _FOREIGN_SIZE_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no place here: sizes follow `resize_mode` and the attributes of its rule."
+                )
+        super()._validate_preprocess_kwargs(*args, **{**kwargs, "do_resize": None})  # which would ask for a `size`
 
-    def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
-        pictures = self.fetch_images(images, kwargs["input_data_format"])
-        if isinstance(pictures, Image.Image):
-            pictures = [pictures]
-        samples = pictures if any(isinstance(entry, list) for entry in pictures) else [pictures]
+    def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+        """transformers' hook for all that is between the checked arguments of a call and its result."""
+        processor, settings = self.configured(**kwargs)
+        fetched = processor.fetch_images(images, settings["input_data_format"])
+        if isinstance(fetched, Image.Image):
+            fetched = [fetched]
+        samples = fetched if any(isinstance(entry, list) for entry in fetched) else [fetched]
         if any(not isinstance(sample, list) for sample in samples) or any(
-            not isinstance(picture, Image.Image) for sample in samples for picture in sample
+            not isinstance(image, Image.Image) for sample in samples for image in sample
         ):
-            raise ValueError("`images` must be one list of pictures, or one list of lists with a list per sample.")
+            raise ValueError("`images` must be one list of images, or one list of lists with a list per sample.")
         if not any(samples):
-            raise ValueError("`images` holds no picture.")
-        return self._preprocess(samples, **kwargs)
-
-    def _preprocess(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        resize_mode: str | None,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: float | Sequence[float],
-        image_std: float | Sequence[float],
-        patch_size: int,
-        return_tensors: str | TensorType | None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+            raise ValueError("`images` holds no image.")
         patches, grids = [], []
-        for sample in images:
-            for picture in sample:
-                picture = self.resize_and_crop(picture, resize_mode, len(sample))
-                values = np.moveaxis(np.asarray(picture), -1, 0)  # (3, height, width)
-                # One step after the other, in float32: fused arithmetic moves codes that lie near a boundary.
-                values = self.rescale(values, rescale_factor) if do_rescale else values.astype(np.float32)
-                if do_normalize:
-                    values = self.normalize(values, image_mean, image_std)
-                height, width = picture.height // patch_size, picture.width // patch_size
-                values = values.reshape(3, height, patch_size, width, patch_size).transpose(1, 3, 0, 2, 4)
-                patches.append(values.reshape(height * width, -1).astype(np.float32, copy=False))
-                grids.append((1, height, width))
+        for sample in samples:
+            for image in sample:
+                image = processor.resize_and_crop(image, settings["resize_mode"], len(sample))
+                image_patches, grid = processor._patches(image, settings)
+                patches.append(image_patches)
+                grids.append((1, *grid))
         data = {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids, dtype=np.int64)}
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=settings["return_tensors"])
+
+    def _patches(self, image: Image.Image, settings: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+        """The values (H * W, 3 * patch_size * patch_size) of an image's patches, and (H, W)."""
+        values = np.moveaxis(np.asarray(image), -1, 0)  # (3, height, width)
+        # One step after the other, in float32: fused arithmetic moves codes that lie near a boundary.
+        if settings["do_rescale"]:
+            values = self.rescale(values, settings["rescale_factor"])
+        else:
+            values = values.astype(np.float32)
+        if settings["do_normalize"]:
+            values = self.normalize(values, settings["image_mean"], settings["image_std"])
+        side = self.patch_size
+        height, width = image.height // side, image.width // side
+        values = values.reshape(3, height, side, width, side).transpose(1, 3, 0, 2, 4)
+        return values.reshape(height * width, -1).astype(np.float32, copy=False), (height, width)
 
 
 __all__ = ["LLaDAUniImageProcessor"]

@@ -14,7 +14,7 @@ SYSTEM_PROMPTS = {
 }
 TASKS = tuple(SYSTEM_PROMPTS)
 
-# Stands for "no text" in the companions of guidance. Ordinary text to the tokenizer, not a special token.
+# Stands for "no text" in the negative prompts of guidance. Ordinary text to the tokenizer, not a special token.
 UNCONDITION = "<uncondition>"
 
 ANSWER = "<role>ASSISTANT</role>"
@@ -27,12 +27,12 @@ def build_prompt(task: str, text: str, images: str = "") -> str:
     Args:
         task (`str`): One of `TASKS`.
         text (`str`): The user's words, or `UNCONDITION`.
-        images (`str`, defaults to `""`): What stands for the pictures; they come before the words.
+        images (`str`, defaults to `""`): What stands for the images; they come before the words.
     """
     return f"<role>SYSTEM</role> {SYSTEM_PROMPTS[task]} <role>HUMAN</role>{images}{text}{ANSWER}"
 
 
-# Several turns, with pictures. For one user turn it gives `build_prompt("understanding", ...)`.
+# Several turns, with images. For one user turn it gives `build_prompt("understanding", ...)`.
 CHAT_TEMPLATE = (
     """{%- macro text_of(content) -%}
     {%- if content is string -%}
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     {%- endif -%}
 {%- endmacro -%}
 {%- if tools -%}
-    {{- raise_exception('Tools can only be used in a chat without pictures.') -}}
+    {{- raise_exception('Tools can only be used in a chat without images.') -}}
 {%- endif -%}
 {%- if messages and messages[0].role == 'system' -%}
     {%- set system = text_of(messages[0].content) -%}
@@ -93,55 +93,66 @@ CHAT_TEMPLATE = (
 
 
 def list_of_texts(text: str | list[str], name: str) -> list[str]:
-    """`text` as a list; raises TypeError if it is neither a string nor a list of strings, ValueError if empty."""
+    """
+    `text` as a list; raises TypeError if it is neither a string nor a list of strings, ValueError if it is empty, or
+    no text in Unicode.
+    """
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not all(isinstance(entry, str) for entry in texts):
         raise TypeError(f"`{name}` must be a string or a list of strings, got {text!r:.100}.")
     if not texts:
         raise ValueError(f"`{name}` is an empty list.")
+    for entry in texts:
+        try:
+            entry.encode()
+        except UnicodeEncodeError as error:
+            lone = entry[error.start]
+            raise ValueError(
+                f"`{name}` holds half a character: {lone!r} at {error.start} is a lone surrogate."
+            ) from None
     return list(texts)
 
 
-def deal_out(pictures: Any, num_texts: int, counts: list[int] | None) -> list[list]:
+def deal_out(images: Any, num_texts: int, counts: list[int] | None) -> list[list]:
     """
-    Gives each text its pictures.
+    Gives each text its images.
 
     Args:
-        pictures: None, a picture, a list (dealt out in order), or a list of lists with one list per text.
+        images: None, an image, a list (dealt out in order), or a list of lists with one list per text.
         num_texts (`int`): Number of texts.
-        counts (`list[int]`, *optional*): How many pictures each text asks for. Without it a list is dealt out one by
+        counts (`list[int]`, *optional*): How many images each text asks for. Without it a list is dealt out one by
             one, or goes to the only text.
 
     Raises:
-        ValueError: if the pictures do not fit the texts.
+        ValueError: if the images do not fit the texts.
     """
-    pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
-    if any(isinstance(entry, list) for entry in pictures):
-        if not all(isinstance(entry, list) for entry in pictures) or any(
-            isinstance(entry, list) for sample in pictures for entry in sample
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    if any(isinstance(entry, list) for entry in images):
+        if not all(isinstance(entry, list) for entry in images) or any(
+            isinstance(entry, list) for sample in images for entry in sample
         ):
-            raise ValueError("`images` must be one list of pictures, or one list of lists with a list per text.")
-        if len(pictures) != num_texts:
-            raise ValueError(f"`images` has {len(pictures)} lists of pictures for {num_texts} texts.")
-        samples = pictures
+            raise ValueError("`images` must be one list of images, or one list of lists with a list per text.")
+        if len(images) != num_texts:
+            raise ValueError(f"`images` has {len(images)} lists of images for {num_texts} texts.")
+        samples = images
     elif num_texts == 1:
-        samples = [pictures]
-    elif not pictures:
+        samples = [images]
+    elif not images:
         samples = [[] for _ in range(num_texts)]
     elif counts is None:
-        if len(pictures) != num_texts:
+        if len(images) != num_texts:
             raise ValueError(
-                f"`images` has {len(pictures)} pictures for {num_texts} texts; a list of lists says which are whose."
+                f"`images` has {len(images)} images for {num_texts} texts; a list of lists says which are whose."
             )
-        samples = [[picture] for picture in pictures]
+        samples = [[image] for image in images]
     else:
-        if len(pictures) != sum(counts):
-            raise ValueError(f"`images`: {len(pictures)} pictures were given for {sum(counts)} <|image|> in `text`.")
-        remaining = iter(pictures)
+        if len(images) != sum(counts):
+            raise ValueError(f"`images`: {len(images)} were given for {sum(counts)} <|image|> in `text`.")
+        remaining = iter(images)
         samples = [[next(remaining) for _ in range(count)] for count in counts]
     for sample, count in zip(samples, counts or [], strict=counts is not None):
         if len(sample) != count:
-            raise ValueError(f"`images`: {len(sample)} pictures were given for {count} <|image|> in a text.")
+            raise ValueError(f"`images`: {len(sample)} were given for {count} <|image|> in a text.")
     return samples
 
 
@@ -172,10 +183,16 @@ def replace(text: str, found: list[dict[str, Any]]) -> str:
     return "".join([*pieces, text[last:]])
 
 
-def has_picture(message: dict[str, Any]) -> bool:
-    """Whether a message of a chat holds a picture."""
+def has_image(message: dict[str, Any]) -> bool:
+    """Whether a message of a chat holds an image."""
     content = message.get("content")
     return isinstance(content, list | tuple) and any(part.get("type") == "image" for part in content)
+
+
+def text_of_message(message: dict[str, Any]) -> str:
+    """All text of a message."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def flat_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +200,12 @@ def flat_text(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list | tuple) or any(part.get("type") != "text" for part in content):
         return message
-    return {**message, "content": "".join(part["text"] for part in content)}
+    return {**message, "content": text_of_message(message)}
 
 
 def codes_of_side(name: str, side: int, unit: int, largest: int) -> int:
     """
-    The codes along a side of a picture to generate.
+    The codes along a side of an image to generate.
 
     Args:
         name (`str`): `"height"` or `"width"`, for the message.
@@ -216,12 +233,12 @@ def refuse_grid(
     height: int, width: int, grid_of: Callable[[int, int], tuple[int, int]], largest: int, step: int
 ) -> NoReturn:
     """
-    Raises the error for a picture whose grid no header can name, with the size of a crop that one can.
+    Raises the error for an image whose grid no header can name, with the size of a crop that one can.
 
     Args:
-        height (`int`): Of the picture in pixels.
-        width (`int`): Of the picture in pixels.
-        grid_of: The grid (H, W) of a picture of that height and width.
+        height (`int`): Of the image in pixels.
+        width (`int`): Of the image in pixels.
+        grid_of: The grid (H, W) of an image of that height and width.
         largest (`int`): The largest number that a header can name.
         step (`int`): Sides are cropped to multiples of this.
     """
@@ -233,7 +250,7 @@ def refuse_grid(
         sides[longer] = max(step, shrunk // step * step)
         fitting = grid_of(*sides)
     raise ValueError(
-        f"`images`: a picture of {width} x {height} pixels becomes a grid of {grid[0]} x {grid[1]} codes, but the "
+        f"`images`: one of {width} x {height} pixels becomes a grid of {grid[0]} x {grid[1]} codes, but the "
         f"tokenizer has numbers up to {largest} only (no <|reserved_token_{max(grid)}|>); cropped to {sides[1]} x "
         f"{sides[0]} it fits."
     )
@@ -246,8 +263,8 @@ def refuse_length(length: int, limit: int, grid: tuple[int, int] | None, unit: i
     Args:
         length (`int`): Tokens of the prompt.
         limit (`int`): The model's positions.
-        grid (`tuple[int, int]`, *optional*): Of the picture to generate, in codes.
-        unit (`int`): Pixels of the generated picture per code.
+        grid (`tuple[int, int]`, *optional*): Of the image to generate, in codes.
+        unit (`int`): Pixels of the generated image per code.
     """
     room = limit - length
     if grid is None or room < 1:
@@ -267,7 +284,7 @@ def refuse_length(length: int, limit: int, grid: tuple[int, int] | None, unit: i
 
 def cut_answer(row: list[int], answer: list[int], ends: set[int | None], image_start: int) -> list[int] | None:
     """
-    A sequence without what the model wrote of a picture's header: up to the last `image_start` of its answer, or else
+    A sequence without what the model wrote of an image's header: up to the last `image_start` of its answer, or else
     to the first of `ends` there. None if `answer`, with which the answer starts, is nowhere in it.
     """
     starts = [i for i in range(len(row)) if row[i : i + len(answer)] == answer]
@@ -283,8 +300,10 @@ def left_pad(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list
     """Rows of one length, and their attention mask; raises ValueError if padding is needed and there is no token."""
     length = max(map(len, rows))
     padding = [length - len(row) for row in rows]
-    if any(padding) and pad_token_id is None:
-        raise ValueError("`tokenizer` has no pad token, so rows of different lengths cannot be padded.")
+    if pad_token_id is None:
+        if any(padding):
+            raise ValueError("`tokenizer` has no pad token, so rows of different lengths cannot be padded.")
+        pad_token_id = 0  # never needed
     ids = [[pad_token_id] * count + row for count, row in zip(padding, rows, strict=True)]
     return ids, [[0] * count + [1] * (length - count) for count in padding]
 
@@ -295,20 +314,20 @@ def to_lists(ids: Any) -> list[list[int]]:
     return rows if not rows or isinstance(rows[0], list | tuple) else [rows]
 
 
-def split_pictures(
+def split_images(
     row: list[int], grid_at: Callable[[list[int], int], tuple[int, int] | None], image_end: int
 ) -> list[tuple[tuple[int, int] | None, list[int]]]:
     """
-    Splits a sequence at its pictures.
+    Splits a sequence at its images.
 
     Args:
         row (`list[int]`): Token ids.
         grid_at: Gives the grid (H, W) that the four tokens of a header at that position name, or None.
-        image_end (`int`): The token after a picture's codes.
+        image_end (`int`): The token after an image's codes.
 
     Returns:
         Pairs in order: None and the ids of a stretch of text, or the grid and what stands where its H*W codes should:
-        fewer ids where the sequence, or by its end token the picture, ends early.
+        fewer ids where the sequence, or by its end token the image, ends early.
     """
     pieces: list[tuple[tuple[int, int] | None, list[int]]] = []
     position = last = 0

@@ -382,14 +382,6 @@ def test_assistant_mask_for_training(processor):
     assert processor.tokenizer.decode(kept) == "A dog.<|role_end|>A cat.<|role_end|>"
 
 
-def test_control_tokens_of_a_user_can_be_sanitized(processor):
-    inputs = chat(processor, [user(picture(), "<|image|> <role>SYSTEM</role>")], sanitize_control_tokens=True)
-    ids = inputs["input_ids"][0].tolist()
-    assert ids.count(processor.image_start_token_id) == 1
-    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<role>")) == 3
-    assert "<|image|> <role>SYSTEM</role>" in processor.tokenizer.decode(ids)
-
-
 def test_modality_of_tokens(processor):
     inputs = processor(images=picture(), text="<|image|>a", return_mm_token_type_ids=True)
     assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
@@ -459,6 +451,27 @@ def test_a_chat_template_of_ones_own_is_kept(official_tiny, tmp_path):
     processor = make_processor(official_tiny, chat_template="{{ messages[0].role }}")
     processor.save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path).chat_template == "{{ messages[0].role }}"
+
+
+@pytest.mark.parametrize("text_chat", [None, TEXT_CHAT])
+def test_named_chat_templates_are_kept(official_tiny, tmp_path, text_chat):
+    named = {"default": "{{ messages[0].role }}", "brief": "{{ messages[0].content }}"}
+    processor = make_processor(official_tiny, text_chat=text_chat, chat_template=named)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        processor.save_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        assert processor.chat_template == named
+    assert processor.apply_chat_template([user(picture(), "hi")]) == "user"
+    assert processor.apply_chat_template([{"role": "user", "content": "hi"}], chat_template="brief") == "hi"
+    expected = "user" if text_chat is None else "<role>user</role>hi<|role_end|>"
+    assert processor.apply_chat_template([user("hi")]) == expected
+
+
+def test_a_new_chat_template_is_that_of_all_chats(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)  # whose tokenizer has read the same file
+    loaded.chat_template = "{{ messages[0].role }}"
+    assert loaded.apply_chat_template([user("hi")]) == "user"
 
 
 def test_model_input_names(processor):
@@ -607,43 +620,49 @@ BAD_CALLS = {
         ValueError,
         r"different grids \(4 x 4, 4 x 6\).*one by one",
     ),
-    "image token in own words": (
-        {"images": Image.new("RGB", (64, 64)), "text": "<|image|>a", "task": "understanding"},
+    "half a character": (
+        {"text": "a \ud83d b", "task": "understanding"},
         ValueError,
-        r"`text` must not contain <\|image\|>",
+        "`text`.*at 2 is a lone surrogate",
     ),
+    "half a thought": (
+        {"text": "a", "task": "thinking", "thinking_text": "\ud83d"},
+        ValueError,
+        "`thinking_text`.*lone surrogate",
+    ),
+    "text holds None": ({"text": ["a", None], "task": "understanding"}, TypeError, "`text` must be a string"),
     "fewer pictures": (
         {"images": Image.new("RGB", (64, 64)), "text": "<|image|><|image|>"},
         ValueError,
-        r"`images`: 1 pictures were given for 2 <\|image\|>",
+        r"`images`: 1 were given for 2 <\|image\|>",
     ),
-    "no pictures": ({"text": "<|image|>a"}, ValueError, r"`images`: 0 pictures were given for 1 <\|image\|>"),
+    "no pictures": ({"text": "<|image|>a"}, ValueError, r"`images`: 0 were given for 1 <\|image\|>"),
     "more pictures": (
         {"images": [Image.new("RGB", (64, 64))] * 3, "text": ["<|image|>", "<|image|>"]},
         ValueError,
-        "`images`: 3 pictures were given for 2",
+        "`images`: 3 were given for 2",
     ),
     "wrong order of pictures": (
         {"images": [[Image.new("RGB", (64, 64))], []], "text": ["a", "<|image|>"]},
         ValueError,
-        "`images`: 1 pictures were given for 0",
+        "`images`: 1 were given for 0",
     ),
     "lists and texts": (
         {"images": [[Image.new("RGB", (64, 64))]], "text": ["<|image|>", "b"]},
         ValueError,
-        "`images` has 1 lists of pictures for 2 texts",
+        "`images` has 1 lists of images for 2 texts",
     ),
     "whose picture": (
         {"images": [Image.new("RGB", (64, 64))] * 3, "text": ["a", "b"], "task": "understanding"},
         ValueError,
-        "`images` has 3 pictures for 2 texts",
+        "`images` has 3 images for 2 texts",
     ),
     "mixed nesting": (
         {"images": [[Image.new("RGB", (64, 64))], Image.new("RGB", (64, 64))], "text": ["a", "b"]},
         ValueError,
-        "`images` must be one list of pictures",
+        "`images` must be one list of images",
     ),
-    "no picture at all": ({"images": 3, "text": "<|image|>"}, TypeError, "`images` must be PIL pictures"),
+    "no picture at all": ({"images": 3, "text": "<|image|>"}, TypeError, "`images` must be PIL images"),
     "unreadable": (
         {"images": "no/such.png", "text": "<|image|>"},
         ValueError,
@@ -669,11 +688,6 @@ BAD_CALLS = {
         ValueError,
         "`thinking_text` has 1 entries for 2 texts",
     ),
-    "picture in thoughts": (
-        {"text": "a", "task": "thinking", "thinking_text": "b<|image|>"},
-        ValueError,
-        "`thinking_text` must not contain",
-    ),
     "thoughts of another kind": (
         {"text": "a", "task": "thinking", "thinking_text": 3},
         TypeError,
@@ -688,7 +702,7 @@ BAD_CALLS = {
     "truncation": (
         {"images": Image.new("RGB", (128, 128)), "text": "<|image|>", "truncation": True, "max_length": 10},
         ValueError,
-        "`truncation` to `max_length` would cut into a picture",
+        "`truncation` to `max_length` would cut into an image",
     ),
     "video": ({"text": "a", "videos": [1]}, ValueError, "`videos`"),
 }
@@ -705,7 +719,7 @@ def test_bad_calls_are_refused_before_any_picture_is_processed(processor, monkey
     def fail(*args, **kwargs):
         raise AssertionError("a picture was processed")
 
-    monkeypatch.setattr(LLaDAUniImageProcessor, "_preprocess", fail)
+    monkeypatch.setattr(LLaDAUniImageProcessor, "_preprocess_image_like_inputs", fail)
     for case in ("pictures too large", "grid without a name", "fewer pictures", "different grids", "odd size"):
         kwargs, error, message = BAD_CALLS[case]
         with pytest.raises(error, match=message):
@@ -739,9 +753,23 @@ def test_bad_chats_are_refused(processor):
             processor.apply_chat_template(messages)
     with pytest.raises(Exception, match="Roles must be 'user' or 'assistant'.*tool"):
         processor.apply_chat_template([{"role": "tool", "content": "a"}])
+    for content, error, message in (
+        (None, ValueError, "is missing"),
+        (3, TypeError, "must be a string or a list"),
+        (["a"], TypeError, "must be a string or a list"),
+        ([[[["a"]]]], TypeError, "must be a string or a list"),
+        ([{"type": "text", "text": None}], TypeError, "'text'` must be a string.*None"),
+        ([{"type": "text"}], TypeError, "'text'` must be a string.*None"),
+        ("\udc00", ValueError, "lone surrogate"),
+    ):
+        with pytest.raises(error, match=rf"`conversation\[1\]\['content'\].*{message}"):
+            processor.apply_chat_template([{"role": "system", "content": "a"}, {"role": "user", "content": content}])
+    for messages in ("hello", {"role": "user", "content": "a"}, ["hello"], [[["hello"]]]):
+        with pytest.raises(TypeError, match="`conversation` must be a list of messages"):
+            processor.apply_chat_template(messages)
     with pytest.raises(Exception, match="type 'text' or 'image', got 'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a"}]}])
-    with pytest.raises(ValueError, match="`images`: 0 pictures were given for 1"):
+    with pytest.raises(ValueError, match="`images`: 0 were given for 1"):
         chat(processor, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}])
 
 

@@ -1,0 +1,96 @@
+"""The messages of a chat as a caller gives them: checked, their words marked, and cut where there is no room."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from .prompts import list_of_texts, text_of_message
+from .user_words import MARK_END, cut_words, mark_words
+
+
+def check_conversation(conversation: Any) -> None:
+    """
+    Raises TypeError or ValueError, which name `conversation`, if that is no chat and no list of chats: of messages
+    with a content each, text or a list of parts. Templates would write `None`, or nothing, for what is missing.
+    """
+    if not isinstance(conversation, list | tuple):
+        raise TypeError(f"`conversation` must be a list of messages, got {type(conversation).__name__}.")
+    chats = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
+    if not all(chats):
+        raise ValueError("`conversation` is empty.")
+    for messages in chats:
+        _check_messages(messages)
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise TypeError(f"`conversation` must be a list of messages, which are dicts, got {messages!r:.100}.")
+    for number, message in enumerate(messages):
+        name = f"conversation[{number}]['content']"
+        content = message.get("content")
+        if content is None and message.get("role") in ("system", "user"):
+            raise ValueError(f"`{name}` is missing.")
+        if isinstance(content, str):
+            list_of_texts(content, name)
+        elif content is not None and not (isinstance(content, list | tuple) and all(map(_is_part, content))):
+            raise TypeError(f"`{name}` must be a string or a list of dicts with a 'type', got {content!r:.100}.")
+        else:
+            for part in content or []:
+                if part["type"] == "text":
+                    list_of_texts([part.get("text")], f"{name}: 'text'")
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and "type" in part
+
+
+def mark_message(tokenizer: PreTrainedTokenizerFast, message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose words are marked (see `user_words`); where its images are is left as it is."""
+    content = message.get("content")
+    if not isinstance(content, list | tuple):
+        return mark_words(tokenizer, message)
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] == "text":
+            # A mark on its own keeps two parts from being one control token together.
+            between = MARK_END if any(before["type"] == "text" for before in parts) else ""
+            part = {**part, "text": between + mark_words(tokenizer, part["text"])}
+        parts.append(part)
+    return {**mark_words(tokenizer, {**message, "content": None}), "content": parts}
+
+
+def cut_chat(messages: list[dict], num_tokens: Callable[[list[dict]], int], max_length: int) -> list[dict]:
+    """
+    A chat of at most so many tokens: the words of its last user message are cut from their end.
+
+    Args:
+        messages (`list[dict]`): The chat.
+        num_tokens: The tokens of a chat.
+        max_length (`int`): The tokens it may have.
+
+    Raises:
+        ValueError: if what is not cut has no room.
+    """
+    last = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=None)
+
+    def with_words(words: str) -> list[dict]:
+        if last is None:
+            return messages
+        return [*messages[:last], begin_of_message(messages[last], len(words)), *messages[last + 1 :]]
+
+    words = "" if last is None else text_of_message(messages[last])
+    return with_words(cut_words(words, lambda words: num_tokens(with_words(words)), max_length))
+
+
+def begin_of_message(message: dict[str, Any], num_characters: int) -> dict[str, Any]:
+    """A message with so many characters of its text, which may be in several parts; images stay."""
+    if isinstance(message["content"], str):
+        return {**message, "content": message["content"][:num_characters]}
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "text":
+            part = {**part, "text": part["text"][:num_characters]}
+            num_characters -= len(part["text"])
+        parts.append(part)
+    return {**message, "content": parts}
