@@ -4,18 +4,18 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from ..input_checks import (
     check_generator,
     check_grid,
-    check_guidance,
     check_known_codes,
     check_length,
     check_streamer,
@@ -26,11 +26,22 @@ from ..input_checks import (
 from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .decoding import BlockDiffusionDecoder
-from .recording import recordings_of, why_not_recorded, why_not_static
+from .recording import recordings_of
 from .sampling import Generators
 
 
 logger = logging.get_logger(__name__)
+
+GUIDANCE = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def runs_as_it_is(method: Method) -> Method:
+    """
+    Under `torch.compile(model.generate)` the loop, which goes by values of tensors, is not compiled. What gains by it
+    can be all the same: `model.get_decoder().compile()`.
+    """
+    return torch.compiler.disable(method, reason="The loop of generation goes by values of tensors.")
 
 
 @dataclass
@@ -42,7 +53,7 @@ class BlockDiffusionOutput(ModelOutput):
         tokens_per_forward (`float`): New tokens of all rows, without what follows an end token, per forward pass.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
 
@@ -55,8 +66,21 @@ class BlockDiffusionGenerationMixin:
     committed, and the rest is predicted again (LLaDA, arXiv 2502.09992; block diffusion, arXiv 2503.09573).
     """
 
+    # What it is mixed into has these.
+    config: PreTrainedConfig
+    generation_config: BlockDiffusionGenerationConfig
+    lm_head: nn.Module
+
+    def get_decoder(self) -> PreTrainedModel:
+        raise NotImplementedError
+
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs: Any
+        self,
+        generation_config: BlockDiffusionGenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        **kwargs: Any,
     ) -> None:
         """Called by `from_pretrained`: loads `generation_config.json` where the checkpoint has one."""
         if generation_config is not None:
@@ -69,9 +93,8 @@ class BlockDiffusionGenerationMixin:
             # transformers takes the subfolder `model` of a relative path `model` for its parent.
             pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
         try:
-            self.generation_config = BlockDiffusionGenerationConfig.from_pretrained(
-                pretrained_model_name_or_path, **location
-            )
+            config = BlockDiffusionGenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
+            self.generation_config = config  # type: ignore[assignment]  # transformers says its own class
         except OSError:
             # There is no such file: the settings that follow from the model's configuration stay.
             if os.path.isfile(
@@ -96,18 +119,19 @@ class BlockDiffusionGenerationMixin:
         recordings_of(self.get_decoder()).release()
 
     @torch.no_grad()
+    @runs_as_it_is
     def generate(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: BlockDiffusionGenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         generator: Generators = None,
         show_progress_bar: bool = False,
         pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | BlockDiffusionOutput:
+    ) -> torch.Tensor | BlockDiffusionOutput:
         r"""
         Continues prompts with text, and fills in the mask tokens that stand in them.
 
@@ -117,25 +141,33 @@ class BlockDiffusionGenerationMixin:
         4. Cut every row after its first end token.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts, padded on the left. A mask token in a
-                prompt is filled in too, seeing all that comes before it and the rest of its block.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts, padded on the left. A mask
+                token in a prompt is filled in too, seeing all that comes before it and the rest of its block. Default:
+                `bos_token_id` alone.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
             generation_config ([`BlockDiffusionGenerationConfig`], *optional*): Default: that of the model.
             streamer (`BaseStreamer`, *optional*): Gets the prompt, then every block as it is finished. One row only.
             generator (`torch.Generator` or a list with one per row, *optional*): For `do_sample=True`.
             show_progress_bar (`bool`, defaults to `False`): Show a bar that counts tokens.
-            pixel_values, image_grid_thw: Pictures whose places `input_ids` holds open, from the processor.
-            kwargs: Any field of [`BlockDiffusionGenerationConfig`], overriding it.
+            pixel_values, image_grid_thw: Images whose places `input_ids` holds open, from the processor.
+            kwargs: Any field of [`BlockDiffusionGenerationConfig`] but those of guidance, overriding it.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, length + new)`. Rows that end early are filled with the padding token.
-            With `return_dict_in_generate=True` a [`BlockDiffusionOutput`].
+            `torch.LongTensor` of shape `(batch * num_return_sequences, length + new)`. Rows that end early are filled
+            with the padding token. With `return_dict_in_generate=True` a [`BlockDiffusionOutput`].
 
         Raises:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
+        if guidance := [name for name in GUIDANCE if name in kwargs]:
+            raise TypeError(f"`generate` takes no `{guidance[0]}`: only image codes are guided.")
         config = self._settle_generation_config(generation_config, kwargs)
+        assert config.mask_token_id is not None  # it is settled
+        if input_ids is None:
+            if config.bos_token_id is None:
+                raise ValueError("`input_ids` are not given, and no `bos_token_id` is known to begin with.")
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.get_decoder().device)
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
         if config.max_length is not None:
             config.max_new_tokens = config.max_length - input_ids.shape[1]
@@ -144,28 +176,26 @@ class BlockDiffusionGenerationMixin:
                     f"`max_length` is {config.max_length}, but `input_ids` have {input_ids.shape[1]} columns already."
                 )
         self._check_length("max_new_tokens", prompts, config.max_new_tokens)
-        check_generator(generator, len(prompts))
-        check_streamer(streamer, len(prompts))
+        copies = config.num_return_sequences
+        check_generator(generator, len(prompts) * copies)
+        check_streamer(streamer, len(prompts) * copies)
         if config.max_new_tokens == 0 and not any(bool((row == config.mask_token_id).any()) for row in prompts):
             raise ValueError(
                 "`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate."
             )
-        self._check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
-        input_ids = self._place_image_codes(input_ids, self._encode_images(pixel_values, image_grid_thw))
-        prompts = self._split_rows("input_ids", input_ids, attention_mask)
+        end_ids = torch.tensor(as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
+
+        def is_done(tokens: torch.Tensor, is_new: torch.Tensor) -> torch.Tensor:
+            return (torch.isin(tokens, end_ids) & is_new).any(dim=-1)
+
+        decoder = self._make_decoder(config, generator, is_done=is_done)
+
+        input_ids = self._place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
 
         # 2. Lay out prompts and room for the new tokens, aligned by block.
+        prompts = repeat_rows(self._split_rows("input_ids", input_ids, attention_mask), copies)
+        input_ids = input_ids.repeat_interleave(copies, dim=0)
         canvas = Canvas.lay_out([prompts], config.max_new_tokens, config.block_length, config.mask_token_id)
-        end_ids = torch.tensor(as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
-        decoder = BlockDiffusionDecoder(
-            self.get_decoder(),
-            self.lm_head,
-            self._usable_cache(config),
-            self._never_predicted(config),
-            generator=generator,
-            is_done=lambda tokens, is_new: (torch.isin(tokens, end_ids) & is_new).any(dim=-1),
-            image_token_offset=self.config.get_text_config().image_token_offset,
-        )
 
         # 3. Fill in block after block; stream what is finished.
         if streamer is not None:
@@ -182,7 +212,7 @@ class BlockDiffusionGenerationMixin:
             streamer.end()
 
         # 4. Cut every row after its first end token.
-        sequences, num_new_tokens = self._collect(canvas, input_ids, attention_mask, end_ids, config)
+        sequences, num_new_tokens = self._collect(canvas, input_ids, end_ids, config)
         if not config.return_dict_in_generate:
             return sequences
         passes = decoder.num_forward_passes
@@ -191,56 +221,53 @@ class BlockDiffusionGenerationMixin:
         )
 
     @torch.no_grad()
+    @runs_as_it_is
     def generate_image_codes(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         grid: tuple[int, int],
         attention_mask: torch.Tensor | None = None,
-        negative_input_ids: torch.LongTensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        negative_image_input_ids: torch.LongTensor | None = None,
+        negative_image_input_ids: torch.Tensor | None = None,
         negative_image_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        guidance_scale: float | None = None,
-        image_guidance_scale: float = 0.0,
-        guidance_rescale: float = 0.7,
+        image_grid_thw: torch.Tensor | None = None,
         num_steps_per_block: int = 8,
-        image_codes: torch.LongTensor | None = None,
+        image_codes: torch.Tensor | None = None,
         image_codes_mask: torch.Tensor | None = None,
         generation_config: BlockDiffusionGenerationConfig | None = None,
         generator: Generators = None,
         show_progress_bar: bool = False,
         callback: Callable[[int, int], None] | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | BlockDiffusionOutput:
+    ) -> torch.Tensor | BlockDiffusionOutput:
         r"""
-        Generates the codes of one picture per prompt, which ends with the header of the wanted grid.
+        Generates the codes of one image per prompt, which ends with the header of the wanted grid.
 
         Guidance works on logits: `u + guidance_scale * (c - u) + image_guidance_scale * (u - n)` with c the prompt, u
-        the companion without text and n the companion without image, then [`guided_logits`]' rescaling.
+        the prompt without text (or with a negative one) and n the prompt without image, then [`guided_logits`]'
+        rescaling.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): Prompts, padded on the left.
             grid (`tuple[int, int]`): Height and width in codes.
             attention_mask (`torch.Tensor`, *optional*): 0 for padding.
-            negative_input_ids, negative_attention_mask: The companions without text, padded on the left.
-            negative_image_input_ids, negative_image_attention_mask: The companions without image, padded on the left;
+            negative_input_ids, negative_attention_mask: The negative prompts, without text, padded on the left.
+            negative_image_input_ids, negative_image_attention_mask: The prompts without image, padded on the left;
                 used where `image_guidance_scale` is not 0.
-            pixel_values, image_grid_thw: Pictures whose places the prompts hold open, from the processor.
-            guidance_scale (`float`, *optional*): Default: 2.0 with `negative_input_ids`, else 1.0 (no guidance).
-            image_guidance_scale (`float`, defaults to 0.0): Pull away from the companion without image.
-            guidance_rescale (`float`, defaults to 0.7): Share of the rescaled logits, 0 to 1.
+            pixel_values, image_grid_thw: Images whose places the prompts hold open, from the processor.
             num_steps_per_block (`int`, defaults to 8): Steps a block may take.
             image_codes (`torch.LongTensor` of shape `(batch, H * W)`, *optional*): Known codes, for infilling.
             image_codes_mask (`torch.BoolTensor` of shape `(batch, H * W)`, *optional*): True where a code is to be
                 generated anew; all others stay those of `image_codes`.
-            generation_config, generator, show_progress_bar, kwargs: As in [`generate`].
+            generation_config, generator, show_progress_bar: As in [`generate`].
             callback (`Callable[[int, int], None]`, *optional*): Called after every block with the codes done and all.
+            kwargs: Any field of [`BlockDiffusionGenerationConfig`], such as `guidance_scale`, overriding it.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, H * W)`, codes in raster order from 0 to `codebook_size - 1`; with
-            `return_dict_in_generate=True` a [`BlockDiffusionOutput`] of them.
+            `torch.LongTensor` of shape `(batch * num_return_sequences, H * W)`, codes in raster order from 0 to
+            `codebook_size - 1`; with `return_dict_in_generate=True` a [`BlockDiffusionOutput`] of them.
 
         Raises:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
@@ -250,14 +277,14 @@ class BlockDiffusionGenerationMixin:
         config = self._settle_generation_config(
             generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block}
         )
+        assert config.mask_token_id is not None  # it is settled
         text_config = self.config.get_text_config()
         offset = text_config.image_token_offset
         if offset is None:
             raise ValueError("This checkpoint has no image codes (`image_token_offset` is None).")
         num_codes = check_grid(grid)
-        if guidance_scale is None:
-            guidance_scale = 1.0 if negative_input_ids is None else 2.0
-        check_guidance(guidance_scale, image_guidance_scale, guidance_rescale)
+        guidance_scale = guidance_scale_of(config, negative_input_ids)
+        image_guidance_scale = config.image_guidance_scale
         if negative_input_ids is None and guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but `negative_input_ids` are not given.")
         if image_guidance_scale != 0 and (negative_image_input_ids is None or negative_input_ids is None):
@@ -265,14 +292,10 @@ class BlockDiffusionGenerationMixin:
                 f"`image_guidance_scale` is {image_guidance_scale}, but `negative_input_ids` or "
                 "`negative_image_input_ids` are not given."
             )
-        named = [("input_ids", input_ids, attention_mask)]
+        is_guided = guidance_scale != 1.0 or image_guidance_scale != 0
+        branches = {"input_ids": (input_ids, attention_mask)}
         for name, ids, mask, is_used in (
-            (
-                "negative_input_ids",
-                negative_input_ids,
-                negative_attention_mask,
-                guidance_scale != 1.0 or image_guidance_scale != 0,
-            ),
+            ("negative_input_ids", negative_input_ids, negative_attention_mask, is_guided),
             (
                 "negative_image_input_ids",
                 negative_image_input_ids,
@@ -283,45 +306,41 @@ class BlockDiffusionGenerationMixin:
             if ids is None and mask is not None:
                 raise ValueError(f"The `attention_mask` of `{name}` is given without `{name}`.")
             if ids is not None and is_used:
-                named.append((name, ids, mask))
-        for name, ids, mask in named:
+                branches[name] = ids, mask
+        for name, (ids, mask) in branches.items():
             self._check_length("grid", self._split_rows(name, ids, mask), num_codes)
             if ids.shape[0] != input_ids.shape[0]:
                 raise ValueError(f"`{name}` has {ids.shape[0]} rows, but `input_ids` has {input_ids.shape[0]}.")
-        check_generator(generator, input_ids.shape[0])
+        copies = config.num_return_sequences
+        check_generator(generator, input_ids.shape[0] * copies)
         if callback is not None and not callable(callback):
             raise TypeError(f"`callback` must be callable, got {type(callback).__name__}.")
         shape = (input_ids.shape[0], num_codes)
         known = check_known_codes(image_codes, image_codes_mask, shape, text_config.vocab_size - offset)
-        with_pictures = {name: ids for name, ids, _ in named if name != "negative_image_input_ids"}
-        self._check_pictures(with_pictures, pixel_values, image_grid_thw)
+        decoder = self._make_decoder(
+            config,
+            generator,
+            allowed=(offset, text_config.vocab_size),
+            is_image=True,
+            guidance=(guidance_scale, image_guidance_scale, config.guidance_rescale),
+        )
 
-        # 2. Lay out prompts, companions and room for the codes, aligned by block; put known codes in their places.
-        picture_codes = self._encode_images(pixel_values, image_grid_thw)
-        branches = []
-        for name, ids, mask in named:
-            if name != "negative_image_input_ids":
-                ids = self._place_image_codes(ids, picture_codes)
-            branches.append(self._split_rows(name, ids, mask))
-        canvas = Canvas.lay_out(branches, num_codes, config.block_length, config.mask_token_id)
+        with_images = {name: ids for name, (ids, _) in branches.items() if name != "negative_image_input_ids"}
+        with_images = self._place_images(with_images, pixel_values, image_grid_thw)
+
+        # 2. Lay out all prompts and room for the codes, aligned by block; put known codes in their places.
+        prompts = [
+            repeat_rows(self._split_rows(name, with_images.get(name, ids), mask), copies)
+            for name, (ids, mask) in branches.items()
+        ]
+        canvas = Canvas.lay_out(prompts, num_codes, config.block_length, config.mask_token_id)
         room = canvas.prompt_end[:, None] + torch.arange(num_codes, device=input_ids.device)
         if known is not None:
-            codes, mask = (tensor.to(input_ids.device) for tensor in known)
+            codes, mask = (tensor.to(input_ids.device).repeat_interleave(copies, dim=0) for tensor in known)
             row_index, code_index = (~mask).nonzero(as_tuple=True)
             at = (row_index, room[row_index, code_index])
             canvas.ids[:, at[0], at[1]] = codes[row_index, code_index] + offset
             canvas.masked[at] = False
-        decoder = BlockDiffusionDecoder(
-            self.get_decoder(),
-            self.lm_head,
-            self._usable_cache(config),
-            self._never_predicted(config),
-            allowed=(offset, text_config.vocab_size),
-            is_image=True,
-            guidance=(guidance_scale, image_guidance_scale, guidance_rescale),
-            generator=generator,
-            image_token_offset=offset,
-        )
 
         # 3. Fill in block after block.
         with tqdm(total=num_codes, unit="code", disable=not show_progress_bar) as progress:
@@ -349,76 +368,72 @@ class BlockDiffusionGenerationMixin:
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         if "max_new_tokens" in kwargs:
             config.max_length = None  # the later word counts
-        if unknown := sorted(set(kwargs) - set(config._DEFAULTS)):
-            raise TypeError(
-                f"`generate` has no {', '.join(f'`{name}`' for name in unknown)}. Settings are "
-                f"{', '.join(config._DEFAULTS)}."
-            )
+        config.check_names(kwargs)
         config.update(**kwargs)
-        defaults = BlockDiffusionGenerationConfig.from_model_config(self.config)
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
+        text_config = self.config.get_text_config()
+        defaults = BlockDiffusionGenerationConfig.from_model_config(text_config)
+        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(defaults, name))
+            check_token_id(name, getattr(config, name), text_config.vocab_size)
         if config.mask_token_id is None:
             raise ValueError(
                 "`mask_token_id` is not known from the checkpoint; pass `mask_token_id=tokenizer.mask_token_id`."
             )
-        text_config = self.config.get_text_config()
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
-            check_token_id(name, getattr(config, name), text_config.vocab_size)
         if config.block_length > text_config.max_position_embeddings:
             raise ValueError(
                 f"`block_length` ({config.block_length}) exceeds `max_position_embeddings` "
                 f"({text_config.max_position_embeddings})."
             )
-        if config.use_cuda_graphs:
-            modules = self.get_decoder(), self.lm_head
-            reason = why_not_static(*modules) or why_not_recorded(*modules)
-            if reason is not None:
-                raise ValueError(f"`use_cuda_graphs=True` cannot be had: {reason}.")
         return config
 
-    def _usable_cache(self, config: BlockDiffusionGenerationConfig) -> BlockDiffusionGenerationConfig:
-        if config.use_cache and self.training and self.is_activation_checkpointing:
+    def _make_decoder(
+        self, config: BlockDiffusionGenerationConfig, generator: Generators, **settings: Any
+    ) -> BlockDiffusionDecoder:
+        """Raises ValueError where CUDA graphs are asked for and cannot be had."""
+        backbone = self.get_decoder()
+        if config.use_cache and backbone.training and backbone.is_activation_checkpointing:
             logger.warning_once(
                 "Gradient checkpointing drops caches: generating without one. Call `model.eval()` first."
             )
             config = copy.deepcopy(config)
-            config.use_cache, config.cache_implementation, config.cache_config = False, "exact", None
-        return config
+            config.use_cache, config.cache_implementation, config.cache_config = False, "dynamic", None
+        return BlockDiffusionDecoder(
+            backbone,
+            self.lm_head,
+            config,
+            self._never_predicted(config),
+            generator=generator,
+            image_token_offset=self.config.get_text_config().image_token_offset,
+            **settings,
+        )
 
     def _never_predicted(self, config: BlockDiffusionGenerationConfig) -> list[int]:
-        # Pixels fill in placeholders: one that the model wrote would be taken for the place of a missing picture.
+        # Pixels fill in placeholders: one that the model wrote would be taken for the place of a missing image.
         placeholder = getattr(self.config, "image_token_id", None)
         return [config.mask_token_id, *([] if placeholder is None else [placeholder])]
 
-    def _check_pictures(
+    def _place_images(
         self,
-        input_ids: dict[str, torch.LongTensor],
+        input_ids: dict[str, torch.Tensor],
         pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.LongTensor | None,
-    ) -> None:
-        """Refuses pictures that do not fit the named `input_ids`. A backbone alone has no eyes."""
+        image_grid_thw: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Puts the tokens of images where the named ids hold places open, or raises, before any work, if these do not
+        fit. A backbone alone has no eyes.
+        """
         for name, value in (("pixel_values", pixel_values), ("image_grid_thw", image_grid_thw)):
             if value is not None:
                 raise ValueError(f"`{name}` was given, but {type(self).__name__} has no vision tower.")
-
-    def _encode_images(
-        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
-    ) -> torch.LongTensor | None:
-        """The tokens of all pictures, one after the other."""
-        return None
-
-    def _place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
-        """Puts the tokens of pictures where `input_ids` holds their places open."""
         return input_ids
 
     def _split_rows(
-        self, name: str, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-    ) -> list[torch.LongTensor]:
+        self, name: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         return split_rows(name, input_ids, attention_mask, self.config.get_text_config().vocab_size)
 
-    def _check_length(self, name: str, prompts: list[torch.LongTensor], num_new_tokens: int) -> None:
+    def _check_length(self, name: str, prompts: list[torch.Tensor], num_new_tokens: int) -> None:
         check_length(name, prompts, num_new_tokens, self.config.get_text_config().max_position_embeddings)
 
     @staticmethod
@@ -430,11 +445,10 @@ class BlockDiffusionGenerationMixin:
     def _collect(
         self,
         canvas: Canvas,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
+        input_ids: torch.Tensor,
         end_ids: torch.Tensor,
         config: BlockDiffusionGenerationConfig,
-    ) -> tuple[torch.LongTensor, int]:
+    ) -> tuple[torch.Tensor, int]:
         """Prompts as they were given (gaps filled in) with the new tokens, padded; and the number of new tokens."""
         fill = config.pad_token_id
         if fill is None:
@@ -456,6 +470,18 @@ class BlockDiffusionGenerationMixin:
 
 def as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def repeat_rows(rows: list[torch.Tensor], copies: int) -> list[torch.Tensor]:
+    """Each row so many times, one after the other."""
+    return [row for row in rows for _ in range(copies)]
+
+
+def guidance_scale_of(config: BlockDiffusionGenerationConfig, negative_input_ids: torch.Tensor | None) -> float:
+    """What is set, or the default, which depends on whether there is a negative prompt."""
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    return 1.0 if negative_input_ids is None else 2.0
 
 
 __all__ = ["BlockDiffusionGenerationConfig", "BlockDiffusionGenerationMixin", "BlockDiffusionOutput"]

@@ -1,5 +1,7 @@
 """The exact prefix of block diffusion: keys and values of finished blocks, which under the block-causal mask stay."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -15,8 +17,10 @@ class BlockDiffusionLayer(CacheLayerMixin):
     """
 
     is_croppable = False
+    keys: torch.Tensor  # once it is initialized
+    values: torch.Tensor
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
         self.length = 0
@@ -30,7 +34,7 @@ class BlockDiffusionLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -85,10 +89,12 @@ class BlockDiffusionCache(Cache):
         max_length (`int`): Columns of the whole canvas, prompt included.
     """
 
-    layer_class = BlockDiffusionLayer
+    layers: list[BlockDiffusionLayer]  # type: ignore[assignment]  # transformers' may hold layers of any kind
+    layer_class: type[BlockDiffusionLayer] = BlockDiffusionLayer
 
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(layers=[self.layer_class(max_length) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, max_length: int) -> None:
+        layers: list[Any] = [self.layer_class(max_length) for _ in range(num_layers)]
+        super().__init__(layers=layers)
         self.first_column: torch.Tensor | None = None
 
     def make_static(self, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:

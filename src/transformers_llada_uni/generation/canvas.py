@@ -11,8 +11,8 @@ class Canvas:
     Prompts and the room to be filled, laid out so that blocks of all rows and guidance branches fall together.
 
     A row is moved right by whole blocks until the block that holds its prompt's end is that of all other rows; so a
-    block of the canvas is a block of the row, and a row in a batch equals the row alone. The companions of guidance
-    are padded to the column where the conditional prompt ends. Padding is never seen, and positions start after it.
+    block of the canvas is a block of the row, and a row in a batch equals the row alone. The other prompts of guidance
+    are padded to the column where the conditional one ends. Padding is never seen, and positions start after it.
 
     Attributes:
         ids: `(branches, rows, columns)`.
@@ -44,21 +44,21 @@ class Canvas:
         """
         device = branches[0][0].device
         prompt_end_blocks = 0
-        for prompts in zip(*branches, strict=True):
-            longest, tail = max(len(prompt) for prompt in prompts), len(prompts[0]) % block_length
+        for row in zip(*branches, strict=True):
+            longest, tail = max(len(prompt) for prompt in row), len(row[0]) % block_length
             prompt_end_blocks = max(prompt_end_blocks, -(-(longest - tail) // block_length))
-        prompt_end = [prompt_end_blocks * block_length + len(prompt) % block_length for prompt in branches[0]]
-        num_columns = -(-(max(prompt_end) + num_new_tokens) // block_length) * block_length
+        prompt_ends = [prompt_end_blocks * block_length + len(prompt) % block_length for prompt in branches[0]]
+        num_columns = -(-(max(prompt_ends) + num_new_tokens) // block_length) * block_length
 
-        ids = torch.full((len(branches), len(prompt_end), num_columns), mask_token_id, device=device)
-        padding = torch.zeros(len(branches), len(prompt_end), dtype=torch.long, device=device)
+        ids = torch.full((len(branches), len(prompt_ends), num_columns), mask_token_id, device=device)
+        padding = torch.zeros(len(branches), len(prompt_ends), dtype=torch.long, device=device)
         for branch, prompts in enumerate(branches):
-            for row, prompt in enumerate(prompts):
-                padding[branch, row] = prompt_end[row] - len(prompt)
-                ids[branch, row, prompt_end[row] - len(prompt) : prompt_end[row]] = prompt
+            for index, (prompt, end) in enumerate(zip(prompts, prompt_ends, strict=True)):
+                padding[branch, index] = end - len(prompt)
+                ids[branch, index, end - len(prompt) : end] = prompt
         columns = torch.arange(num_columns, device=device)
         masked = (ids[0] == mask_token_id) & (columns >= padding[0][:, None])
-        prompt_end = torch.tensor(prompt_end, device=device)
+        prompt_end = torch.tensor(prompt_ends, device=device)
         return cls(
             ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked, dtype=torch.float32)
         )

@@ -1,11 +1,18 @@
 """The settings of block-diffusion generation, saved next to a model as `generation_config.json`."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar, NoReturn
 
 from transformers import GenerationConfig
+from transformers.utils import logging
 
-from ..input_checks import check_integer, check_number, check_token_id
+from ..input_checks import check_choice, check_flag, check_integer, check_number, check_token_id
 from .sprint import SprintConfig
+
+
+logger = logging.get_logger(__name__)
+
+CACHE_IMPLEMENTATIONS = ("dynamic", "sprint", "exact")  # the last is what older files say for "dynamic"
 
 
 class BlockDiffusionGenerationConfig(GenerationConfig):
@@ -16,6 +23,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, defaults to 256): Tokens to generate after the prompt. 0 only fills in mask tokens that
             stand in the prompt.
         max_length (`int`, *optional*): Length of prompt and new tokens; replaces `max_new_tokens` where it is given.
+        num_return_sequences (`int`, defaults to 1): Answers to each prompt, which follow each other in the batch. More
+            than one need `do_sample`.
         block_length (`int`, defaults to 32): Tokens that are denoised together; also the block of the attention mask.
         num_steps_per_block (`int`, defaults to 32): Steps a block may take.
         threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
@@ -25,11 +34,16 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         max_post_steps (`int`, defaults to 16): With `editing_threshold`, steps a block may take after its last mask;
             they end with the first that replaces nothing.
         do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
-        temperature (`float`, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*): Shape what is
-            sampled from.
+        temperature (`float`, *optional*, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*):
+            Shape what is sampled from. Without `do_sample` they do nothing, which is warned of.
+        guidance_scale (`float`, *optional*): Of image codes, see [`generate_image_codes`]: how far to go from the
+            negative prompt's prediction to the prompt's; 1 is none. Default: 2.0 with a negative prompt, else 1.0.
+        image_guidance_scale (`float`, defaults to 0.0): Of image codes, away from the prompt without image.
+        guidance_rescale (`float`, defaults to 0.7): Of image codes, the share of the rescaled logits, 0 to 1.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
-        cache_implementation (`str`, defaults to `"exact"`): `"exact"`, or `"sprint"`, an approximation.
+        cache_implementation (`str`, defaults to `"dynamic"`): `"dynamic"`, which is exact, or `"sprint"`, an
+            approximation. (Older files say `"exact"` for the former.)
         cache_config (`dict`, *optional*): Fields of [`SprintConfig`], for `cache_implementation="sprint"`.
         use_cuda_graphs (`bool`, *optional*): Record the steps of the exact cache as CUDA graphs, which gives the same
             tokens, several times as fast on a GPU. By default wherever it can be done; `True` raises where it cannot.
@@ -38,49 +52,80 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             taken from the model's configuration. `eos_token_id` may be a list: any of them ends a row.
 
     Raises:
-        TypeError: for an unknown name. ValueError: for a value out of its range.
+        TypeError: for an unknown name or a value of another type. ValueError: for a value out of its range.
     """
 
-    _DEFAULTS = {
-        "max_new_tokens": 256,
-        "max_length": None,
-        "block_length": 32,
-        "num_steps_per_block": 32,
-        "threshold": 0.95,
-        "editing_threshold": None,
-        "max_post_steps": 16,
-        "do_sample": False,
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": None,
-        "use_cache": True,
-        "cache_implementation": "exact",
-        "cache_config": None,
-        "use_cuda_graphs": None,
-        "return_dict_in_generate": False,
-        "mask_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "bos_token_id": None,
-    }
-    _METADATA = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
+    max_new_tokens: int = 256
+    max_length: int | None = None
+    num_return_sequences: int = 1
+    block_length: int = 32
+    num_steps_per_block: int = 32
+    threshold: float = 0.95
+    editing_threshold: float | None = None
+    max_post_steps: int = 16
+    do_sample: bool = False
+    temperature: float | None = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float = 0.0
+    guidance_rescale: float = 0.7
+    use_cache: bool = True
+    cache_implementation: str = "dynamic"
+    cache_config: dict[str, Any] | None = None
+    use_cuda_graphs: bool | None = None
+    return_dict_in_generate: bool = False
+    mask_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+
+    _METADATA: ClassVar = ("_commit_hash", "_from_model_config", "_original_object_hash", "transformers_version")
 
     def __init__(self, **kwargs: Any) -> None:
         # The parent's constructor would add the settings of autoregressive generation, which have no meaning here.
-        for name, default in self._DEFAULTS.items():
+        given = set(kwargs)
+        for name, default in self.defaults().items():
             setattr(self, name, kwargs.pop(name, default))
         for name in self._METADATA:
             setattr(self, name, kwargs.pop(name, None))
-        if kwargs:
-            raise TypeError(
-                f"{type(self).__name__} has no {', '.join(f'`{name}`' for name in sorted(kwargs))}; it knows "
-                f"{', '.join(self._DEFAULTS)}."
-            )
-        self.validate()
+        self.check_names(kwargs)
+        self.validate(user_set_attributes=given)
 
-    def validate(self, **unused_kwargs: Any) -> None:
-        """Raises ValueError that names the setting, if one is out of its range."""
-        minima = {"block_length": 1, "num_steps_per_block": 1, "max_new_tokens": 0, "max_post_steps": 0}
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """All settings and their defaults."""
+        return {
+            name: getattr(cls, name)
+            for name in BlockDiffusionGenerationConfig.__annotations__
+            if not name.startswith("_")
+        }
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raises TypeError for names that are no settings."""
+        if unknown := sorted(set(names) - set(cls.defaults())):
+            raise TypeError(
+                f"{cls.__name__} has no {', '.join(f'`{name}`' for name in unknown)}; it knows "
+                f"{', '.join(cls.defaults())}."
+            )
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """
+        Raises ValueError or TypeError that names the setting, if one is out of its range. Settings of sampling without
+        `do_sample` are only warned of.
+
+        Args:
+            strict: Means nothing here: a model can be saved whatever is warned of.
+            user_set_attributes: What the caller has named, see [`~GenerationConfig.validate`].
+        """
+        minima = {
+            "block_length": 1,
+            "num_steps_per_block": 1,
+            "max_new_tokens": 0,
+            "max_post_steps": 0,
+            "num_return_sequences": 1,
+        }
         for name, minimum in minima.items():
             check_integer(name, getattr(self, name), minimum)
         for name in ("max_length", "top_k"):
@@ -89,31 +134,48 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         check_number("threshold", self.threshold, 0.0, 1.0)
         if self.editing_threshold is not None:
             check_number("editing_threshold", self.editing_threshold, 0.0, 1.0)
-        check_number("temperature", self.temperature, 0.0, exclude_low=True)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, 0.0, exclude_minimum=True)
         if self.top_p is not None:
-            check_number("top_p", self.top_p, 0.0, 1.0, exclude_low=True)
+            check_number("top_p", self.top_p, 0.0, 1.0, exclude_minimum=True)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale, 0.0)
+        check_number("image_guidance_scale", self.image_guidance_scale, 0.0)
+        check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if isinstance(getattr(self, name), list) and name != "eos_token_id":
                 raise ValueError(f"`{name}` must be one id, got {getattr(self, name)!r}.")
             check_token_id(name, getattr(self, name))
         for name in ("do_sample", "use_cache", "return_dict_in_generate"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        implementations = ("exact", "sprint")
-        if self.cache_implementation not in implementations:
-            raise ValueError(
-                f"`cache_implementation` must be one of {implementations}, got {self.cache_implementation!r}."
-            )
-        if self.cache_implementation != "exact" and not self.use_cache:
-            raise ValueError(f"`cache_implementation={self.cache_implementation!r}` needs `use_cache=True`.")
-        if self.use_cuda_graphs is not None and not isinstance(self.use_cuda_graphs, bool):
-            raise ValueError(f"`use_cuda_graphs` must be True, False or None, got {self.use_cuda_graphs!r}.")
-        if self.use_cuda_graphs and (self.cache_implementation != "exact" or not self.use_cache):
+            check_flag(name, getattr(self, name))
+        check_choice("cache_implementation", self.cache_implementation, CACHE_IMPLEMENTATIONS)
+        is_sprint = self.cache_implementation == "sprint"
+        if is_sprint and not self.use_cache:
+            raise ValueError("`cache_implementation='sprint'` needs `use_cache=True`.")
+        if self.use_cuda_graphs is not None:
+            check_flag("use_cuda_graphs", self.use_cuda_graphs)
+        if self.use_cuda_graphs and (is_sprint or not self.use_cache):
             raise ValueError("`use_cuda_graphs=True` needs the exact cache.")
-        if self.cache_config is not None and self.cache_implementation != "sprint":
-            raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
-        if self.cache_implementation == "sprint":
+        if is_sprint:
             self.sprint_config()
+        elif self.cache_config is not None:
+            raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
+        self._check_sampling(user_set_attributes or set())
+
+    def _check_sampling(self, named: set[str]) -> None:
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                f"`num_return_sequences` is {self.num_return_sequences}, but without `do_sample=True` all of them "
+                "would be the same."
+            )
+        neutral = {"temperature": (None, 1.0), "top_k": (None,), "top_p": (None, 1.0)}
+        unused = [name for name, values in neutral.items() if getattr(self, name) not in values]
+        # Who says `do_sample=False` in a call has said enough of what a file sets besides.
+        if unused and not self.do_sample and ("do_sample" not in named or named.intersection(unused)):
+            logger.warning_once(
+                "`do_sample` is False, so the most probable tokens are taken, whatever is said by "
+                f"{', '.join(f'`{name}`' for name in unused)}. Set `do_sample=True`."
+            )
 
     def sprint_config(self) -> SprintConfig:
         """The settings of SPRINT. Raises ValueError for an unknown name or a value out of range."""
@@ -135,7 +197,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         known = {name: getattr(text_config, name, None) for name in names}
         return cls(_from_model_config=True, **{name: value for name, value in known.items() if value is not None})
 
-    def get_generation_mode(self, assistant_model: Any = None) -> None:
+    def get_generation_mode(self, assistant_model: Any = None) -> NoReturn:
         raise NotImplementedError("Block diffusion has one mode of generation.")
 
 

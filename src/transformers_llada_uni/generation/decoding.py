@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
@@ -21,19 +22,14 @@ from .recording import (
     why_not_recorded,
     why_not_static,
 )
-from .runners import EagerRunner, Runner, StaticRunner
+from .runners import EagerRunner, Runner, SprintRunner, StaticRunner
 from .sampling import Generators, make_warpers
 from .sprint import SprintCache, SprintConfig
 from .state import BlockState
 from .step import DenoisingStep
 
 
-@dataclass
-class FinishedBlock:
-    """What the loop yields after each block: its columns."""
-
-    start: int
-    stop: int
+logger = logging.get_logger(__name__)
 
 
 class BlockDiffusionDecoder:
@@ -51,11 +47,14 @@ class BlockDiffusionDecoder:
         generator: For sampling, one or one per row.
         is_done: From `(tokens (rows, block), is_new (rows, block))` to `(rows,)`: rows that end with this block.
         image_token_offset: First image code, for SPRINT's separate ratios.
+
+    Raises:
+        ValueError: for `use_cuda_graphs=True` where they cannot be had.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         head: nn.Module,
         config: BlockDiffusionGenerationConfig,
         never_predicted: list[int],
@@ -72,13 +71,20 @@ class BlockDiffusionDecoder:
         self.image_token_offset = image_token_offset
         self.block_length = config.block_length
         self.num_forward_passes = 0
+        self.why_not_static = why_not_static(backbone, head)
+        self.why_not_recorded = self.why_not_static or why_not_recorded(backbone, head)
+        if config.use_cuda_graphs and self.why_not_recorded is not None:
+            raise ValueError(f"`use_cuda_graphs=True` cannot be had: {self.why_not_recorded}.")
 
-    def run(self, canvas: Canvas) -> Iterator[FinishedBlock]:
+    def run(self, canvas: Canvas) -> Iterator[range]:
         """
+        Yields the columns of each block that is finished.
+
         1. Choose who runs the steps, and on which cache.
         2. For every block from the first that holds a mask:
             a. fill it in;
             b. leave out the rows that have ended.
+        3. Say if what was generated means nothing.
         """
         # What stands in the way of a block's masks is known from the canvas; the device is not asked again.
         num_masked, ends = canvas.num_masked(self.block_length), canvas.end.tolist()
@@ -102,12 +108,14 @@ class BlockDiffusionDecoder:
                     for index, row in enumerate(runner.rows)
                     if row in live and (ends[row] <= stop or is_done[index])
                 ]
-                yield FinishedBlock(start, stop)
+                yield range(start, stop)
                 live = [row for row in live if row not in {runner.rows[index] for index in ended}]
                 if not live:
-                    return
+                    break
                 if ended:
                     runner.drop(ended)
+        # 3. Say if what was generated means nothing.
+        warn_of_no_numbers(canvas)
 
     def _rows_done(self, canvas: Canvas, runner: Runner, start: int, stop: int) -> list[bool]:
         if self.is_done is None:
@@ -126,34 +134,34 @@ class BlockDiffusionDecoder:
         sprint = config.sprint_config() if config.use_cache and is_sprint else None
         is_exact = config.use_cache and sprint is None
 
-        why_not = why_not_static(backbone, self.head)
-        if why_not is not None:
+        if self.why_not_static is not None:
             release_unused(backbone)
-        if not is_exact or why_not is not None:
-            cache = None
-            if config.use_cache:
-                cache_class = BlockDiffusionCache if sprint is None else SprintCache
-                cache = cache_class(len(backbone.layers), num_columns)
-            head = self._guided_head(num_branches)
+        if not is_exact or self.why_not_static is not None:
+            head, num_layers = self._guided_head(num_branches), backbone.config.num_hidden_layers
 
             def make_step(num_rows: int) -> tuple[BlockState, DenoisingStep]:
                 return self._make_step(canvas, num_rows, head, sprint)
 
-            yield EagerRunner(canvas, self.generator, backbone, cache, make_step, sprint, self.image_token_offset)
+            if sprint is None:
+                cache = BlockDiffusionCache(num_layers, num_columns) if config.use_cache else None
+                yield EagerRunner(canvas, self.generator, backbone, cache, make_step)
+            else:
+                pruned = SprintCache(num_layers, num_columns)
+                offset = self.image_token_offset
+                yield SprintRunner(canvas, self.generator, backbone, pruned, make_step, sprint, offset)
             return
 
         with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
-            state, step = self._make_step(canvas, num_rows, self._guided_head(num_branches), None)
+            head = self._guided_head(num_branches)
 
         def make_buffers(pool: GraphPool | None) -> StaticBuffers:
+            state, step = self._make_step(canvas, num_rows, head, None)
             return StaticBuffers(backbone, state, step, num_columns, pool)
 
-        is_recorded = config.use_cuda_graphs is not False and why_not_recorded(backbone, self.head) is None
-        if not is_recorded:
+        if config.use_cuda_graphs is False or self.why_not_recorded is not None:
             yield StaticRunner(canvas, self.generator, make_buffers(None))
             return
-        spread_matrix = step.head.spread_matrix
-        kind = (*self._kind(canvas), None if spread_matrix is None else spread_matrix.data_ptr())
+        kind = (*self._kind(canvas), None if head.spread_matrix is None else head.spread_matrix.data_ptr())
         fingerprint = fingerprint_of(backbone, self.head)
         with recordings_of(backbone).borrow(kind, fingerprint, num_columns, make_buffers) as buffers:
             yield StaticRunner(canvas, self.generator, buffers)
@@ -182,3 +190,16 @@ class BlockDiffusionDecoder:
         policy = CommitPolicy(config, state, self.is_image, sprint)
         confidence = "low_confidence" if sprint is None else sprint.confidence
         return state, DenoisingStep(self.backbone, head, policy, self.block_length, self.allowed, warpers, confidence)
+
+
+def warn_of_no_numbers(canvas: Canvas) -> None:
+    """
+    Where a logit is NaN or infinite, the probability that its token is committed with is NaN. To be asked once, at the
+    end: the device is waited for.
+    """
+    if (count := int(canvas.confidence.isnan().sum())) > 0:
+        logger.warning(
+            "At %d positions logits were infinite or no numbers (NaN): what was generated there means nothing. Look "
+            "for such weights, for a dtype that is too narrow (float16), or for too large a `guidance_scale`.",
+            count,
+        )

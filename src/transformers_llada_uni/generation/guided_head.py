@@ -1,5 +1,6 @@
 """Logits under guidance, of the ids that may be predicted and no others."""
 
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,15 +50,16 @@ class GuidedHead:
         num_branches: int,
     ):
         self.head, self.guidance = head, guidance
-        self.low, self.high = allowed or (0, head.out_features)
-        excluded = [token_id - self.low for token_id in never_predicted if self.low <= token_id < self.high]
-        self.is_plain = _is_plain_linear(head)
+        self.allowed = slice(None) if allowed is None else slice(*allowed)
+        first = 0 if allowed is None else allowed[0]
+        excluded = [token_id - first for token_id in never_predicted if allowed is None or token_id in range(*allowed)]
+        self.matrix = head if _is_plain_linear(head) else None
         # Where the logits will be, or a copy in every step would bring them there.
         devices = {parameter.device for parameter in head.parameters() if not parameter.is_meta}
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=next(iter(devices), None))
         self.spread_matrix: torch.Tensor | None = None
-        if self.is_plain and num_branches > 1 and guidance[2] > 0:
-            self.spread_matrix = _remembered_spread_matrix(head)
+        if self.matrix is not None and num_branches > 1 and guidance[2] > 0:
+            self.spread_matrix = _remembered_spread_matrix(self.matrix)
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -67,17 +69,14 @@ class GuidedHead:
         Returns:
             `(masks, ids)`, float32 at least.
         """
-        if self.is_plain:
-            logits = self._combined(hidden_states)
+        if self.matrix is not None:
+            logits = self._combined(hidden_states, self.matrix.weight[self.allowed])
         else:
-            logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[
-                :, self.low : self.high
-            ]
+            logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[:, self.allowed]
         return logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
 
-    def _combined(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _combined(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         *scales, rescale = self.guidance
-        weight = self.head.weight[self.low : self.high]
         if len(hidden_states) == 1:
             return _at_least_float32(_linear(hidden_states[0], weight))
         branches = _at_least_float32(hidden_states)
@@ -140,7 +139,7 @@ def _spread_matrix(weight: torch.Tensor) -> torch.Tensor:
     return spread_matrix / (num_ids - 1)
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def _is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether rows of its weight may be used without calling it: not sharded, offloaded, quantised or adapted."""
     is_matrix = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
     return is_matrix and not is_hooked(head)

@@ -1,12 +1,12 @@
-"""Interleaved generation: text until the model opens a picture, the picture's codes, text again."""
+"""Interleaved generation: text until the model opens an image, the image's codes, text again."""
 
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from ..input_checks import check_generator, check_grid, check_guidance, check_integer, refuse_settings
-from .block_diffusion import BlockDiffusionGenerationMixin, as_list
+from ..input_checks import check_generator, check_grid, check_integer, refuse_settings
+from .block_diffusion import BlockDiffusionGenerationMixin, as_list, guidance_scale_of, runs_as_it_is
 from .configuration import BlockDiffusionGenerationConfig
 
 
@@ -14,39 +14,37 @@ logger = logging.get_logger(__name__)
 
 
 class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
-    """Adds `generate_interleaved` to a model whose configuration names the tokens that frame a picture."""
+    """Adds `generate_interleaved` to a model whose configuration names the tokens that frame an image."""
 
     @torch.no_grad()
+    @runs_as_it_is
     def generate_interleaved(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        negative_input_ids: torch.LongTensor | None = None,
+        negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        uncondition_ids: torch.LongTensor | None = None,
+        uncondition_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         max_images: int = 4,
         grid: tuple[int, int] | None = None,
-        guidance_scale: float | None = None,
-        image_guidance_scale: float = 0.0,
-        guidance_rescale: float = 0.7,
         num_image_steps_per_block: int = 8,
         generation_config: BlockDiffusionGenerationConfig | None = None,
         generator: torch.Generator | None = None,
         show_progress_bar: bool = False,
         **kwargs: Any,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         r"""
-        Text and pictures in turn.
+        Text and images in turn.
 
         1. Generate text until `<boi>` or an end token.
         2. Read the header the model wrote before `<boi>`.
-        3. Generate exactly the codes of that grid, with guidance, and close the picture.
-        4. Repeat from 1, until an end token or `max_images` pictures.
+        3. Generate exactly the codes of that grid, with guidance, and close the image.
+        4. Repeat from 1, until an end token or `max_images` images.
 
-        The first picture is guided away from `negative_input_ids`; later ones, as in the release, away from everything
-        up to the last picture followed by `<uncondition>` (without text) and, with `image_guidance_scale`, away from
+        The first image is guided away from `negative_input_ids`; later ones, as in the release, away from everything
+        up to the last image followed by `<uncondition>` (without text) and, with `image_guidance_scale`, away from
         `negative_input_ids` followed by the current text (without image).
 
         Args:
@@ -55,13 +53,13 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
                 in place of the text. Without it there is no guidance.
             uncondition_ids (`torch.LongTensor` of shape `(1, n)`, *optional*): The tokens of `<uncondition>`; the
                 processor returns them with the task "interleaved".
-            max_images (`int`, defaults to 4): Pictures to draw at most.
-            grid (`tuple[int, int]`, *optional*): Height and width in codes of every picture. Default: what the model
+            max_images (`int`, defaults to 4): Images to draw at most.
+            grid (`tuple[int, int]`, *optional*): Height and width in codes of every image. Default: what the model
                 writes in its headers.
-            guidance_scale, image_guidance_scale, guidance_rescale: See [`generate_image_codes`].
             num_image_steps_per_block (`int`, defaults to 8): Steps of a block of image codes;
                 `num_steps_per_block` is that of text.
-            kwargs: Any field of [`BlockDiffusionGenerationConfig`]; `max_new_tokens` counts for each stretch of text.
+            kwargs: Any field of [`BlockDiffusionGenerationConfig`], such as `guidance_scale`; `max_new_tokens` counts
+                for each stretch of text.
 
         Returns:
             `torch.LongTensor` of shape `(1, length + new)`.
@@ -76,21 +74,22 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
                 raise ValueError(
                     f"Interleaved generation needs `{name}`, which the model's configuration does not know."
                 )
-        prompts = self._split_rows("input_ids", input_ids, attention_mask)
-        if len(prompts) != 1:
+        if len(self._split_rows("input_ids", input_ids, attention_mask)) != 1 or config.num_return_sequences != 1:
             raise ValueError(
-                f"Interleaved generation takes one prompt, but `input_ids` has {input_ids.shape[0]} rows."
+                f"Interleaved generation takes one prompt and gives one answer, but `input_ids` has "
+                f"{input_ids.shape[0]} rows and `num_return_sequences` is {config.num_return_sequences}."
             )
         check_integer("max_images", max_images, minimum=1)
         check_integer("num_image_steps_per_block", num_image_steps_per_block, minimum=1)
-        if guidance_scale is None:
-            guidance_scale = 1.0 if negative_input_ids is None else 2.0
-        check_guidance(guidance_scale, image_guidance_scale, guidance_rescale)
-        companions = (("negative_input_ids", negative_input_ids), ("uncondition_ids", uncondition_ids))
-        for name, ids in companions:
-            if ids is None and (guidance_scale != 1.0 or image_guidance_scale != 0):
+        guidance_scale = guidance_scale_of(config, negative_input_ids)
+        image_guidance_scale = config.image_guidance_scale
+        is_guided = guidance_scale != 1.0 or image_guidance_scale != 0
+        for name, ids, mask in (
+            ("negative_input_ids", negative_input_ids, negative_attention_mask),
+            ("uncondition_ids", uncondition_ids, None),
+        ):
+            if ids is None and is_guided:
                 raise ValueError(f"Guidance (`guidance_scale`, `image_guidance_scale`) needs `{name}`.")
-            mask = negative_attention_mask if name == "negative_input_ids" else None
             if ids is not None and len(self._split_rows(name, ids, mask)) != 1:
                 raise ValueError(f"`{name}` must have one row, as `input_ids` has, but it has {ids.shape[0]}.")
         check_generator(generator, 1)
@@ -98,19 +97,23 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         num_new_tokens = 1  # text until `<boi>`
         if grid is not None:
             num_new_tokens = check_grid(grid) + len(self._image_header(grid)) + 1
+        prompts = self._split_rows("input_ids", input_ids, attention_mask)
         self._check_length("max_new_tokens" if grid is None else "grid", prompts, num_new_tokens)
-        self._check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
+        input_ids = self._place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
 
-        codes = self._encode_images(pixel_values, image_grid_thw)
-        sequence = self._split_rows("input_ids", self._place_image_codes(input_ids, codes), attention_mask)[0]
+        sequence = self._split_rows("input_ids", input_ids, attention_mask)[0]
         negative = None
         if negative_input_ids is not None:
             negative = self._split_rows("negative_input_ids", negative_input_ids, negative_attention_mask)[0]
-        ids = self.config
+        model_config, text_config = self.config, self.config.get_text_config()
         end_ids = as_list(config.eos_token_id)
-        limit = ids.get_text_config().max_position_embeddings
-        settings = {name: getattr(config, name) for name in config._DEFAULTS} | {"return_dict_in_generate": False}
-        of_text = ("num_steps_per_block", "max_new_tokens", "max_length", "eos_token_id")
+        limit = text_config.max_position_embeddings
+        settings: dict[str, Any] = {
+            "generation_config": config,
+            "generator": generator,
+            "show_progress_bar": show_progress_bar,
+            "return_dict_in_generate": False,
+        }
         text_start, last_image_end = len(sequence), None
 
         for _ in range(max_images):
@@ -118,54 +121,45 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             room = min(config.max_new_tokens, limit - len(sequence))
             if room <= 0:
                 break
-            settings |= {
-                "max_new_tokens": room,
-                "max_length": None,
-                "eos_token_id": [*end_ids, ids.begin_of_image_token_id],
-            }
-            sequence = self.generate(
-                sequence[None], generator=generator, show_progress_bar=show_progress_bar, **settings
-            )[0]
-            if int(sequence[-1]) != ids.begin_of_image_token_id:
+            stops = [*end_ids, model_config.begin_of_image_token_id]
+            sequence = self.generate(sequence[None], max_new_tokens=room, eos_token_id=stops, **settings)[0]
+            if int(sequence[-1]) != model_config.begin_of_image_token_id:
                 break
 
             # 2. Read the header the model wrote before `<boi>`.
-            picture, text_end = self._read_header(sequence, grid)
-            if picture is None or len(sequence) + picture[0] * picture[1] + 1 > limit:
-                reason = "wrote no valid header" if picture is None else "has no room left for the picture it opened"
+            image_grid, text_end = self._read_header(sequence, grid)
+            if image_grid is None or len(sequence) + image_grid[0] * image_grid[1] + 1 > limit:
+                reason = "wrote no valid header" if image_grid is None else "has no room left for the image it opened"
                 logger.warning("Interleaved generation ends early: the model %s.", reason)
                 sequence = sequence[:text_end]
                 break
-            header = self._image_header(picture).to(sequence.device)
+            header = self._image_header(image_grid).to(sequence.device)
             text = sequence[text_start:text_end]
             sequence = torch.cat([sequence[:text_end], header])
 
-            # 3. Generate exactly the codes of that grid, with guidance, and close the picture.
-            companions = {}
-            if negative is not None and (guidance_scale != 1.0 or image_guidance_scale != 0):
+            # 3. Generate exactly the codes of that grid, with guidance, and close the image.
+            negatives: dict[str, Any] = {}
+            if is_guided and negative is not None and uncondition_ids is not None:
                 no_text = negative
                 if last_image_end is not None:
                     no_text = torch.cat([sequence[:last_image_end], uncondition_ids[0].to(sequence.device)])
-                companions["negative_input_ids"] = torch.cat([no_text, header])[None]
-                companions["negative_image_input_ids"] = torch.cat([negative, text, header])[None]
+                negatives["negative_input_ids"] = torch.cat([no_text, header])[None]
+                negatives["negative_image_input_ids"] = torch.cat([negative, text, header])[None]
             codes = self.generate_image_codes(
                 sequence[None],
-                picture,
+                image_grid,
                 guidance_scale=guidance_scale,
-                image_guidance_scale=image_guidance_scale if last_image_end is not None else 0.0,
-                guidance_rescale=guidance_rescale,
+                image_guidance_scale=0.0 if last_image_end is None else image_guidance_scale,
                 num_steps_per_block=num_image_steps_per_block,
-                generator=generator,
-                show_progress_bar=show_progress_bar,
-                **companions,
-                **{name: value for name, value in settings.items() if name not in of_text},
+                **negatives,
+                **settings,
             )[0]
-            end = codes.new_tensor([ids.image_end_token_id])
-            sequence = torch.cat([sequence, codes + ids.get_text_config().image_token_offset, end])
+            end = codes.new_tensor([model_config.image_end_token_id])
+            sequence = torch.cat([sequence, codes + text_config.image_token_offset, end])
             text_start = last_image_end = len(sequence)
         return sequence[None]
 
-    def _image_header(self, grid: tuple[int, int]) -> torch.LongTensor:
+    def _image_header(self, grid: tuple[int, int]) -> torch.Tensor:
         """`<|image|> <|reserved_token_H|> <|reserved_token_W|> <boi>`."""
         largest = len(self.config.grid_token_ids) - 1
         if not all(isinstance(side, int) and 1 <= side <= largest for side in grid):
@@ -173,15 +167,14 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         numbers = [self.config.grid_token_ids[side] for side in grid]
         return torch.tensor([self.config.image_start_token_id, *numbers, self.config.begin_of_image_token_id])
 
-    def _read_header(
-        self, sequence: torch.LongTensor, grid: tuple[int, int] | None
-    ) -> tuple[tuple[int, int] | None, int]:
-        """The grid of the picture that a final `<boi>` opens, and where the text before its header ends."""
+    def _read_header(self, sequence: torch.Tensor, grid: tuple[int, int] | None) -> tuple[tuple[int, int] | None, int]:
+        """The grid of the image that a final `<boi>` opens, and where the text before its header ends."""
         start, *numbers = sequence[-4:-1].tolist()
         is_header = start == self.config.image_start_token_id
         sizes = {token: size for size, token in enumerate(self.config.grid_token_ids) if size > 0}
         if is_header and all(number in sizes for number in numbers):
-            return grid or tuple(sizes[number] for number in numbers), len(sequence) - 4
+            height, width = (sizes[number] for number in numbers)
+            return grid or (height, width), len(sequence) - 4
         return grid, len(sequence) - 1
 
 

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..kernels import has_grouped_mm_kernel, is_fused, is_kernel_device
@@ -52,7 +53,7 @@ class CudaGraph:
         pool ([`GraphPool`]): Memory for what it allocates.
     """
 
-    def __init__(self, program: Callable[[], None], pool: "GraphPool"):
+    def __init__(self, program: Callable[[], object], pool: "GraphPool"):
         self.graph = torch.cuda.CUDAGraph()
         stream = _recording_stream(torch.cuda.current_device())
         try:
@@ -104,7 +105,7 @@ class StaticBuffers:
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         state: BlockState,
         step: DenoisingStep,
         num_columns: int,
@@ -120,7 +121,7 @@ class StaticBuffers:
         }
         needed = num_columns + min(self.pieces)
         self.length = needed if pool is None else next(length for length in BUFFER_LENGTHS if length >= needed)
-        self.cache = BlockDiffusionCache(len(backbone.layers), self.length)
+        self.cache = BlockDiffusionCache(backbone.config.num_hidden_layers, self.length)
         self.cache.make_static(backbone.config, num_branches * num_rows, backbone.dtype, device)
         self.padding = torch.zeros(num_branches, num_rows, dtype=torch.long, device=device)
         self.context = torch.zeros_like(state.tokens)
@@ -170,7 +171,8 @@ class Recordings:
     """What a model keeps recorded, the least recently used first. One thread works with it at a time."""
 
     def __init__(self) -> None:
-        self._lock, self._owner = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._owner: int | None = None
         self._kept: OrderedDict[Hashable, StaticBuffers] = OrderedDict()
         self.fingerprint: Hashable = None
         self._last_use: torch.cuda.Event | None = None
@@ -260,7 +262,7 @@ def release_unused(backbone: nn.Module) -> None:
         recordings.release(wait=False)
 
 
-def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
+def why_not_static(backbone: PreTrainedModel, head: nn.Module) -> str | None:
     """What stands against steps in static buffers, which the kernels for GPUs go by. `None`: nothing."""
     tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
     devices = {tensor.device for tensor in tensors}
@@ -279,7 +281,7 @@ def why_not_static(backbone: nn.Module, head: nn.Module) -> str | None:
     return None
 
 
-def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
+def why_not_recorded(backbone: PreTrainedModel, head: nn.Module) -> str | None:
     """What stands against recording steps of a model, where nothing stands against static buffers. `None`: nothing."""
     experts_implementation = backbone.config._experts_implementation
     # The others decide by values of tensors, as `grouped_mm` does where it has no kernel.
@@ -304,8 +306,9 @@ def why_not_recorded(backbone: nn.Module, head: nn.Module) -> str | None:
     return None
 
 
-def fingerprint_of(backbone: nn.Module, head: nn.Module) -> Hashable:
+def fingerprint_of(backbone: PreTrainedModel, head: nn.Module) -> Hashable:
     """Where all tensors of a model are, and how it computes."""
     tensors = [*backbone.parameters(), *backbone.buffers(), *head.parameters()]
     places = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors)
-    return places, str(vars(backbone.config)), is_fused(), torch.get_float32_matmul_precision()
+    switches = is_fused(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return places, str(vars(backbone.config)), *switches

@@ -1,10 +1,11 @@
-"""Who runs the steps of a block: one that narrows them to what is left, and one whose steps all look alike."""
+"""Who runs the steps of a block: those that narrow them to what is left, and one whose steps all look alike."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -15,7 +16,7 @@ from .recording import StaticBuffers
 from .sampling import Generators
 from .sprint import SprintCache, SprintConfig
 from .state import BlockState
-from .step import DenoisingStep
+from .step import DenoisingStep, Mask
 
 
 class Runner:
@@ -34,7 +35,7 @@ class Runner:
     state: BlockState
     step: DenoisingStep
 
-    def __init__(self, canvas: Canvas, generator: Generators):
+    def __init__(self, canvas: Canvas, generator: Generators) -> None:
         self.canvas, self.generator = canvas, generator
         self.num_branches, num_rows, _ = canvas.ids.shape
         self.rows = list(range(num_rows))
@@ -79,44 +80,30 @@ class EagerRunner(Runner):
         backbone: The model without its head.
         cache ([`BlockDiffusionCache`], *optional*): The prefix. `None`: everything is forwarded in every step.
         make_step: Makes the state and the step for a number of rows.
-        sprint ([`SprintConfig`], *optional*): With a [`SprintCache`].
-        image_token_offset (`int`, *optional*): First image code, for SPRINT's separate ratios.
     """
 
     def __init__(
         self,
         canvas: Canvas,
         generator: Generators,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         cache: BlockDiffusionCache | None,
         make_step: Callable[[int], tuple[BlockState, DenoisingStep]],
-        sprint: SprintConfig | None,
-        image_token_offset: int | None,
-    ):
+    ) -> None:
         super().__init__(canvas, generator)
         self.backbone, self.cache, self.make_step = backbone, cache, make_step
-        self.sprint, self.image_token_offset = sprint, image_token_offset
         self.state, self.step = make_step(len(self.rows))
         self.block_length = self.step.block_length
-        self._is_padded, self._mask, self._mask_columns = bool(canvas.padding.any()), None, None
-
-    def fill(self, start: int, num_masked: list[int]) -> None:
-        super().fill(start, num_masked)
-        if self.sprint is not None:
-            self.cache.restore()
+        self._is_flash = is_flash_attention_requested(backbone.config)
+        self._is_padded = bool(canvas.padding.any())
+        self._mask: Mask | None = None
+        self._mask_columns: tuple[int, int] | None = None
 
     def run_step(self, start: int, index: int, num_left: int) -> None:
-        canvas, cache, sprint = self.canvas, self.cache, self.sprint
+        canvas, cache = self.canvas, self.cache
         stop = start + self.block_length
-        # SPRINT: the last warm-up step shows which part of the prefix the others need.
-        is_observed = sprint is not None and start > 0 and index + 1 == sprint.cache_warmup_steps
-        if is_observed:
-            cache.observe(self._visible(stop), self.block_length)
-        if cache is not None and is_flash_attention_requested(self.backbone.config):
-            # Flash attention knows no block-causal mask: one block at a time.
-            for block in range(cache.get_seq_length(), start, self.block_length):
-                self._forward(block, block + self.block_length)
-                cache.commit(self.block_length)
+        if cache is not None and self._is_flash:
+            self.extend_prefix(cache, start)
         # A block's first step forwards whatever is not committed yet along with it (the prompt, or the block before it
         # with its final tokens) and commits that; so committing takes no pass of its own.
         first = 0 if cache is None else cache.get_seq_length()
@@ -128,8 +115,6 @@ class EagerRunner(Runner):
         self.step(self.state, padding, cache, context, self._attention_mask(first, stop), columns)
         if cache is not None:
             cache.commit(start - first)
-        if is_observed:
-            self._prune(start)
 
     def drop(self, indices: list[int]) -> None:
         kept = [index for index in range(len(self.rows)) if index not in indices]
@@ -141,40 +126,101 @@ class EagerRunner(Runner):
         self.state, self.step = self.make_step(len(self.rows))
         self._mask_columns = None
 
-    def _forward(self, start: int, stop: int) -> None:
-        """A block that is only context, behind the cache."""
-        tokens = self.canvas.ids[:, self.row_index, start:stop]
-        mask = self._attention_mask(start, stop)
-        self.num_forward_passes += 1
-        self.step.forward(tokens, self.canvas.padding[:, self.row_index], self.cache, mask=mask)
+    def extend_prefix(self, cache: BlockDiffusionCache, stop: int) -> None:
+        """Forwards and commits what is not in the cache yet of all before column `stop`, where a block begins."""
+        start = cache.get_seq_length()
+        # Flash attention knows no block-causal mask: one block at a time.
+        length = self.block_length if self._is_flash else max(stop - start, 1)
+        for first in range(start, stop, length):
+            tokens = self.canvas.ids[:, self.row_index, first : first + length]
+            mask = self._attention_mask(first, first + length)
+            self.num_forward_passes += 1
+            self.step.forward(tokens, self.canvas.padding[:, self.row_index], cache, mask=mask)
+            cache.commit(length)
 
-    def _attention_mask(self, first: int, stop: int):
+    def _attention_mask(self, first: int, stop: int) -> Mask | None:
         """`None` where the backbone's own block-causal mask will do. Most steps of a block share one."""
-        is_pruned = isinstance(self.cache, SprintCache) and self.cache.kept_is_real is not None
-        if not (self._is_padded or is_pruned):
+        if not self._is_padded:
             return None
-        if self._mask_columns != (first, stop, is_pruned):
-            self._mask = self._make_attention_mask(first, stop, is_pruned)
-            self._mask_columns = (first, stop, is_pruned)
+        if self._mask_columns != (first, stop):
+            visible = self._visible(stop)
+            block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
+            self._mask = create_block_causal_mask(
+                self.backbone.config,
+                self._hidden_states_like(first, stop),
+                visible,
+                self.cache,
+                self.block_length,
+                block_start,
+            )
+            self._mask_columns = first, stop
         return self._mask
 
-    def _make_attention_mask(self, first: int, stop: int, is_pruned: bool):
-        config, cache, visible = self.backbone.config, self.cache, self._visible(stop)
-        shape = torch.empty(visible.shape[0], stop - first, 0, dtype=self.backbone.dtype, device=visible.device)
-        if is_pruned:
-            visible = torch.cat([cache.kept_is_real, visible[:, first:]], dim=-1)
-            if bool(visible.all()):
-                return None
-            return create_bidirectional_mask(
-                config=config, inputs_embeds=shape, attention_mask=visible, past_key_values=cache
-            )
-        block_start = torch.zeros_like(visible[:, 0], dtype=torch.long)
-        return create_block_causal_mask(config, shape, visible, cache, self.block_length, block_start)
+    def _hidden_states_like(self, first: int, stop: int) -> torch.Tensor:
+        """What transformers' functions for masks read batch, length, dtype and device from."""
+        batch_size, device = self.num_branches * len(self.rows), self.row_index.device
+        return torch.empty(batch_size, stop - first, 0, dtype=self.backbone.dtype, device=device)
 
     def _visible(self, stop: int) -> torch.Tensor:
         """`(branches * rows, stop)`, false for padding."""
         columns = torch.arange(stop, device=self.row_index.device)
         return columns >= self.canvas.padding[:, self.row_index].flatten()[:, None]
+
+
+class SprintRunner(EagerRunner):
+    """
+    SPRINT: after the last of its warm-up steps a block sees only part of what is before it.
+
+    Args:
+        canvas, generator, backbone, cache, make_step: As above, the cache being a [`SprintCache`].
+        sprint ([`SprintConfig`]): The settings.
+        image_token_offset (`int`, *optional*): First image code, for separate ratios.
+    """
+
+    cache: SprintCache
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        generator: Generators,
+        backbone: PreTrainedModel,
+        cache: SprintCache,
+        make_step: Callable[[int], tuple[BlockState, DenoisingStep]],
+        sprint: SprintConfig,
+        image_token_offset: int | None,
+    ) -> None:
+        super().__init__(canvas, generator, backbone, cache, make_step)
+        self.sprint, self.image_token_offset = sprint, image_token_offset
+
+    def fill(self, start: int, num_masked: list[int]) -> None:
+        super().fill(start, num_masked)
+        self.cache.restore()
+        self._mask_columns = None
+
+    def run_step(self, start: int, index: int, num_left: int) -> None:
+        # The last warm-up step shows which part of the prefix the others need.
+        is_observed = start > 0 and index + 1 == self.sprint.cache_warmup_steps
+        if is_observed:
+            self.cache.observe(self._visible(start + self.block_length), self.block_length)
+        super().run_step(start, index, num_left)
+        if is_observed:
+            self._prune(start)
+
+    def _attention_mask(self, first: int, stop: int) -> Mask | None:
+        if self.cache.kept_is_real is None:
+            return super()._attention_mask(first, stop)
+        if self._mask_columns is None:
+            visible = torch.cat([self.cache.kept_is_real, self._visible(stop)[:, first:]], dim=-1)
+            self._mask = None
+            if not bool(visible.all()):
+                self._mask = create_bidirectional_mask(
+                    config=self.backbone.config,
+                    inputs_embeds=self._hidden_states_like(first, stop),
+                    attention_mask=visible,
+                    past_key_values=self.cache,
+                )
+            self._mask_columns = first, stop
+        return self._mask
 
     def _prune(self, start: int) -> None:
         prefix = self.canvas.ids[:, self.row_index, :start].flatten(0, 1)
@@ -183,6 +229,7 @@ class EagerRunner(Runner):
             is_image = prefix >= self.image_token_offset
         confidence = self.canvas.confidence[self.row_index, :start].repeat(self.num_branches, 1)
         self.cache.prune(self.sprint, confidence, is_image, self._visible(start))
+        self._mask_columns = None
 
 
 class StaticRunner(Runner):
@@ -195,7 +242,7 @@ class StaticRunner(Runner):
         buffers ([`StaticBuffers`]): Made for such a canvas.
     """
 
-    def __init__(self, canvas: Canvas, generator: Generators, buffers: StaticBuffers):
+    def __init__(self, canvas: Canvas, generator: Generators, buffers: StaticBuffers) -> None:
         super().__init__(canvas, generator)
         self.buffers, self.cache = buffers, buffers.cache
         self.state, self.step = buffers.state, buffers.step
@@ -235,7 +282,7 @@ class StaticRunner(Runner):
             tokens = self.canvas.ids[:, :, first : first + length]
             piece.copy_(F.pad(tokens, (0, length - tokens.shape[-1])))
             self.num_forward_passes += 1
-            self.buffers.run(f"prefix of {length}", lambda piece=piece: self._forward(piece))
+            self.buffers.run(f"prefix of {length}", partial(self._forward, piece))
             self.cache.commit(min(length, left))
 
     def _forward(self, piece: torch.Tensor) -> None:

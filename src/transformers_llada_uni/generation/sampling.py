@@ -1,6 +1,7 @@
 """One step of block diffusion as pure functions: guidance, the token of every mask, and which of them to commit."""
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
@@ -65,20 +66,21 @@ def predict_tokens(
 
     Args:
         logits: `(masks, vocabulary)`.
-        warpers: What shapes the distribution that is sampled from. `None`: take the most probable token.
-        uniforms: `(masks,)`, with `warpers`: where from 0 to 1 the token lies in the cumulative distribution.
+        warpers: What shapes the distribution.
+        uniforms: `(masks,)`: where from 0 to 1 the token lies in the cumulative distribution. `None`: take the most
+            probable one.
         confidence: What ranks positions, see [`SprintConfig`].
 
     Returns:
         Tokens, their probabilities, and the values to rank positions by, each `(masks,)`.
     """
     if warpers is not None:
-        logits = warpers(None, logits)
+        logits = warpers(None, logits)  # type: ignore[arg-type]  # they do not look at ids
     probabilities = logits.softmax(dim=-1)
-    if warpers is None:
+    if uniforms is None:
         tokens = probabilities.argmax(dim=-1)
     else:
-        cumulative = probabilities.cumsum(dim=-1)
+        cumulative = _cumulative_sum(probabilities)
         # Of the sum as it was rounded, so that no number lies behind it; `right`: no token of probability 0 is met.
         reached = uniforms[:, None].to(cumulative.dtype) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -93,10 +95,26 @@ def predict_tokens(
     return tokens, token_probabilities, ranking
 
 
-def make_warpers(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
+def _cumulative_sum(probabilities: torch.Tensor) -> torch.Tensor:
+    """Along the last dimension."""
+    if not (probabilities.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return probabilities.cumsum(dim=-1)
+    return _deterministic_cumulative_sum(probabilities)
+
+
+def _deterministic_cumulative_sum(values: torch.Tensor) -> torch.Tensor:
+    """In float64. torch's own refuses where algorithms have to be deterministic, as it is not on CUDA."""
+    total, distance = values.double(), 1
+    while distance < total.shape[-1]:
+        total = total + F.pad(total[..., :-distance], (distance, 0))
+        distance *= 2
+    return total
+
+
+def make_warpers(temperature: float | None, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
     """transformers' warpers in its own order: temperature, top-k, top-p."""
     warpers = LogitsProcessorList()
-    if temperature != 1.0:
+    if temperature is not None and temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))

@@ -1,7 +1,7 @@
 """SPRINT, the release's own acceleration: an approximation that prunes the prefix."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class SprintConfig:
     def __post_init__(self) -> None:
         for name in ("keep_ratio", "image_keep_ratio", "text_keep_ratio"):
             if name == "keep_ratio" or getattr(self, name) is not None:
-                check_number(f"{name}` of `cache_config", getattr(self, name), 0.0, 1.0, exclude_low=True)
+                check_number(f"{name}` of `cache_config", getattr(self, name), 0.0, 1.0, exclude_minimum=True)
         check_integer("cache_warmup_steps` of `cache_config", self.cache_warmup_steps, minimum=1)
         check_number("importance_alpha` of `cache_config", self.importance_alpha, 0.0, 1.0)
         choices = ("low_confidence", "top_k_margin", "neg_entropy")
@@ -52,22 +52,23 @@ class SprintConfig:
 class SprintLayer(BlockDiffusionLayer):
     """A layer that can measure how much a block looks at each prefix key, and then attend to some of them only."""
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int) -> None:
         super().__init__(max_length)
         self.observing = False
-        self.attention = None  # (rows, prefix) while observing
-        self.kept_keys = self.kept_values = None  # what is kept of the prefix, and room for a block behind it
+        self.attention: torch.Tensor  # (rows, prefix), once observed
+        # Keys and values that are kept of the prefix, with room for a block behind them
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, query_states: torch.Tensor, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.kept_keys is not None:
-            self.kept_keys[:, :, -self.block_length :] = key_states
-            self.kept_values[:, :, -self.block_length :] = value_states
-            return self.kept_keys, self.kept_values
+        if self.kept is not None:
+            for kept, states in zip(self.kept, (key_states, value_states), strict=True):
+                kept[:, :, -self.block_length :] = states
+            return self.kept
         keys, values = super().update(key_states, value_states)
         if self.observing:
-            self.attention = self._attention_to_prefix(query_states, keys)
+            self.attention = self._attention_to_prefix(kwargs["query_states"], keys)
         return keys, values
 
     def _attention_to_prefix(self, query_states: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -86,25 +87,25 @@ class SprintLayer(BlockDiffusionLayer):
         """Attend to these columns, `(rows, kept)`, until `restore`."""
         self.observing = False
         index = columns[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self.kept_keys, self.kept_values = (
-            F.pad(states.gather(2, index), (0, 0, 0, self.block_length)) for states in (self.keys, self.values)
-        )
+        room = 0, 0, 0, self.block_length
+        self.kept = F.pad(self.keys.gather(2, index), room), F.pad(self.values.gather(2, index), room)
 
     def restore(self) -> None:
-        self.kept_keys = self.kept_values = None
+        self.kept = None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.kept_keys is not None:
-            return self.kept_keys.shape[-2], 0
+        if self.kept is not None:
+            return self.kept[0].shape[-2], 0
         return super().get_mask_sizes(query_length)
 
 
 class SprintCache(BlockDiffusionCache):
     """[`BlockDiffusionCache`] whose prefix is pruned for part of every block, see [`SprintConfig`]."""
 
+    layers: list[SprintLayer]  # type: ignore[assignment]  # those of its parent are of another kind
     layer_class = SprintLayer
 
-    def __init__(self, num_layers: int, max_length: int):
+    def __init__(self, num_layers: int, max_length: int) -> None:
         super().__init__(num_layers, max_length)
         # (rows, kept) while the prefix is pruned, false where a row keeps fewer columns than another
         self.kept_is_real: torch.Tensor | None = None

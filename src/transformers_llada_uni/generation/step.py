@@ -4,6 +4,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import LogitsProcessorList
 
 from ..masking_block_causal import PrefixMask
@@ -12,6 +13,9 @@ from .guided_head import GuidedHead
 from .policy import CommitPolicy
 from .sampling import predict_tokens
 from .state import BlockState
+
+
+Mask = torch.Tensor | BlockMask | PrefixMask
 
 
 class DenoisingStep:
@@ -52,7 +56,7 @@ class DenoisingStep:
         padding: torch.Tensor,
         cache: BlockDiffusionCache | None = None,
         context: torch.Tensor | None = None,
-        mask: torch.Tensor | PrefixMask | None = None,
+        mask: Mask | None = None,
         columns: torch.Tensor | None = None,
     ) -> None:
         """
@@ -86,7 +90,7 @@ class DenoisingStep:
         padding: torch.Tensor,
         cache: BlockDiffusionCache | None,
         context: torch.Tensor | None = None,
-        mask: torch.Tensor | PrefixMask | None = None,
+        mask: Mask | None = None,
         columns: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states `(branches, rows, kept, hidden)` of the columns of `tokens`, all or those of `columns`."""
@@ -95,15 +99,17 @@ class DenoisingStep:
         if context is not None:
             tokens = torch.cat([context, tokens], dim=-1)
         padding = padding.flatten()
-        first = 0 if cache is None else cache.get_seq_length()
+        first: int | torch.Tensor = 0 if cache is None else cache.get_seq_length()
         if cache is not None and cache.first_column is not None:
             first, mask = cache.first_column, PrefixMask(cache.first_column, padding, self.block_length)
         positions = first + torch.arange(tokens.shape[-1], device=tokens.device)
-        columns_to_keep = None if columns is None else (columns + num_context).repeat(num_branches, 1)
+        positions_to_keep = None if columns is None else (columns + num_context).repeat(num_branches, 1)
         if columns is None and num_context > 0:
             of_block = torch.arange(num_context, num_context + block_length, device=tokens.device)
-            columns_to_keep = of_block.expand(num_branches * num_rows, -1)
-        outputs = self._backbone()(
+            positions_to_keep = of_block.expand(num_branches * num_rows, -1)
+        backbone = self._backbone()
+        assert backbone is not None  # who calls has it
+        outputs = backbone(
             input_ids=tokens.flatten(0, 1),
             attention_mask=mask,
             position_ids=(positions - padding[:, None]).clamp(min=0),
@@ -111,9 +117,9 @@ class DenoisingStep:
             use_cache=False,
             block_length=self.block_length,
             # The plain loop, which the caches are held against, computes all that the release computes.
-            columns_to_keep=None if cache is None else columns_to_keep,
+            positions_to_keep=None if cache is None else positions_to_keep,
         )
         hidden_states = outputs.last_hidden_state
-        if cache is None and columns_to_keep is not None:
-            hidden_states = hidden_states.take_along_dim(columns_to_keep[..., None], dim=1)
+        if cache is None and positions_to_keep is not None:
+            hidden_states = hidden_states.take_along_dim(positions_to_keep[..., None], dim=1)
         return hidden_states.unflatten(0, (num_branches, num_rows))

@@ -113,6 +113,7 @@ class ExpertWeights:
             weight = torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1).to(wide)
         else:
             weight = self.data.to(wide)
+        assert self.scales is not None  # it was checked
         rows, columns = self.scale_shape
         if self.kind != "float8":
             groups = weight.unflatten(2, (-1, columns))
@@ -175,8 +176,10 @@ def _quantize_expert(
     return torch.cat(data), torch.cat(scales, dim=0 if quantize is _quantize_float8 else 1)
 
 
-def _quantize_float8(weight, block_size, scale_dtype):
-    (rows, columns), (block_rows, block_columns) = weight.shape, block_size
+def _quantize_float8(
+    weight: torch.Tensor, scale_shape: tuple[int, int], scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (rows, columns), (block_rows, block_columns) = weight.shape, scale_shape
     padded = F.pad(weight, (0, -columns % block_columns, 0, -rows % block_rows))
     blocks = padded.unflatten(1, (-1, block_columns)).unflatten(0, (-1, block_rows))  # (blocks, rows, blocks, columns)
     scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
@@ -186,14 +189,18 @@ def _quantize_float8(weight, block_size, scale_dtype):
     return stored.reshape(padded.shape)[:rows, :columns].to(torch.float8_e4m3fn), scales
 
 
-def _quantize_int8(weight, scale_shape, scale_dtype):
+def _quantize_int8(
+    weight: torch.Tensor, scale_shape: tuple[int, int], scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     groups = weight.unflatten(1, (-1, scale_shape[1]))
     scales = _without_zeros((groups.abs().amax(dim=-1) / 127).to(scale_dtype))
     stored = (groups / scales.to(weight.dtype)[..., None]).round().clamp(-127, 127)
     return stored.flatten(1).to(torch.int8), scales.T.contiguous()
 
 
-def _quantize_int4(weight, scale_shape, scale_dtype):
+def _quantize_int4(
+    weight: torch.Tensor, scale_shape: tuple[int, int], scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     groups = weight.unflatten(1, (-1, scale_shape[1]))
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
     best_error = torch.full_like(largest, torch.inf)
@@ -256,7 +263,7 @@ def experts_one_by_one(
     hidden_states: torch.Tensor,
     gate_up: ExpertWeights,
     down: ExpertWeights,
-    top_k_index: torch.LongTensor,
+    top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """

@@ -3,11 +3,13 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.utils.import_utils import is_torch_greater_or_equal
+
+from .experts_interface import Experts
 
 
 # Beyond so many tokens an expert the gain over `grouped_mm` shrinks, and only prompts have so many
@@ -17,7 +19,7 @@ MAX_TOKENS_PER_EXPERT = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16,
 
 
 def fused_gather_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, top_k_weights: torch.Tensor
+    self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     r"""
     transformers' interface of experts, as `experts_implementation="fused_gather"`.
@@ -62,7 +64,7 @@ def fused_gather_experts_forward(
     return output.to(hidden_states.dtype)
 
 
-def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
+def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     """
     Args:
         states: `(pairs, in_features)`.
@@ -80,13 +82,13 @@ def linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.L
     return _compiled_linear_of_expert()(states, weight, expert)
 
 
-def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.LongTensor) -> torch.Tensor:
+def _linear_of_expert(states: torch.Tensor, weight: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
     # Not compiled, this would be a copy of an expert for every pair.
     return (states[:, None, :] * weight[expert]).sum(dim=-1)
 
 
 @functools.cache
-def _compiled_linear_of_expert() -> Callable:
+def _compiled_linear_of_expert() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     if not is_torch_greater_or_equal("2.13", accept_dev=True):
         raise ImportError(f"`experts_implementation='fused_gather'` needs torch 2.13, this is {torch.__version__}.")
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second; only who compiles waits for it
@@ -99,4 +101,5 @@ def _compiled_linear_of_expert() -> Callable:
             f"`experts_implementation='fused_gather'` needs a C++ compiler, such as g++ or what $CXX names: {error}"
         ) from error
     # As many shapes and types of weights as there are models in the process
-    return torch.compile(_linear_of_expert, fullgraph=True, dynamic=False, recompile_limit=64, isolate_recompiles=True)
+    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # torch's annotations lack them
+    return torch.compile(_linear_of_expert, fullgraph=True, dynamic=False, **options)

@@ -58,28 +58,8 @@ def gate_and_up(
     Returns:
         `(pairs, intermediate_size)`.
     """
-    intermediate_size = weights.out_features // 2
-    output = states.new_empty(len(pairs), intermediate_size)
-    _gate_and_up_kernel[(triton.cdiv(intermediate_size, tile.columns), len(weights.data))](
-        states,
-        weights.data,
-        weights.data if weights.scales is None else weights.scales,  # not read for plain weights
-        output,
-        pairs,
-        offsets,
-        len(pairs) // len(states),
-        intermediate_size,
-        weights.in_features,
-        weights.kind,
-        *weights.scale_shape,
-        *weights.scale_strides(),
-        _precision(states),
-        tile.rows,
-        tile.columns,
-        tile.reduction,
-        num_stages=tile.stages,
-        num_warps=tile.warps,
-    )
+    output = states.new_empty(len(pairs), weights.out_features // 2)
+    _multiply(states, weights, None, output, pairs, offsets, tile)
     return output
 
 
@@ -103,7 +83,21 @@ def down(
         `(pairs, hidden_size)`.
     """
     output = states.new_empty(len(pairs), weights.out_features)
-    _down_kernel[(triton.cdiv(weights.out_features, tile.columns), len(weights.data))](
+    _multiply(states, weights, top_k_weights, output, pairs, offsets, tile)
+    return output
+
+
+def _multiply(
+    states: torch.Tensor,
+    weights: ExpertWeights,
+    top_k_weights: torch.Tensor | None,
+    output: torch.Tensor,
+    pairs: torch.Tensor,
+    offsets: torch.Tensor,
+    tile: Tile,
+) -> None:
+    out_features = output.shape[1]
+    _product_kernel[(triton.cdiv(out_features, tile.columns), len(weights.data))](
         states,
         weights.data,
         weights.data if weights.scales is None else weights.scales,  # not read for plain weights
@@ -111,19 +105,19 @@ def down(
         output,
         pairs,
         offsets,
-        weights.out_features,
+        len(pairs) // len(states),
+        out_features,
         weights.in_features,
         weights.kind,
         *weights.scale_shape,
         *weights.scale_strides(),
-        _precision(states),
+        precision_of(states),
         tile.rows,
         tile.columns,
         tile.reduction,
         num_stages=tile.stages,
         num_warps=tile.warps,
     )
-    return output
 
 
 def sum_of_experts(expert_outputs: torch.Tensor, top_k: int, addend: torch.Tensor | None = None) -> torch.Tensor:
@@ -146,7 +140,7 @@ def sum_of_experts(expert_outputs: torch.Tensor, top_k: int, addend: torch.Tenso
     return output
 
 
-def _precision(states: torch.Tensor) -> str:
+def precision_of(states: torch.Tensor) -> str:
     return "ieee" if states.dtype == torch.float32 else "tf32"  # the latter says nothing of half precision
 
 
@@ -255,10 +249,11 @@ def _add_product(
 
 
 @triton.jit
-def _gate_and_up_kernel(
+def _product_kernel(
     states,
     weight,
     scales,
+    top_k_weights,  # `None` for gate and up
     output,
     pairs,
     offsets,
@@ -276,6 +271,8 @@ def _gate_and_up_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_REDUCTION: tl.constexpr,
 ):
+    """Gate and up: from tokens to pairs, with as many rows of `up` behind those of the gate. Down: from pairs on."""
+    IS_GATED: tl.constexpr = top_k_weights is None
     # Two columns of an int4 weight are one byte, from the first and from the second half.
     STORED: tl.constexpr = IN_FEATURES // 2 if KIND == "int4" else IN_FEATURES
     IS_EVEN: tl.constexpr = STORED % BLOCK_REDUCTION == 0 and OUT_FEATURES % BLOCK_COLUMNS == 0
@@ -289,16 +286,19 @@ def _gate_and_up_kernel(
     scaled_column = first_column + tl.arange(0, NUM_SCALES)
     has_column, has_scale = column < OUT_FEATURES, scaled_column < OUT_FEATURES
     reduction = tl.arange(0, BLOCK_REDUCTION)
-    weight += expert.to(tl.int64) * (2 * OUT_FEATURES * STORED)
-    gate_weight = weight + column[None, :] * STORED + reduction[:, None]
-    gate_scales = scales + expert * SCALE_STRIDE_EXPERT + scaled_column // SCALE_ROWS * SCALE_STRIDE_ROW
+    weight += expert.to(tl.int64) * ((2 if IS_GATED else 1) * OUT_FEATURES * STORED)
+    row_weight = weight + column[None, :] * STORED + reduction[:, None]
+    row_scales = scales + expert * SCALE_STRIDE_EXPERT + scaled_column // SCALE_ROWS * SCALE_STRIDE_ROW
 
     for start in range(first, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         has_row = row < last
-        token = tl.load(pairs + row, mask=has_row, other=0) // TOP_K
-        row_states = states + token.to(tl.int64)[:, None] * IN_FEATURES + reduction[None, :]
-        gate = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        pair = tl.load(pairs + row, mask=has_row, other=0)
+        source, target = (pair // TOP_K, row) if IS_GATED else (row, pair)
+        row_states = states + source.to(tl.int64)[:, None] * IN_FEATURES + reduction[None, :]
+        if not IS_GATED:
+            factor = tl.load(top_k_weights + pair, mask=has_row, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)  # of the gate, if there is one
         up = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for k in range(0, STORED, BLOCK_REDUCTION):
             has_k = reduction < STORED - k
@@ -306,79 +306,23 @@ def _gate_and_up_kernel(
             weight_mask = has_k[:, None] & has_column[None, :]
             tile = tl.load(row_states + k, mask=states_mask, other=0.0)
             high_tile = tl.load(row_states + STORED + k, mask=states_mask, other=0.0) if KIND == "int4" else tile
-            k_weight, k_scales = gate_weight + k, gate_scales + k // SCALE_COLUMNS * SCALE_STRIDE_COLUMN
-            gate = _add_product(
-                gate, tile, high_tile, k_weight, weight_mask, k_scales, k_scales + SCALES_TO_HIGH, has_scale,
-                KIND, IS_EVEN, PRECISION,
-            )  # fmt: skip
-            k_weight, k_scales = k_weight + OUT_FEATURES * STORED, k_scales + SCALES_TO_UP
-            up = _add_product(
-                up, tile, high_tile, k_weight, weight_mask, k_scales, k_scales + SCALES_TO_HIGH, has_scale,
-                KIND, IS_EVEN, PRECISION,
-            )  # fmt: skip
-        hidden = (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty)
-        place = output + row.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
-        tl.store(place, hidden, mask=has_row[:, None] & has_column[None, :])
-
-
-@triton.jit
-def _down_kernel(
-    states,
-    weight,
-    scales,
-    top_k_weights,
-    output,
-    pairs,
-    offsets,
-    OUT_FEATURES: tl.constexpr,
-    IN_FEATURES: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    SCALE_STRIDE_EXPERT: tl.constexpr,
-    SCALE_STRIDE_ROW: tl.constexpr,
-    SCALE_STRIDE_COLUMN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_REDUCTION: tl.constexpr,
-):
-    STORED: tl.constexpr = IN_FEATURES // 2 if KIND == "int4" else IN_FEATURES
-    IS_EVEN: tl.constexpr = STORED % BLOCK_REDUCTION == 0 and OUT_FEATURES % BLOCK_COLUMNS == 0
-    SCALES_TO_HIGH: tl.constexpr = STORED // SCALE_COLUMNS * SCALE_STRIDE_COLUMN
-    NUM_SCALES: tl.constexpr = 1 if SCALE_ROWS % BLOCK_COLUMNS == 0 else BLOCK_COLUMNS
-    expert = tl.program_id(1)
-    first, last = tl.load(offsets + expert), tl.load(offsets + expert + 1)
-    first_column = tl.program_id(0) * BLOCK_COLUMNS
-    column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    scaled_column = first_column + tl.arange(0, NUM_SCALES)
-    has_column, has_scale = column < OUT_FEATURES, scaled_column < OUT_FEATURES
-    reduction = tl.arange(0, BLOCK_REDUCTION)
-    weight += expert.to(tl.int64) * (OUT_FEATURES * STORED)
-    row_weight = weight + column[None, :] * STORED + reduction[:, None]
-    row_scales = scales + expert * SCALE_STRIDE_EXPERT + scaled_column // SCALE_ROWS * SCALE_STRIDE_ROW
-
-    for start in range(first, last, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        has_row = row < last
-        row_states = states + row.to(tl.int64)[:, None] * IN_FEATURES + reduction[None, :]
-        pair = tl.load(pairs + row, mask=has_row, other=0)
-        factor = tl.load(top_k_weights + pair, mask=has_row, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for k in range(0, STORED, BLOCK_REDUCTION):
-            has_k = reduction < STORED - k
-            states_mask = has_row[:, None] if IS_EVEN else has_row[:, None] & has_k[None, :]
-            weight_mask = has_k[:, None] & has_column[None, :]
-            tile = tl.load(row_states + k, mask=states_mask, other=0.0)
-            high_tile = tl.load(row_states + STORED + k, mask=states_mask, other=0.0) if KIND == "int4" else tile
-            k_scales = row_scales + k // SCALE_COLUMNS * SCALE_STRIDE_COLUMN
+            k_weight, k_scales = row_weight + k, row_scales + k // SCALE_COLUMNS * SCALE_STRIDE_COLUMN
             total = _add_product(
-                total, tile, high_tile, row_weight + k, weight_mask, k_scales, k_scales + SCALES_TO_HIGH, has_scale,
+                total, tile, high_tile, k_weight, weight_mask, k_scales, k_scales + SCALES_TO_HIGH, has_scale,
                 KIND, IS_EVEN, PRECISION,
             )  # fmt: skip
-        place = output + pair.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
-        weighted = (total * factor[:, None]).to(output.dtype.element_ty)
-        tl.store(place, weighted, mask=has_row[:, None] & has_column[None, :])
+            if IS_GATED:
+                k_weight, k_scales = k_weight + OUT_FEATURES * STORED, k_scales + SCALES_TO_UP
+                up = _add_product(
+                    up, tile, high_tile, k_weight, weight_mask, k_scales, k_scales + SCALES_TO_HIGH, has_scale,
+                    KIND, IS_EVEN, PRECISION,
+                )  # fmt: skip
+        if IS_GATED:
+            total = total * tl.sigmoid(total) * up
+        else:
+            total *= factor[:, None]
+        place = output + target.to(tl.int64)[:, None] * OUT_FEATURES + column[None, :]
+        tl.store(place, total.to(output.dtype.element_ty), mask=has_row[:, None] & has_column[None, :])
 
 
 @triton.jit

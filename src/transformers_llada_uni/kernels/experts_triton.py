@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from transformers.integrations.moe import (
 
 from . import DTYPES, IS_INTERPRETED, has_grouped_mm_kernel, has_triton, is_kernel_device
 from .expert_tiles import choose_tiles
-from .expert_weights import ExpertWeights
+from .expert_weights import ExpertWeights, Kind
+from .experts_interface import Experts, Float8Experts
 
 
 # Pairs of token and expert, per expert on average, beyond which `grouped_mm` does it: 128 are 4,096 tokens of the
@@ -30,9 +32,9 @@ SMALL_SHARED_MEMORY = 99 * 1024  # that a program may have on consumers' cards
 
 
 def triton_experts_forward(
-    self: nn.Module,
+    self: Experts,
     hidden_states: torch.Tensor,
-    top_k_index: torch.LongTensor,
+    top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -71,9 +73,9 @@ def triton_experts_forward(
 
 
 def triton_fp8_experts_forward(
-    self: nn.Module,
+    self: Float8Experts,
     hidden_states: torch.Tensor,
-    top_k_index: torch.LongTensor,
+    top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -86,7 +88,6 @@ def triton_fp8_experts_forward(
     """
     is_ours = (
         _can_compute(self, hidden_states, top_k_index, "float8")
-        and self.block_size is not None
         and self.activation_scheme == "dynamic"
         and self.gate_softcap is None
         and self.swiglu_alpha is None
@@ -94,10 +95,10 @@ def triton_fp8_experts_forward(
         and self.gate_up_proj.dtype == self.down_proj.dtype == torch.float8_e4m3fn
         and self.gate_up_proj_scale_inv.dtype == self.down_proj_scale_inv.dtype == torch.float32
     )
-    if is_ours:
-        block_size = tuple(self.block_size)
-        gate_up = ExpertWeights("float8", self.gate_up_proj, self.gate_up_proj_scale_inv, block_size, parts=2)
-        down = ExpertWeights("float8", self.down_proj, self.down_proj_scale_inv, block_size)
+    if is_ours and self.block_size is not None:
+        rows, columns = self.block_size
+        gate_up = ExpertWeights("float8", self.gate_up_proj, self.gate_up_proj_scale_inv, (rows, columns), parts=2)
+        down = ExpertWeights("float8", self.down_proj, self.down_proj_scale_inv, (rows, columns))
         return triton_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, addend=addend)
     output = fp8_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
     return output if addend is None else output + addend
@@ -107,7 +108,7 @@ def triton_experts(
     hidden_states: torch.Tensor,
     gate_up: ExpertWeights | torch.Tensor,
     down: ExpertWeights | torch.Tensor,
-    top_k_index: torch.LongTensor,
+    top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -172,8 +173,8 @@ def _triton_experts_operator(
     """[`triton_experts`] as one node of a compiled graph, which need not know what is inside."""
     return triton_experts(
         hidden_states,
-        ExpertWeights(gate_up_kind, gate_up, gate_up_scales, tuple(gate_up_scale_shape), parts=2),
-        ExpertWeights(down_kind, down, down_scales, tuple(down_scale_shape)),
+        _put_together(gate_up, gate_up_scales, gate_up_kind, gate_up_scale_shape, parts=2),
+        _put_together(down, down_scales, down_kind, down_scale_shape, parts=1),
         top_k_index,
         top_k_weights,
         addend,
@@ -191,7 +192,14 @@ def _taken_apart(weights: ExpertWeights | torch.Tensor) -> tuple[torch.Tensor, t
     return weights, None, "plain", [1, 1]
 
 
-def _can_compute(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, kind: str) -> bool:
+def _put_together(
+    data: torch.Tensor, scales: torch.Tensor | None, kind: str, scale_shape: list[int], parts: int
+) -> ExpertWeights:
+    rows, columns = scale_shape
+    return ExpertWeights(cast(Kind, kind), data, scales, (rows, columns), parts)
+
+
+def _can_compute(self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, kind: str) -> bool:
     """Whether experts, states and machine are what the kernels are for, all but the types of the weights."""
     is_much = top_k_index.numel() > self.num_experts * MAX_PAIRS_PER_EXPERT[kind]
     if not HAS_TRITON or (is_much and has_grouped_mm_kernel(hidden_states.device, hidden_states.dtype)):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .expert_weights import ExpertWeights
-from .experts_products import _add_product, _precision
+from .experts_products import _add_product, precision_of
 
 
 # More rows would read the weight again and again: then it is better made plain once.
@@ -53,7 +53,7 @@ def groupwise_linear(states: torch.Tensor, weights: ExpertWeights) -> torch.Tens
             weights.in_features,
             weights.kind,
             weights.scale_shape[1],
-            _precision(states),
+            precision_of(states),
             block_rows,
             BLOCK_COLUMNS,
             block_reduction,

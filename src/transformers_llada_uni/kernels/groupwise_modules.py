@@ -20,7 +20,7 @@ from .experts_triton import HAS_TRITON, triton_experts
 SCALES = "_scales"  # what the name of a weight's scales ends with
 
 
-class GroupwiseWeights:
+class GroupwiseWeights(nn.Module):
     """What the two modules have in common: their weights are parameters `name` and `name + "_scales"`."""
 
     kind: Kind
@@ -59,6 +59,7 @@ class GroupwiseWeights:
             raise ValueError(f"`{name}` is {list(found)} instead of {list(wanted)}.")
         stack = weight.reshape(-1, *wanted[-2:])
         made = quantize_experts(stack, self.kind, self.group_size, parts=self._parts(name))
+        assert made.scales is not None  # it is not plain
         return {
             name: made.data.view(getattr(self, name).shape),
             name + SCALES: made.scales.view(getattr(self, name + SCALES).shape),

@@ -38,7 +38,7 @@ def rms_norm(
         _rms_norm_kernel[(hidden.numel() // size,)](
             hidden, residual, weight, normed, total, eps, size, block, num_warps=min(max(block // 256, 1), 8)
         )
-    return normed if residual is None else (normed, total)
+    return normed if total is None else (normed, total)
 
 
 def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

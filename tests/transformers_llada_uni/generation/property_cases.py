@@ -66,9 +66,9 @@ def random_case(seed: int) -> tuple[str, dict]:
     guidance = rng.choice(["none", "text", "text and image"])
     if guidance != "none":
         for name in ("negative", "negative_image"):
-            companion = _prompts(rng, [rng.randint(1, 40) for _ in range(batch)])
-            arguments[f"{name}_input_ids"] = companion["input_ids"]
-            arguments[f"{name}_attention_mask"] = companion["attention_mask"]
+            negative = _prompts(rng, [rng.randint(1, 40) for _ in range(batch)])
+            arguments[f"{name}_input_ids"] = negative["input_ids"]
+            arguments[f"{name}_attention_mask"] = negative["attention_mask"]
         arguments["guidance_scale"] = rng.choice([1.5, 3.0])
         arguments["guidance_rescale"] = rng.choice([0.0, 0.7])
         if guidance == "text and image":

@@ -95,7 +95,7 @@ class TestAgreesWithTheRelease:
             row = cases.index(case)
             assert sequences[row, longest:].tolist() == case["output_ids"]
 
-    def test_guided_pictures_in_a_batch(self, released, expected):
+    def test_guided_images_in_a_batch(self, released, expected):
         """The first prompt twice and, between, a shorter one: the first must not notice."""
         case = image_arguments(expected["text_to_image"][0])
         length = case["input_ids"].shape[1]
@@ -453,7 +453,7 @@ class TestGenerationConfig:
         model.save_pretrained(tmp_path)
         loaded = LLaDA2MoeForBlockDiffusion.from_pretrained(tmp_path)
         assert isinstance(loaded.generation_config, BlockDiffusionGenerationConfig)
-        for name in BlockDiffusionGenerationConfig._DEFAULTS:
+        for name in BlockDiffusionGenerationConfig.defaults():
             assert getattr(loaded.generation_config, name) == getattr(model.generation_config, name), name
         assert loaded.generate(torch.tensor([[1, 2]])).shape == (1, 5)
 

@@ -23,7 +23,7 @@ def model():
 def hidden_states_of_blocks(model, ids: torch.Tensor) -> list[torch.Tensor]:
     """One step of every block, each behind the committed ones, as in `generate`; of four columns each."""
     length = ids.shape[1]
-    cache, columns_to_keep = BlockDiffusionCache(len(model.model.layers), length), torch.tensor([[0, 2, 5, 7]])
+    cache, positions_to_keep = BlockDiffusionCache(len(model.model.layers), length), torch.tensor([[0, 2, 5, 7]])
     found = []
     for start in range(0, length, BLOCK_LENGTH):
         outputs = model.model(
@@ -32,7 +32,7 @@ def hidden_states_of_blocks(model, ids: torch.Tensor) -> list[torch.Tensor]:
             past_key_values=cache,
             use_cache=False,
             block_length=BLOCK_LENGTH,
-            columns_to_keep=columns_to_keep,
+            positions_to_keep=positions_to_keep,
         )
         cache.commit(BLOCK_LENGTH)
         found.append(outputs.last_hidden_state)

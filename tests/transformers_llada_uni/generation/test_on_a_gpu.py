@@ -45,3 +45,16 @@ def test_a_second_gpu():
     for _ in range(3):
         found = model.generate(**TEXT | {"input_ids": TEXT["input_ids"].to("cuda:1")})
         assert torch.equal(found.cpu(), wanted.cpu())
+
+
+def test_sampling_where_algorithms_have_to_be_deterministic(monkeypatch):
+    """torch's cumulative sum is not, on CUDA, and raises; cuBLAS asks for a workspace of fixed size."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model, kind = model_on("cuda"), "sampled text, a generator for each row"
+    wanted = call(model, kind, use_cache=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            assert torch.equal(call(model, kind), wanted)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
 from tests.transformers_llada_uni.generation.recorded_steps import TracedProgram, recorded_on_cpu
-from transformers_llada_uni.generation import recording
+from transformers_llada_uni.generation import decoding, recording
 from transformers_llada_uni.generation.recording import recordings_of, why_not_recorded, why_not_static
 
 
@@ -61,7 +61,7 @@ KINDS = {
     ),
     "codes": ("generate_image_codes", {name: CODES[name] for name in ("input_ids", "grid", *SETTINGS)}),
     "guided codes": ("generate_image_codes", CODES),
-    "codes guided by two companions": (
+    "codes guided by text and image": (
         "generate_image_codes",
         CODES | {"negative_image_input_ids": ids_of(1, 30, seed=2), "image_guidance_scale": 1.5},
     ),
@@ -89,6 +89,16 @@ def test_recorded_steps_give_the_same_tokens(model, kind):
         assert TracedProgram.count - count == num_graphs
     # A step, a step that takes a finished block along, and what takes in the prompt
     assert 1 <= num_graphs <= 3
+
+
+def test_a_call_makes_no_state_where_it_finds_one(model, monkeypatch):
+    made = []
+    make = decoding.BlockState
+    monkeypatch.setattr(decoding, "BlockState", lambda *arguments: made.append(arguments) or make(*arguments))
+    with recorded_on_cpu():
+        for _ in range(3):
+            call(model, "guided codes")
+    assert len(made) == 1
 
 
 def test_other_lengths_are_served_by_the_same_graphs(model):

@@ -9,7 +9,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from transformers_llada_uni import LLaDA2MoeConfig, experts_fused_gather
+from transformers_llada_uni import LLaDA2MoeConfig
+from transformers_llada_uni.kernels import experts_fused_gather
 from transformers_llada_uni.kernels.experts_fused_gather import fused_gather_experts_forward, linear_of_expert
 
 
