@@ -146,6 +146,17 @@ class ModelTesterMixin:
             torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def assert_is_one_graph(model, **inputs):
+    """What `_can_compile_fullgraph` promises: dynamo and `torch.export` meet no value they would have to read."""
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs)
+        exported = torch.export.export(model, (), inputs).module()(**inputs)
+    for outputs in (compiled, exported):
+        torch.testing.assert_close(outputs.logits, expected)
+
+
 def saved_tensors(folder) -> dict[str, torch.Tensor]:
     """All tensors of a saved checkpoint, under the names they have on the disk."""
     tensors = {}

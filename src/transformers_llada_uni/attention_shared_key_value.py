@@ -6,7 +6,7 @@ from torch import nn
 
 
 def can_share_key_value_heads(
-    attention_implementation: str | None, query_states: torch.Tensor, attention_mask: torch.Tensor | None
+    attention_implementation: str | None, query_states: torch.Tensor, attention_mask: object | None
 ) -> bool:
     """
     Whether [`shared_key_value_attention_forward`] may stand in for transformers' sdpa.

@@ -1,5 +1,7 @@
 """Makes the Auto classes of transformers know this package."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -9,6 +11,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
@@ -19,7 +23,7 @@ from .modeling_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniModel
 from .processing_llada_uni import LLaDAUniProcessor
 
 
-for config_class, model_classes in {
+MODELS: dict[type[PreTrainedConfig], dict[Any, type[PreTrainedModel]]] = {
     LLaDA2MoeConfig: {
         AutoModel: LLaDA2MoeModel,
         AutoModelForCausalLM: LLaDA2MoeForBlockDiffusion,
@@ -30,7 +34,8 @@ for config_class, model_classes in {
         AutoModelForImageTextToText: LLaDAUniForConditionalGeneration,
         AutoModelForMultimodalLM: LLaDAUniForConditionalGeneration,
     },
-}.items():
+}
+for config_class, model_classes in MODELS.items():
     # Released folders say `auto_map`, and their code's classes register the same model types when it is run.
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, model_class in model_classes.items():

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -13,23 +13,27 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from .input_checks import check_integer, check_number
 
 
-def raises_builtin_errors(config_class: type) -> type:
+ConfigClass = TypeVar("ConfigClass", bound=PreTrainedConfig)
+
+
+def raises_builtin_errors(config_class: type[ConfigClass]) -> type[ConfigClass]:
     """`@strict` wraps what its checks raise in errors that are no ValueError or TypeError: this unwraps them."""
-    strict_init = config_class.__init__
+    strict_init = vars(config_class)["__init__"]
 
     @functools.wraps(strict_init)
     def __init__(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         try:
             strict_init(self, *args, **kwargs)
         except (StrictDataclassClassValidationError, StrictDataclassFieldValidationError) as error:
-            raise type(error.__cause__)(str(error)) from error
+            wrapped = TypeError if isinstance(error.__cause__, TypeError) else ValueError
+            raise wrapped(str(error)) from error
 
-    config_class.__init__ = __init__
+    setattr(config_class, "__init__", __init__)  # noqa: B010  to a type checker the signature stays that of the fields
     return config_class
 
 
-class CheckedFileMixin:
-    """Refuses a folder without a `config.json`, or with that of another model, instead of taking the defaults."""
+class CheckedFileConfig(PreTrainedConfig):
+    """Refuses a folder without a `config.json`, or with that of another model, where upstream takes the defaults."""
 
     @classmethod
     def get_config_dict(
@@ -38,11 +42,10 @@ class CheckedFileMixin:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json, or an empty one.")
-        if not isinstance(config_dict, dict):
-            raise ValueError(f"config.json of {pretrained_model_name_or_path} must hold an object, got a list.")
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+        own = config_dict.get(cls.base_config_key, config_dict)
+        if own.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"config.json of {pretrained_model_name_or_path} has the `model_type` {config_dict['model_type']!r}; "
+                f"config.json of {pretrained_model_name_or_path} has the `model_type` {own['model_type']!r}; "
                 f"{cls.__name__} reads {cls.model_type!r}."
             )
         return config_dict, kwargs
@@ -50,7 +53,7 @@ class CheckedFileMixin:
 
 @raises_builtin_errors
 @strict
-class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
+class LLaDA2MoeConfig(CheckedFileConfig):
     r"""
     Configuration of [`LLaDA2MoeModel`]. The defaults are those of the released LLaDA2.0-Uni backbone; text-only
     LLaDA2.0 and LLaDA2.1 checkpoints use the same class with `image_token_offset=None`.
@@ -82,6 +85,7 @@ class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
     """
 
     model_type = "llada2_moe"
+    base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 600000.0
     attribute_map = {
@@ -105,7 +109,7 @@ class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
         "layers.*.mlp.shared_experts.up_proj": "colwise",
         "layers.*.mlp.shared_experts.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -173,22 +177,21 @@ class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
-            "head_dim",
             "num_experts",
             "n_group",
             "max_position_embeddings",
             "block_length",
         ):
             check_integer(name, getattr(self, name), minimum=1)
+        head_dim = check_integer("head_dim", self.head_dim, minimum=1)
         for name in ("num_shared_experts", "first_k_dense_replace"):
             check_integer(name, getattr(self, name), minimum=0)
-        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, exclude_low=True)
+        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, exclude_minimum=True)
         check_number("rms_norm_eps", self.rms_norm_eps, 0.0)
         check_number("initializer_range", self.initializer_range, 0.0)
         check_number("attention_dropout", self.attention_dropout, 0.0, 1.0)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be an activation function of transformers, got {self.hidden_act!r}.")
-        self._check_rope()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -214,21 +217,19 @@ class LLaDA2MoeConfig(CheckedFileMixin, PreTrainedConfig):
                 f"`image_token_offset` must lie between 1 and `vocab_size` - 1 ({self.vocab_size - 1}), got "
                 f"{self.image_token_offset}."
             )
-
-    def _check_rope(self) -> None:
-        rope = self.rope_parameters
+        rope: dict[str, Any] = dict(self.rope_parameters or {})  # never empty after initialisation
         if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
                 f"`rope_type` of `rope_parameters` must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got "
                 f"{rope['rope_type']!r}."
             )
-        check_number("rope_theta` of `rope_parameters", rope["rope_theta"], 0.0, exclude_low=True)
-        check_number("partial_rotary_factor", rope["partial_rotary_factor"], 0.0, 1.0, exclude_low=True)
-        rotated = int(self.head_dim * rope["partial_rotary_factor"])
+        check_number("rope_theta` of `rope_parameters", rope["rope_theta"], 0.0, exclude_minimum=True)
+        check_number("partial_rotary_factor", rope["partial_rotary_factor"], 0.0, 1.0, exclude_minimum=True)
+        rotated = int(head_dim * rope["partial_rotary_factor"])
         if rotated == 0 or rotated % 2:
             raise ValueError(
                 f"`partial_rotary_factor` ({rope['partial_rotary_factor']}) must leave an even number of `head_dim` "
-                f"({self.head_dim}) channels to rotate, got {rotated}."
+                f"({head_dim}) channels to rotate, got {rotated}."
             )
 
 

@@ -1,30 +1,65 @@
 """Checks of arguments: each refuses a bad value by the argument's name, before any work is done."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 
-def check_integer(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    return value
 
 
-def check_number(name: str, value: Any, low: float, high: float = math.inf, exclude_low: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (exclude_low and value == low):
-        lower = f"above {low:g}" if exclude_low else f"at least {low:g}"
-        upper = "finite" if math.isinf(high) else f"at most {high:g}"
-        raise ValueError(f"`{name}` must be a number, {lower} and {upper}, got {value!r}.")
+def check_number(
+    name: str, value: Any, minimum: float, maximum: float = math.inf, exclude_minimum: bool = False
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value}.")
+    if not minimum <= value <= maximum or (exclude_minimum and value == minimum):
+        wanted = f"above {minimum:g}" if exclude_minimum else f"at least {minimum:g}"
+        raise ValueError(
+            f"`{name}` must be {wanted}{'' if math.isinf(maximum) else f' and at most {maximum:g}'}, got {value}."
+        )
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_generator(generator: Any, count: int, items: str = "rows") -> None:
+    """`None`, one generator for all, or a list with one for each of `count` items."""
+    for item in generator if isinstance(generator, list) else [] if generator is None else [generator]:
+        if not isinstance(item, torch.Generator):
+            hint = f"; for a seed write torch.Generator().manual_seed({item})" if isinstance(item, int) else ""
+            raise TypeError(
+                f"`generator` must be a torch.Generator or a list of them, got {type(item).__name__}{hint}."
+            )
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"`generator` has {len(generator)} generators for {count} {items}; give one for each.")
 
 
 def check_token_id(name: str, value: Any, vocab_size: float = math.inf) -> None:
     """A token's id, or a list of them; `None` where there is none."""
-    for token_id in value if isinstance(value, list) else [value] if value is not None else []:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+    for token_id in value if isinstance(value, list) else [] if value is None else [value]:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise TypeError(f"`{name}` must be a token's id, an integer, got {value!r}.")
+        if not 0 <= token_id < vocab_size:
             limit = "" if math.isinf(vocab_size) else f" below the vocabulary's size of {vocab_size}"
             raise ValueError(f"`{name}` must be an id of at least 0{limit}, got {value!r}.")
 
@@ -65,6 +100,7 @@ def check_forward_inputs(
     block_length: Any,
     hidden_size: int,
     past_length: int,
+    positions_to_keep: Any = None,
 ) -> None:
     """What the backbone's `forward` can tell of its arguments without reading the values of a tensor."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -87,24 +123,20 @@ def check_forward_inputs(
         check_tensor("position_ids", position_ids, ndim=2)
         if position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch_size):
             check_shape("position_ids", position_ids, (batch_size, length))
+    if positions_to_keep is not None:
+        check_tensor("positions_to_keep", positions_to_keep, (torch.long,), ndim=2)
+        check_shape("positions_to_keep", positions_to_keep, (batch_size, positions_to_keep.shape[1]))
 
 
-def check_columns_to_keep(columns_to_keep: Any, inputs: torch.Tensor) -> None:
-    """Columns of each row, `(batch, kept)`. Their values are not read: an accelerator would have to be waited for."""
-    if columns_to_keep is not None:
-        check_tensor("columns_to_keep", columns_to_keep, (torch.long,), ndim=2)
-        check_shape("columns_to_keep", columns_to_keep, (inputs.shape[0], columns_to_keep.shape[1]))
-
-
-def check_labels(labels: Any, inputs: torch.Tensor, logits_to_keep: int | torch.Tensor) -> None:
+def check_labels(labels: Any, inputs: torch.Tensor | None, logits_to_keep: int | torch.Tensor) -> None:
     """Labels belong to the positions that logits are computed for: all, unless `logits_to_keep` says otherwise."""
     if labels is not None:
         check_tensor("labels", labels, (torch.long,), ndim=2)
-        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0 and inputs is not None:
             check_shape("labels", labels, tuple(inputs.shape[:2]))
 
 
-def split_rows(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> list[torch.LongTensor]:
+def split_rows(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> list[torch.Tensor]:
     """Rows without the padding on their left, each `(length,)`."""
     check_ids(name, input_ids)
     if attention_mask is None:
@@ -128,21 +160,13 @@ def split_rows(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) 
     return [row[len(row) - length :] for row, length in zip(input_ids, lengths, strict=True)]
 
 
-def check_length(name: str, prompts: list[torch.LongTensor], num_new_tokens: int, limit: int) -> None:
+def check_length(name: str, prompts: list[torch.Tensor], num_new_tokens: int, limit: int) -> None:
     longest = max(len(prompt) for prompt in prompts)
     if longest + num_new_tokens > limit:
         raise ValueError(
             f"A prompt of {longest} tokens and {num_new_tokens} new ones (`{name}`) exceed "
             f"`max_position_embeddings` ({limit}); at most {max(limit - longest, 0)} new tokens fit."
         )
-
-
-def check_generator(generator: Any, num_rows: int) -> None:
-    for item in generator if isinstance(generator, list) else [generator] if generator is not None else []:
-        if not isinstance(item, torch.Generator):
-            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {type(item).__name__}.")
-    if isinstance(generator, list) and len(generator) != num_rows:
-        raise ValueError(f"`generator` is a list of {len(generator)}, but there are {num_rows} rows.")
 
 
 def check_streamer(streamer: Any, num_rows: int) -> None:
@@ -162,14 +186,6 @@ def check_grid(grid: Any) -> int:
     return grid[0] * grid[1]
 
 
-def check_guidance(guidance_scale: Any, image_guidance_scale: Any, guidance_rescale: Any) -> None:
-    for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-        check_number(name, value, 0.0)
-    is_number = isinstance(guidance_rescale, (int, float)) and not isinstance(guidance_rescale, bool)
-    if not is_number or not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"`guidance_rescale` must be between 0 and 1, got {guidance_rescale!r}.")
-
-
 def check_known_codes(
     image_codes: Any, image_codes_mask: Any, shape: tuple[int, int], codebook_size: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -180,24 +196,23 @@ def check_known_codes(
         return None
     check_tensor("image_codes", image_codes, (torch.long, torch.int))
     check_tensor("image_codes_mask", image_codes_mask, (torch.bool,))
-    for name, tensor in (("image_codes", image_codes), ("image_codes_mask", image_codes_mask)):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} (batch, H * W), got {tuple(tensor.shape)}.")
+    check_shape("image_codes", image_codes, shape)
+    check_shape("image_codes_mask", image_codes_mask, shape)
     if int(image_codes.min()) < 0 or int(image_codes.max()) >= codebook_size:
         raise ValueError(f"`image_codes` must lie between 0 and {codebook_size - 1}.")
     return image_codes, image_codes_mask
 
 
-def check_pictures(pixel_values: Any, image_grid_thw: Any, patch_width: int) -> list[int]:
-    """Returns the number of patches of each picture."""
+def check_images(pixel_values: Any, image_grid_thw: Any, patch_width: int) -> list[int]:
+    """Returns the number of patches of each image."""
     check_tensor("pixel_values", pixel_values, ndim=2)
     if not pixel_values.is_floating_point():
         raise ValueError(f"`pixel_values` must hold floating-point numbers, got {pixel_values.dtype}.")
     if image_grid_thw is None:
-        raise ValueError("`pixel_values` need `image_grid_thw`, the (pictures, 3) sizes in patches, got None.")
+        raise ValueError("`pixel_values` need `image_grid_thw`, the (images, 3) sizes in patches, got None.")
     check_tensor("image_grid_thw", image_grid_thw, (torch.long, torch.int))
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[-1] != 3 or image_grid_thw.shape[0] == 0:
-        raise ValueError(f"`image_grid_thw` must have shape (pictures, 3), got {tuple(image_grid_thw.shape)}.")
+        raise ValueError(f"`image_grid_thw` must have shape (images, 3), got {tuple(image_grid_thw.shape)}.")
     if bool((image_grid_thw < 1).any()) or bool((image_grid_thw[:, 0] != 1).any()):
         raise ValueError(
             f"`image_grid_thw` must hold rows of 1, height and width, at least one patch each, got "

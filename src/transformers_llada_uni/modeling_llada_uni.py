@@ -4,29 +4,33 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel  # noqa: F401  diffusers reads here how a component is loaded
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_llada_uni import LLaDAUniConfig
 from .generation.interleaved import InterleavedGenerationMixin
-from .input_checks import check_ids, check_labels, check_pictures
+from .input_checks import check_ids, check_images, check_labels
 from .modeling_llada2_moe import LLaDA2MoeModel, LLaDA2MoePreTrainedModel
 from .weight_hooks import weights_in_place
 
 
 class LLaDAUniPreTrainedModel(LLaDA2MoePreTrainedModel):
-    config: LLaDAUniConfig
-    input_modalities = ("image", "text")
+    config: LLaDAUniConfig  # type: ignore[assignment]  # of another model, with the backbone's beneath it
+    input_modalities = ["image", "text"]
     _no_split_modules = ["LLaDA2MoeDecoderLayer", "GlmImageVisionBlock", "GlmImageVQVAEVectorQuantizer"]
     _can_record_outputs = {}  # the sub-models record their own
 
 
 class LLaDAUniModel(LLaDAUniPreTrainedModel):
-    """The model without its head: ids and pictures to hidden states."""
+    """The model without its head: ids and images to hidden states."""
 
     def __init__(self, config: LLaDAUniConfig):
         super().__init__(config)
@@ -35,108 +39,118 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         self.language_model = LLaDA2MoeModel._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_decoder(self) -> LLaDA2MoeModel:
-        return self.language_model
-
     @property
     def _patch_width(self) -> int:
-        return self.config.vision_config.in_channels * self.config.vision_config.patch_size**2
+        config = self.config.vision_config
+        return config.in_channels * config.patch_size**2  # type: ignore[operator]  # GLM-Image's patches are square
 
-    @torch.no_grad()
-    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         r"""
+        What the vision tower makes of images, before it is quantized; named and shaped as in transformers' GLM-Image.
+
         Args:
-            pixel_values: `(patches, channels * patch_size * patch_size)`, the patches of all pictures one after the
+            pixel_values: `(patches, channels * patch_size * patch_size)`, the patches of all images one after the
                 other, each in raster order.
-            image_grid_thw: `(pictures, 3)`: 1, height and width in patches.
+            image_grid_thw: `(images, 3)`: 1, height and width in patches.
 
         Returns:
-            For each picture its codes, `(height, width)`.
+            The vision tower's output, `last_hidden_state` `(patches, hidden_size)`; its `pooler_output` is a list with
+            `(hidden_size, height, width)` for each image.
 
         Raises:
             ValueError, TypeError: if patches and grids do not fit together.
         """
-        lengths = check_pictures(pixel_values, image_grid_thw, self._patch_width)
-        # Upstream reads the weights of these two without calling them.
-        with weights_in_place(self.visual.embeddings.position_embedding, self.vqmodel.quantize.embedding):
-            features = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
-            codes = []
-            for picture, (_, height, width) in zip(features.split(lengths), image_grid_thw.tolist(), strict=True):
-                picture = picture.T.reshape(1, -1, height, width)
-                codes.append(self.vqmodel.encode(picture).image_tokens.view(height, width))
-        return codes
+        lengths = check_images(pixel_values, image_grid_thw, self._patch_width)
+        with weights_in_place(self.visual.embeddings.position_embedding):  # upstream reads it without a call
+            outputs = self.visual(pixel_values, grid_thw=image_grid_thw, return_dict=True, **kwargs)
+        outputs.pooler_output = [
+            features.T.reshape(-1, height, width)
+            for features, (_, height, width) in zip(
+                outputs.last_hidden_state.split(lengths), image_grid_thw.tolist(), strict=True
+            )
+        ]
+        return outputs
 
-    def check_pictures(
-        self,
-        input_ids: dict[str, torch.LongTensor],
-        pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.LongTensor | None,
-    ) -> None:
+    @torch.no_grad()
+    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
         r"""
+        For each image its codes, `(height, width)`; see [`LLaDAUniModel.get_image_features`] for the arguments.
+        """
+        features = self.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        with weights_in_place(self.vqmodel.quantize.embedding):  # upstream reads it without a call
+            return [self.vqmodel.encode(of[None]).image_tokens.view(of.shape[1:]) for of in features]
+
+    def place_images(
+        self,
+        input_ids: dict[str, torch.Tensor],
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        Puts the tokens of images where ids hold their places open (`config.image_token_id`).
+
         Args:
-            input_ids: By name, ids that all hold places open for the same pictures.
+            input_ids: By name, ids that all hold places open for the same images.
+            pixel_values, image_grid_thw: See [`LLaDAUniModel.get_image_features`]; `None` without images.
+
+        Returns:
+            `input_ids` with the tokens in their places.
 
         Raises:
-            ValueError, TypeError: if pictures and ids do not fit together; nothing is computed before.
+            ValueError, TypeError: if images and ids do not fit together; nothing is computed before.
         """
+        offset, place = self.config.text_config.image_token_offset, self.config.image_token_id
         num_codes = 0
-        if pixel_values is not None:
-            if self.config.text_config.image_token_offset is None or self.config.image_token_id is None:
-                raise ValueError(
-                    "`pixel_values` were given, but the configuration lacks `image_token_offset` or `image_token_id`: "
-                    "this checkpoint reads no pictures."
-                )
-            num_codes = sum(check_pictures(pixel_values, image_grid_thw, self._patch_width))
-        elif image_grid_thw is not None:
-            raise ValueError("`image_grid_thw` was given without `pixel_values`.")
-        for name, ids in input_ids.items():
-            check_ids(name, ids)
-            num_places = 0 if self.config.image_token_id is None else int((ids == self.config.image_token_id).sum())
-            if num_places != num_codes:
-                raise ValueError(
-                    f"`{name}` holds {num_places} places for image codes, but `pixel_values` has {num_codes} patches. "
-                    "Let the processor make both, and do not cut its `input_ids`."
-                )
-
-    def encode_images(
-        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
-    ) -> torch.LongTensor | None:
-        """The tokens of all pictures one after the other, `(patches,)`; `None` without pictures."""
         if pixel_values is None:
-            return None
-        codes = torch.cat([grid.flatten() for grid in self.get_image_codes(pixel_values, image_grid_thw)])
-        return codes + self.config.text_config.image_token_offset
-
-    def place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
-        """Puts the tokens of pictures where `input_ids` holds their places open (`config.image_token_id`)."""
-        if codes is None:
+            if image_grid_thw is not None:
+                raise ValueError("`image_grid_thw` was given without `pixel_values`.")
+        elif offset is None or place is None:
+            raise ValueError(
+                "`pixel_values` were given, but the configuration lacks `image_token_offset` or `image_token_id`: "
+                "this checkpoint reads no images."
+            )
+        else:
+            num_codes = sum(check_images(pixel_values, image_grid_thw, self._patch_width))
+        for name, ids in input_ids.items():
+            self._check_places(name, ids, num_codes)
+        if pixel_values is None or image_grid_thw is None or offset is None or place is None:
             return input_ids
-        return input_ids.masked_scatter(input_ids == self.config.image_token_id, codes.to(input_ids))
+        codes = torch.cat([grid.flatten() for grid in self.get_image_codes(pixel_values, image_grid_thw)]) + offset
+        return {name: ids.masked_scatter(ids.eq(place), codes.to(ids)) for name, ids in input_ids.items()}
+
+    def _check_places(self, name: str, ids: torch.Tensor, num_codes: int) -> None:
+        check_ids(name, ids)
+        if self.config.image_token_id is not None:
+            num_places = ids.eq(self.config.image_token_id).sum()
+            torch_compilable_check(
+                num_places == num_codes,
+                lambda: (
+                    f"`{name}` holds {int(num_places)} places for image codes, but `pixel_values` has {num_codes} "
+                    "patches. Let the processor make both, and do not cut its `input_ids`."
+                ),
+            )
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs too names `position_ids`
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
-        See [`LLaDA2MoeModel.forward`] and, for `pixel_values` and `image_grid_thw`, [`LLaDAUniModel.get_image_codes`].
+        See [`LLaDA2MoeModel.forward`] and, for `pixel_values` and `image_grid_thw`,
+        [`LLaDAUniModel.get_image_features`].
         """
         if input_ids is not None:
-            self.check_pictures({"input_ids": input_ids}, pixel_values, image_grid_thw)
-            input_ids = self.place_image_codes(input_ids, self.encode_images(pixel_values, image_grid_thw))
+            input_ids = self.place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
         elif pixel_values is not None:
             raise ValueError("`pixel_values` need `input_ids` that hold their places open, got `inputs_embeds`.")
         return self.language_model(
@@ -149,8 +163,10 @@ class LLaDAUniModel(LLaDAUniPreTrainedModel):
         )
 
 
-class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGenerationMixin):
-    """The whole language model: reads text and pictures, generates text and image codes."""
+class LLaDAUniForConditionalGeneration(  # type: ignore[misc]  # the mixin serves both configurations
+    LLaDAUniPreTrainedModel, InterleavedGenerationMixin
+):
+    """The whole language model: reads text and images, generates text and image codes."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -164,47 +180,42 @@ class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGener
         self.loss_type = "ForMaskedLM"
         self.post_init()
 
-    def get_decoder(self) -> LLaDA2MoeModel:
-        return self.model.language_model
-
-    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[torch.LongTensor]:
+    def get_image_codes(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
         """See [`LLaDAUniModel.get_image_codes`]."""
         return self.model.get_image_codes(pixel_values, image_grid_thw)
 
-    def _check_pictures(
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`LLaDAUniModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def _place_images(
         self,
-        input_ids: dict[str, torch.LongTensor],
+        input_ids: dict[str, torch.Tensor],
         pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.LongTensor | None,
-    ) -> None:
-        self.model.check_pictures(input_ids, pixel_values, image_grid_thw)
-
-    def _encode_images(
-        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.LongTensor | None
-    ) -> torch.LongTensor | None:
-        return self.model.encode_images(pixel_values, image_grid_thw)
-
-    def _place_image_codes(self, input_ids: torch.LongTensor, codes: torch.LongTensor | None) -> torch.LongTensor:
-        return self.model.place_image_codes(input_ids, codes)
+        image_grid_thw: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        return self.model.place_images(input_ids, pixel_values, image_grid_thw)
 
     @can_return_tuple
     @merge_with_config_defaults
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs too names `position_ids`
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""
         See [`LLaDA2MoeForBlockDiffusion.forward`] and, for `pixel_values` and `image_grid_thw`,
-        [`LLaDAUniModel.get_image_codes`].
+        [`LLaDAUniModel.get_image_features`].
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         outputs: MoeModelOutputWithPast = self.model(
@@ -217,19 +228,7 @@ class LLaDAUniForConditionalGeneration(LLaDAUniPreTrainedModel, InterleavedGener
             image_grid_thw=image_grid_thw,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
+        return self._predict(outputs, labels, logits_to_keep, **kwargs)
 
 
 __all__ = ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"]

@@ -9,9 +9,12 @@ from transformers.utils import output_capturing
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its `forward`: hooks of its own, of accelerate or of diffusers."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    # transformers leaves those behind once hidden states were asked for; they do nothing by themselves.
-    hooks = [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+    hooks = [
+        hook
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # transformers leaves those behind once hidden states were asked for; they do nothing by themselves.
+        if getattr(hook, "__module__", None) != output_capturing.__name__
+    ]
     of_diffusers = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
     return bool(hooks or of_diffusers or hasattr(module, "_hf_hook"))
 

@@ -1,0 +1,1 @@
+"""Tests of configurations, models and processors. No tests of decoders and pipelines."""

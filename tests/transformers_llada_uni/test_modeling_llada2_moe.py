@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
-from tests.common import ModelTesterMixin, saved_tensors
+from tests.common import ModelTesterMixin, assert_is_one_graph, saved_tensors
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion, LLaDA2MoeModel
+from transformers_llada_uni.masking_block_causal import create_block_causal_mask
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
 
 
@@ -253,20 +254,20 @@ class TestLoading:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("padding", [0, 3])
 @torch.no_grad()
-def test_columns_to_keep_changes_only_what_is_computed(official_tiny, implementation, padding):
-    """Kept columns, whatever their order, are those of the whole forward, and the cache takes in all columns."""
+def test_positions_to_keep_changes_only_what_is_computed(official_tiny, implementation, padding):
+    """What is kept, whatever its order, is that of the whole forward, and the cache takes in all positions."""
     model = LLaDA2MoeModel.from_pretrained(official_tiny, attn_implementation=implementation)
     ids = torch.randint(0, 400, (2, 24), generator=torch.Generator().manual_seed(0))
     attention_mask = torch.ones_like(ids)
     attention_mask[1, :padding] = 0
     arguments = {"input_ids": ids, "attention_mask": attention_mask, "block_length": 8}
     whole = model(**arguments, past_key_values=DynamicCache())
-    columns = torch.tensor([[4, 23, 9], [8, 7, 21]])
+    positions = torch.tensor([[4, 23, 9], [8, 7, 21]])
     last_mlp_lengths = []
     hook = model.layers[-1].mlp.register_forward_hook(lambda *call: last_mlp_lengths.append(call[-1].shape[1]))
-    some = model(**arguments, past_key_values=DynamicCache(), columns_to_keep=columns)
+    some = model(**arguments, past_key_values=DynamicCache(), positions_to_keep=positions)
     hook.remove()
-    expected = torch.stack([whole.last_hidden_state[row, columns[row]] for row in range(2)])
+    expected = torch.stack([whole.last_hidden_state[row, positions[row]] for row in range(2)])
     torch.testing.assert_close(some.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
     for layer, expected_layer in zip(some.past_key_values.layers, whole.past_key_values.layers, strict=True):
         assert torch.equal(layer.keys, expected_layer.keys) and torch.equal(layer.values, expected_layer.values)
@@ -275,24 +276,92 @@ def test_columns_to_keep_changes_only_what_is_computed(official_tiny, implementa
 
 
 @torch.no_grad()
-def test_columns_to_keep_with_one_mask_for_all_rows():
+def test_positions_to_keep_with_one_mask_for_all_rows():
     model = tiny_backbone().model
     ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(0))
     visible = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(1)) < 0.7
     visible |= torch.eye(16, dtype=torch.bool)
     whole = model(input_ids=ids, attention_mask=visible).last_hidden_state
-    columns = torch.tensor([[3, 15], [0, 6]])
-    some = model(input_ids=ids, attention_mask=visible, columns_to_keep=columns).last_hidden_state
-    expected = torch.stack([whole[row, columns[row]] for row in range(2)])
+    positions = torch.tensor([[3, 15], [0, 6]])
+    some = model(input_ids=ids, attention_mask=visible, positions_to_keep=positions).last_hidden_state
+    expected = torch.stack([whole[row, positions[row]] for row in range(2)])
     torch.testing.assert_close(some, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_flash_attention_refuses_what_it_cannot_mask():
-    from transformers_llada_uni.masking_block_causal import create_block_causal_mask
+PACKED = torch.cat([torch.arange(10), torch.arange(14)])[None]
 
+
+@pytest.mark.parametrize(
+    "implementation, given", [("sdpa", "attention_mask"), ("sdpa", "position_ids"), ("eager", "attention_mask")]
+)
+def test_forward_is_one_graph(implementation, given):
+    model = TestCommon().model()
+    model.set_attn_implementation(implementation)
+    attention_mask = torch.ones(2, 24, dtype=torch.long)
+    attention_mask[0, :3] = 0
+    inputs = {"attention_mask": attention_mask, "position_ids": PACKED}
+    assert_is_one_graph(model, **TestCommon().inputs(), **{given: inputs[given]})
+
+
+@pytest.mark.parametrize(
+    "implementation, block_length", [("sdpa", 8), ("sdpa", 32), ("eager", 8), ("flex_attention", 8)]
+)
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(implementation, block_length):
+    """Positions that start again are another document, as everywhere in transformers."""
+    model = TestCommon().model()
+    ids = TestCommon().inputs()["input_ids"]
+    alone = [model(document, block_length=block_length).logits for document in ids.split([10, 14], dim=1)]
+    model.set_attn_implementation(implementation)
+    packed = model(ids, position_ids=PACKED, block_length=block_length).logits
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_rows_with_documents_of_their_own_and_a_whole_row():
+    model = TestCommon().model()
+    ids = TestCommon().inputs()["input_ids"]
+    position_ids = torch.cat([PACKED, torch.arange(24)[None]])
+    packed = model(ids, position_ids=position_ids, block_length=8, use_cache=True).logits
+    torch.testing.assert_close(packed[1], model(ids, block_length=8).logits[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed[0, 10:], model(ids[:1, 10:], block_length=8).logits[0], rtol=1e-4, atol=1e-5)
+
+
+class TestResizing:
+    def test_a_text_only_checkpoint_saves_and_loads(self, tmp_path):
+        model = TestCommon().model()
+        model.resize_token_embeddings(100, mean_resizing=False)
+        model.save_pretrained(tmp_path)
+        loaded = LLaDA2MoeForBlockDiffusion.from_pretrained(tmp_path).eval()
+        ids = torch.tensor([[99, 3, 98]])
+        with torch.no_grad():
+            assert loaded(ids).logits.shape == (1, 3, 100)
+            torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("arguments", [{"new_num_tokens": 770}, {"pad_to_multiple_of": 500}])
+    def test_image_codes_are_the_last_ids(self, model, arguments):
+        with pytest.raises(ValueError, match="`new_num_tokens`.*vocabulary of 768.*image codes, from 512"):
+            model.resize_token_embeddings(**arguments)
+        assert model.config.vocab_size == len(model.get_input_embeddings().weight) == 768
+        assert model.resize_token_embeddings(768, pad_to_multiple_of=64) is model.model.word_embeddings
+
+
+def test_flash_attention_refuses_what_it_cannot_mask():
     config = LLaDA2MoeConfig()
     config._attn_implementation_internal = "flash_attention_2"
     embeds = torch.zeros(1, 48, 4)
     with pytest.raises(ValueError, match="one block of `block_length=32`"):
         create_block_causal_mask(config, embeds, None, None, 32)
     assert create_block_causal_mask(config, embeds[:, :32], None, None, 32) is None
+    with pytest.raises(ValueError, match="documents that `position_ids` packs"):
+        create_block_causal_mask(config, embeds[:, :24], None, None, 32, position_ids=PACKED)
+    assert (
+        create_block_causal_mask(config, embeds[:, :24], None, None, 32, position_ids=torch.arange(24)[None]) is None
+    )
+
+
+def test_attention_without_a_mask_function_is_refused():
+    config = LLaDA2MoeConfig()
+    config._attn_implementation_internal = "of_another_engine"
+    with pytest.raises(ValueError, match="'of_another_engine'.*mask function"):
+        create_block_causal_mask(config, torch.zeros(1, 48, 4), None, None, 32)

@@ -14,8 +14,14 @@ from transformers import (
     pipeline,
 )
 
-from tests.common import ModelTesterMixin
-from transformers_llada_uni import LLaDA2MoeConfig, LLaDAUniConfig, LLaDAUniForConditionalGeneration, LLaDAUniModel
+from tests.common import ModelTesterMixin, assert_is_one_graph
+from transformers_llada_uni import (
+    LLaDA2MoeConfig,
+    LLaDA2MoeForBlockDiffusion,
+    LLaDAUniConfig,
+    LLaDAUniForConditionalGeneration,
+    LLaDAUniModel,
+)
 
 
 def tiny_config() -> LLaDAUniConfig:
@@ -158,7 +164,57 @@ class TestAgreesWithTheRelease:
         torch.testing.assert_close(found, features["0.understand_single.features"], rtol=0, atol=1e-4)
 
 
-class TestPicturesInPrompts:
+class TestImageFeatures:
+    @torch.no_grad()
+    def test_of_several_images(self, model, processor, official_tiny):
+        images = [Image.open(official_tiny / "images" / f"{index}.png") for index in range(2)]
+        inputs = processor.image_processor(images, return_tensors="pt")
+        arguments = inputs["pixel_values"], inputs["image_grid_thw"]
+        outputs = model.get_image_features(*arguments, output_hidden_states=True)
+        config = model.config.vision_config
+        assert outputs.last_hidden_state.shape == (len(arguments[0]), config.hidden_size)
+        assert len(outputs.hidden_states) == config.depth + 1
+        sizes = [tuple(grid[1:]) for grid in arguments[1].tolist()]
+        assert [tuple(features.shape) for features in outputs.pooler_output] == [
+            (config.hidden_size, *s) for s in sizes
+        ]
+        assert torch.equal(outputs.pooler_output[0][:, 0, 1], outputs.last_hidden_state[1])
+        assert torch.equal(model.get_image_features(*arguments, return_dict=False)[0], outputs.last_hidden_state)
+
+    def test_they_have_a_gradient(self, model, processor, official_tiny):
+        inputs = processor.image_processor(Image.open(official_tiny / "images" / "0.png"), return_tensors="pt")
+        (features,) = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        assert features.requires_grad
+
+
+class TestBackboneOfACompositeFolder:
+    def test_config(self, model, converted_dir):
+        config = LLaDA2MoeConfig.from_pretrained(converted_dir / "model")
+        assert type(config) is LLaDA2MoeConfig
+        assert {**config.to_dict(), "dtype": "float32"} == model.config.text_config.to_dict()
+
+    @torch.no_grad()
+    def test_weights_load_and_save(self, model, converted_dir, tmp_path):
+        ids = torch.arange(1, 25)[None]
+        for folder in (converted_dir / "model", tmp_path):
+            loaded, info = LLaDA2MoeForBlockDiffusion.from_pretrained(folder, output_loading_info=True)
+            assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+            loaded.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llada2_moe"
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_forward_is_one_graph(is_masked):
+    torch.manual_seed(0)
+    model = LLaDAUniForConditionalGeneration(tiny_config()).eval()
+    inputs = {"input_ids": torch.randint(0, 40, (2, 24)), "block_length": 8}
+    if is_masked:
+        inputs["attention_mask"] = torch.ones(2, 24, dtype=torch.long)
+    assert_is_one_graph(model, **inputs)
+
+
+class TestImagesInPrompts:
     def test_pixels_equal_codes(self, model, processor, official_tiny):
         """Open places with pixels, and the codes themselves in their places, are one input."""
         picture = Image.open(official_tiny / "images" / "0.png")

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed.checkpoint import is_sharded_checkpoint
 
+from .folder_writing import folder_at_once
 from .model_loading import AUTO_CLASSES
 
 
@@ -21,7 +21,7 @@ def consolidate_checkpoint(checkpoint: str | Path, output: str | Path, max_shard
         max_shard_size: Size of the largest file, such as `"5GB"`.
 
     Raises:
-        ValueError: if `checkpoint` holds no shards.
+        ValueError: if `checkpoint` holds no shards, or is of another model.
         FileExistsError: if `output` exists.
     """
     checkpoint, output = Path(checkpoint), Path(output)
@@ -32,17 +32,17 @@ def consolidate_checkpoint(checkpoint: str | Path, output: str | Path, max_shard
     if output.exists():
         raise FileExistsError(f"`output` {str(output)!r} exists already.")
     config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type not in AUTO_CLASSES:
+        raise ValueError(f"`checkpoint` {str(checkpoint)!r} is of the model {config.model_type!r}, which is not ours.")
     model = AUTO_CLASSES[config.model_type].from_pretrained(checkpoint)
-    # Shards hold fused experts; with these a model knows how its experts are laid out on disk.
-    model._weight_conversions = get_model_conversion_mapping(model)
+    # Shards hold fused experts, and it would be saved as it was read: now it is saved as a model made anew.
+    model._weight_conversions = None
 
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, max_shard_size=max_shard_size)
-    for file in checkpoint.iterdir():
-        if file.suffix in (".json", ".jinja") and not (part / file.name).exists() and _describes_processing(file):
-            shutil.copy(file, part / file.name)
-    part.rename(output)
+    with folder_at_once(output) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        for file in checkpoint.iterdir():
+            if file.suffix in (".json", ".jinja") and _describes_processing(file):
+                shutil.copy(file, folder / file.name)
 
 
 def _describes_processing(file: Path) -> bool:

@@ -1,5 +1,6 @@
 """The model and the processor of a name, whichever of the layouts it has."""
 
+import os
 from typing import Any
 
 from transformers import (
@@ -20,9 +21,17 @@ from transformers.utils import cached_file
 AUTO_CLASSES = {"llada_uni": AutoModelForMultimodalLM, "llada2_moe": AutoModelForCausalLM}
 
 
-def _has_file(name_or_path: str, file: str, revision: str | None) -> bool:
-    found = cached_file(name_or_path, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return found is not None
+def _has_file(name_or_path: str, file: str, **location: Any) -> bool:
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **location) is not None
+
+
+def _part_of_pipeline(name_or_path: str, part: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is given for a part of a pipeline; for `name_or_path` itself if that is no pipeline."""
+    if not _has_file(name_or_path, "model_index.json", revision=revision):
+        return name_or_path, {"revision": revision}
+    if os.path.isdir(name_or_path):
+        return os.path.join(name_or_path, part), {}  # adapters and cards name the model by this path
+    return name_or_path, {"revision": revision, "subfolder": part}
 
 
 def load_model(name_or_path: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:
@@ -32,24 +41,39 @@ def load_model(name_or_path: str, revision: str | None = None, **settings: Any) 
     Args:
         name_or_path (`str`): A folder, or a repository of the Hub.
         revision (`str`, *optional*): Of the repository.
-        **settings: For `from_pretrained`; `distributed_config` may be a dict, as it is in a configuration file.
+        **settings: For `from_pretrained`; `distributed_config` may be a dict, as it is in a configuration file, and
+            the name of an `attn_implementation` is that of the language model: the image tokenizer has fewer.
 
     Returns:
         [`LLaDAUniForConditionalGeneration`], or [`LLaDA2MoeForBlockDiffusion`] for the backbone alone.
+
+    Raises:
+        ValueError: for a model of another type.
     """
-    location = {"revision": revision}
-    if _has_file(name_or_path, "model_index.json", revision):
-        location["subfolder"] = "model"
+    name_or_path, location = _part_of_pipeline(name_or_path, "model", revision)
     if isinstance(settings.get("distributed_config"), dict):
         settings["distributed_config"] = DistributedConfig(**settings["distributed_config"])
     config = AutoConfig.from_pretrained(name_or_path, **location)
+    if config.model_type not in AUTO_CLASSES:
+        raise ValueError(f"{name_or_path!r} holds a model of type {config.model_type!r}, not {list(AUTO_CLASSES)}.")
+    if "text_config" in config.sub_configs and isinstance(settings.get("attn_implementation"), str):
+        settings["attn_implementation"] = {"text_config": settings["attn_implementation"]}
     return AUTO_CLASSES[config.model_type].from_pretrained(name_or_path, **location, **settings)
 
 
 def load_processor(name_or_path: str, revision: str | None = None) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """The processor that belongs to [`load_model`] of the same name; for a backbone alone, its tokenizer."""
-    location = {"revision": revision}
-    if _has_file(name_or_path, "model_index.json", revision):
-        return AutoProcessor.from_pretrained(name_or_path, subfolder="processor", **location)
-    has_processor = _has_file(name_or_path, "processor_config.json", revision)
-    return (AutoProcessor if has_processor else AutoTokenizer).from_pretrained(name_or_path, **location)
+    """
+    The processor that belongs to [`load_model`] of the same name; for a backbone alone, its tokenizer. That of a
+    pipeline's `model/` lies beside it.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name_or_path, location = _part_of_pipeline(name_or_path, "processor", revision)
+    beside = os.path.join(os.path.dirname(os.path.abspath(name_or_path)), "processor")
+    is_beside = os.path.isdir(name_or_path) and os.path.isdir(beside)
+    for place in [name_or_path, beside] if is_beside else [name_or_path]:
+        for auto_class, file in ((AutoProcessor, "processor_config.json"), (AutoTokenizer, "tokenizer_config.json")):
+            if _has_file(place, file, **location):
+                return auto_class.from_pretrained(place, **location)
+    raise ValueError(f"{name_or_path!r} holds neither a processor nor a tokenizer.")

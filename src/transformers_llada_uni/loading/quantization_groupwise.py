@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -22,7 +22,7 @@ from ..kernels.groupwise_modules import GroupwiseExperts, GroupwiseLinear, Group
 
 METHOD = "llada_uni_groupwise"
 DECODER_LAYER = "LLaDA2MoeDecoderLayer"  # by its name, as in `_no_split_modules`: the modeling files import this one
-KINDS = {4: "int4", 8: "int8"}
+KINDS: dict[int, Kind] = {4: "int4", 8: "int8"}
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "triton")  # the latter two are defaults
 
 
@@ -57,7 +57,7 @@ class GroupwiseQuantizationConfig(QuantizationConfigMixin):
         is_power = type(group_size) is int and group_size >= MIN_GROUP and group_size & (group_size - 1) == 0
         if not is_power:
             raise ValueError(f"`group_size` must be a power of two of at least {MIN_GROUP}, got {group_size!r}.")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # registered names are no QuantizationMethod
         self.bits = bits
         self.group_size = group_size
 
@@ -101,8 +101,16 @@ def replace_with_groupwise_modules(model: nn.Module, config: PreTrainedConfig, k
 class QuantizeGroupwise(ConversionOps):
     """A weight, as it was read, to what the module that it belongs to stores."""
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any) -> dict[str, torch.Tensor]:
-        stored = {}
+    def convert(  # type: ignore[override]  # tensors, as transformers' own quantisers return, not lists of them
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        stored: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             module, own_name = get_module_from_name(model, name)
@@ -147,10 +155,10 @@ class GroupwiseHfQuantizer(HfQuantizer):
             if isinstance(module, GroupwiseWeights):
                 nn.Module.requires_grad_(module, False)  # what transformers loads takes gradients if it can
         # Saving would turn round what was done to the experts in loading; but quantised they stay together.
-        if hasattr(model, "_weight_conversions"):
-            model._weight_conversions = [
-                conversion for conversion in model._weight_conversions if not isinstance(conversion, WeightConverter)
-            ]
+        conversions: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            kept = [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+            model._weight_conversions = kept  # type: ignore[assignment]  # torch declares attributes of modules only
 
     def is_serializable(self) -> bool:
         return True

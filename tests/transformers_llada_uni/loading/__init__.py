@@ -1,0 +1,1 @@
+"""Tests of how weights are loaded, quantised, offloaded and written."""
