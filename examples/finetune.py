@@ -1,5 +1,5 @@
 """
-Fine-tunes with LoRA on a handful of conversations, one of them about a picture; merges, saves, and asks again.
+Fine-tunes with LoRA on a handful of conversations, one of them about an image; merges, saves, and asks again.
 
     python examples/finetune.py                                          # the tiny checkpoint in this repository
     python examples/finetune.py --checkpoint llada-uni --data my/dataset # a converted pipeline, your conversations

@@ -1,6 +1,6 @@
 """
 What `llada-uni train <stage>` runs. Each stage is a pair: the dataclasses that its options come from, and a function
-that takes their instances, trains, saves, and writes a model card.
+that makes its trainer of their instances. [`finish`] trains, saves, and writes a model card.
 """
 
 import functools
@@ -9,21 +9,27 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
-import datasets
+import torch
 import trl.rewards
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from transformers import AutoModel, AutoTokenizer
+from peft import PeftConfig
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
+    DPOConfig,
+    GRPOConfig,
     ModelConfig,
     ScriptArguments,
+    SFTConfig,
     get_dataset,
     get_peft_config,
     get_quantization_config,
 )
+from trl.data_utils import get_dataset_column_names
 from trl.scripts.grpo import GRPOScriptArguments
 
 from diffusers_llada_uni.semantic_embedder import LLaDAUniSemanticEmbedder
@@ -34,8 +40,15 @@ from diffusers_llada_uni.training.decoder_data import prepare_decoder_dataset
 from diffusers_llada_uni.training.decoder_trainer import LLaDAUniDecoderTrainer
 from diffusers_llada_uni.training.distillation_config import LLaDAUniDistillationConfig
 from diffusers_llada_uni.training.distillation_trainer import LLaDAUniDistillationTrainer
-from transformers_llada_uni import training
+from transformers_llada_uni import LLaDAUniForConditionalGeneration, training
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
+from transformers_llada_uni.training.base_trainer import BaseTrainer
+from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
+
+
+logger = logging.get_logger(__name__)
+Reward = Callable[..., Any] | str
+Built = tuple[BaseTrainer, ScriptArguments]
 
 
 @dataclass
@@ -50,11 +63,10 @@ class ImageTokenizerArguments:
     )
 
 
-def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig | None, wants_evaluation: bool):
-    """
-    The training split and, if wanted, the evaluation split: of a dataset of the Hub, of a folder or file that
-    `datasets.load_dataset` reads, of a folder written by `save_to_disk`, or of a mixture (`datasets:`).
-    """
+def load_data(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig | None, wants_evaluation: bool
+) -> tuple[AnyDataset, AnyDataset | None]:
+    """The training split and, if wanted, the evaluation split, of [`load_training_dataset`] or a mixture."""
     name = script_args.dataset_name
     if dataset_args is not None and dataset_args.datasets:
         if name is not None:
@@ -62,31 +74,31 @@ def load_data(script_args: ScriptArguments, dataset_args: DatasetMixtureConfig |
         data = get_dataset(dataset_args)
     elif name is None:
         raise ValueError("Give `dataset_name` (or a mixture in `datasets`): there is nothing to train on.")
-    elif any(Path(name, marker).exists() for marker in ("dataset_dict.json", "dataset_info.json")):
-        data = datasets.load_from_disk(name)
-        data = {script_args.dataset_train_split: data} if isinstance(data, datasets.Dataset) else data
     else:
-        data = datasets.load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    splits = [script_args.dataset_train_split]
-    splits += [script_args.dataset_test_split] if wants_evaluation else []
-    for split in splits:
-        if split not in data:
-            raise ValueError(f"The data has no split {split!r}, only {sorted(data)}.")
-    return data[splits[0]], data[splits[1]] if wants_evaluation else None
+        data = load_training_dataset(name, script_args.dataset_config, script_args.dataset_streaming)
+    train_dataset = split_of(data, script_args.dataset_train_split, "dataset_train_split")
+    if not wants_evaluation:
+        return train_dataset, None
+    return train_dataset, split_of(data, script_args.dataset_test_split, "dataset_test_split")
 
 
-def load_language_model(model_args: ModelConfig, model_init_kwargs: dict[str, Any] | None):
+def load_language_model(
+    model_args: ModelConfig, training_args: TrainingArguments, model_init_kwargs: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, Any]:
     """The language model of `model_name_or_path` and its processor, as the options say."""
     path, revision = _path(model_args), model_args.model_revision
-    settings = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    settings: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
-    model = load_model(path, revision, **{**settings, **(model_init_kwargs or {})})
-    return model, load_processor(path, revision)
+    settings |= model_init_kwargs or {}
+    if settings["attn_implementation"] == "flex_attention" and training_args.device.type == "cpu":
+        settings["attn_implementation"] = "sdpa"
+        logger.warning("`attn_implementation`: flex_attention does not train on a CPU; sdpa takes its place.")
+    return load_model(path, revision, **settings), load_processor(path, revision)
 
 
-def adapter_of(model_args: ModelConfig):
+def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
     """With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss."""
     if not model_args.use_peft:
         return None
@@ -101,25 +113,44 @@ def _path(model_args: ModelConfig) -> str:
     return model_args.model_name_or_path
 
 
-def reward_functions(script_args: GRPOScriptArguments) -> list[Callable | str]:
+def reward_functions(script_args: GRPOScriptArguments) -> list[Reward]:
     """trl's rewards by name, others by the path `module.function`, seen from the working directory."""
-    rewards = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
+    rewards: list[Reward] = []
+    if script_args.reward_model_name_or_path:
+        rewards.append(script_args.reward_model_name_or_path)
     for name in script_args.reward_funcs or []:
         module_name, _, function = name.rpartition(".")
         if not module_name:
-            if name not in trl.rewards.__all__:
+            if not hasattr(trl.rewards, name):
                 raise ValueError(f"`reward_funcs`: {name!r} is no reward of trl, and no path `module.function`.")
             rewards.append(getattr(trl.rewards, name))
             continue
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        rewards.append(getattr(importlib.import_module(module_name), function))
+        module = importlib.import_module(module_name)
+        if not hasattr(module, function):
+            raise ValueError(f"`reward_funcs`: {module.__file__} has no {function!r}.")
+        rewards.append(getattr(module, function))
     if not rewards:
         raise ValueError("Give `reward_funcs` or `reward_model_name_or_path`: there is nothing to reward.")
     return rewards
 
 
-def finish(trainer, script_args: ScriptArguments) -> None:
+def image_decoder(
+    rewards: list[Reward], model_args: ModelConfig, device: torch.device
+) -> Callable[[list[torch.Tensor]], list[Any]] | None:
+    """Makes images of codes, with the decoder of the pipeline, if a reward has an argument `generated_images`."""
+    if not any(callable(reward) and "generated_images" in signature(reward).parameters for reward in rewards):
+        return None
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+    # Codes are decoded without the language model, most of the weights, which the trainer holds.
+    pipe = LLaDAUniPipeline.from_pretrained(_path(model_args), revision=model_args.model_revision, model=None).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return lambda grids: [pipe.decode_codes(codes[None].to(device))[0] for codes in grids]
+
+
+def finish(trainer: BaseTrainer, script_args: ScriptArguments) -> None:
     """Trains (or goes on), saves, writes the card, and pushes if that was asked for."""
     args = trainer.args
     resume = args.resume_from_checkpoint
@@ -132,14 +163,27 @@ def finish(trainer, script_args: ScriptArguments) -> None:
     trainer.end()
 
 
-def train_language_model(trainer_name: str, script_args, training_args, model_args, dataset_args) -> None:
+# The stages
+
+
+def language_model_trainer(
+    trainer_class: Any,
+    script_args: ScriptArguments,
+    training_args: SFTConfig | DPOConfig | GRPOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> Built:
     """Supervised fine-tuning, DPO and GRPO, which differ in the trainer and in GRPO's rewards."""
-    further = {"reward_funcs": reward_functions(script_args)} if trainer_name == "LLaDAUniGRPOTrainer" else {}
-    wants_evaluation = training_args.eval_strategy != "no"
-    train_dataset, eval_dataset = load_data(script_args, dataset_args, wants_evaluation)
-    model, processor = load_language_model(model_args, training_args.model_init_kwargs)
+    further: dict[str, Any] = {}
+    if isinstance(script_args, GRPOScriptArguments):
+        further["reward_funcs"] = reward_functions(script_args)
+    train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
+    model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up
-    trainer = getattr(training, trainer_name)(
+    if "reward_funcs" in further and "grid" in get_dataset_column_names(train_dataset):
+        further["decode_images"] = image_decoder(further["reward_funcs"], model_args, training_args.device)
+    trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -148,98 +192,99 @@ def train_language_model(trainer_name: str, script_args, training_args, model_ar
         peft_config=adapter_of(model_args),
         **further,
     )
-    finish(trainer, script_args)
+    return trainer, script_args
 
 
-def train_image_tokenizer(script_args, tokenizer_args, training_args, model_args) -> None:
+def image_tokenizer_trainer(
+    script_args: ScriptArguments,
+    tokenizer_args: ImageTokenizerArguments,
+    training_args: training.LLaDAUniImageTokenizerConfig,
+    model_args: ModelConfig,
+) -> Built:
     if tokenizer_args.text_model_name_or_path is None:
         raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
-    parts = load_data(script_args, None, training_args.eval_strategy != "no")
-    model, processor = load_language_model(model_args, None)
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    model, processor = load_language_model(model_args, training_args)
     # Of a model of both, such as SigLIP, the text tower alone
     text_model = AutoModel.from_pretrained(tokenizer_args.text_model_name_or_path)
     trainer = training.LLaDAUniImageTokenizerTrainer(
         model,
         getattr(text_model, "text_model", text_model),
-        training_args,
-        *parts,
-        processing_class=processor,
-        text_tokenizer=AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path),
-    )
-    finish(trainer, script_args)
-
-
-def _decoder_components(model_args: ModelConfig, classes: dict[str, type]) -> dict[str, Any]:
-    path, revision = _path(model_args), model_args.model_revision
-    return {
-        name: component.from_pretrained(path, subfolder=name, revision=revision) for name, component in classes.items()
-    }
-
-
-def _decoder_data(script_args, training_args, model_args) -> list[Any]:
-    """Both datasets as codes and latents; pictures need the rest of the pipeline for that."""
-    parts = list(load_data(script_args, None, training_args.eval_strategy != "no"))
-    if "codes" in (parts[0].column_names or []):
-        return parts
-    model, processor = load_language_model(model_args, None)
-    vae = _decoder_components(model_args, {"vae": AutoencoderKL})["vae"]
-    return [
-        None if part is None else prepare_decoder_dataset(part, model, processor.image_processor, vae)
-        for part in parts
-    ]
-
-
-def train_autoencoder(script_args, training_args, model_args) -> None:
-    parts = load_data(script_args, None, training_args.eval_strategy != "no")
-    vae = _decoder_components(model_args, {"vae": AutoencoderKL})["vae"]
-    image_processor = load_processor(_path(model_args), model_args.model_revision).image_processor
-    finish(LLaDAUniAutoencoderTrainer(vae, training_args, *parts, image_processor=image_processor), script_args)
-
-
-def train_decoder(script_args, training_args, model_args) -> None:
-    parts = _decoder_data(script_args, training_args, model_args)
-    classes = {"transformer": ZImageTransformer2DModel, "semantic_embedder": LLaDAUniSemanticEmbedder}
-    components = _decoder_components(model_args, classes)
-    finish(LLaDAUniDecoderTrainer(*components.values(), training_args, *parts), script_args)
-
-
-def distill_decoder(script_args, training_args, model_args) -> None:
-    train_dataset, eval_dataset = _decoder_data(script_args, training_args, model_args)
-    classes = {
-        "transformer": ZImageTransformer2DModel,
-        "semantic_embedder": LLaDAUniSemanticEmbedder,
-        "scheduler": FlowMatchEulerDiscreteScheduler,
-    }
-    trainer = LLaDAUniDistillationTrainer(
-        *_decoder_components(model_args, classes).values(),
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        processing_class=processor,
+        text_tokenizer=AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path),
     )
-    finish(trainer, script_args)
+    return trainer, script_args
 
 
-def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., None]]]:
-    """Per stage the dataclasses of its options and what to do with them."""
-    language_model = {}
-    for stage, script_arguments in {
-        "sft": ScriptArguments,
-        "dpo": ScriptArguments,
-        "grpo": GRPOScriptArguments,
-    }.items():
-        name = f"LLaDAUni{stage.upper()}"
-        options = (script_arguments, getattr(training, f"{name}Config"), ModelConfig, DatasetMixtureConfig)
-        language_model[stage] = (options, functools.partial(train_language_model, f"{name}Trainer"))
-    tokenizer_options = (
-        ScriptArguments,
-        ImageTokenizerArguments,
-        training.LLaDAUniImageTokenizerConfig,
-        ModelConfig,
+def _component(component_class: Any, name: str, model_args: ModelConfig) -> Any:
+    return component_class.from_pretrained(_path(model_args), subfolder=name, revision=model_args.model_revision)
+
+
+def _decoder_data(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelConfig
+) -> dict[str, AnyDataset | None]:
+    """Both datasets as codes and latents; images need the rest of the pipeline for that."""
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    if "codes" not in get_dataset_column_names(train_dataset):
+        model, processor = load_language_model(model_args, training_args)
+        if not isinstance(model, LLaDAUniForConditionalGeneration):
+            raise ValueError(f"`model_name_or_path` {_path(model_args)!r} has no image tokenizer.")
+        rest = (model, processor.image_processor, _component(AutoencoderKL, "vae", model_args))
+        train_dataset = prepare_decoder_dataset(train_dataset, *rest)
+        eval_dataset = None if eval_dataset is None else prepare_decoder_dataset(eval_dataset, *rest)
+    return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+
+
+def autoencoder_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniAutoencoderConfig, model_args: ModelConfig
+) -> Built:
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    trainer = LLaDAUniAutoencoderTrainer(
+        _component(AutoencoderKL, "vae", model_args),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        image_processor=load_processor(_path(model_args), model_args.model_revision).image_processor,
     )
+    return trainer, script_args
+
+
+def decoder_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniDecoderConfig, model_args: ModelConfig
+) -> Built:
+    data = _decoder_data(script_args, training_args, model_args)
+    transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
+    semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
+    return LLaDAUniDecoderTrainer(transformer, semantic_embedder, args=training_args, **data), script_args
+
+
+def distillation_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniDistillationConfig, model_args: ModelConfig
+) -> Built:
+    data = _decoder_data(script_args, training_args, model_args)
+    transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
+    semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
+    scheduler = _component(FlowMatchEulerDiscreteScheduler, "scheduler", model_args)
+    trainer = LLaDAUniDistillationTrainer(transformer, semantic_embedder, scheduler, args=training_args, **data)
+    return trainer, script_args
+
+
+def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., Built]]]:
+    """Per stage the dataclasses of its options and what makes its trainer of them."""
+    sft, dpo, grpo = (
+        functools.partial(language_model_trainer, trainer)
+        for trainer in (training.LLaDAUniSFTTrainer, training.LLaDAUniDPOTrainer, training.LLaDAUniGRPOTrainer)
+    )
+    image_tokenizer = (ImageTokenizerArguments, training.LLaDAUniImageTokenizerConfig)
     return {
-        **language_model,
-        "tokenizer": (tokenizer_options, train_image_tokenizer),
-        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), train_autoencoder),
-        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), train_decoder),
-        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distill_decoder),
+        "sft": ((ScriptArguments, training.LLaDAUniSFTConfig, ModelConfig, DatasetMixtureConfig), sft),
+        "dpo": ((ScriptArguments, training.LLaDAUniDPOConfig, ModelConfig, DatasetMixtureConfig), dpo),
+        "grpo": ((GRPOScriptArguments, training.LLaDAUniGRPOConfig, ModelConfig, DatasetMixtureConfig), grpo),
+        "image_tokenizer": ((ScriptArguments, *image_tokenizer, ModelConfig), image_tokenizer_trainer),
+        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), autoencoder_trainer),
+        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), decoder_trainer),
+        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distillation_trainer),
     }

@@ -1,0 +1,1 @@
+"""Tests of the applications, called as users call them."""

@@ -1,22 +1,29 @@
 """Text-to-image evaluation: pictures of a list of prompts, kept on the disk as they are made, and their scores."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
+
+from transformers_llada_uni.fingerprints import fingerprint
+from transformers_llada_uni.input_checks import check_integer
+from transformers_llada_uni.seeding import seeded_generator
 
 
 Pipeline = Callable[..., Any]
 SETTINGS_FILE, RESULTS_FILE = "settings.json", "results.json"
+# Of a file that is being written; a picture takes far less to write than the seconds after which it is taken for dead.
+PARTIAL_SUFFIX, SECONDS_TO_WRITE = ".partial", 600
 
 
-class PictureFolder(Sequence):
+class PictureFolder(Sequence[Image.Image]):
     """Pictures on the disk, opened when they are looked at."""
 
     def __init__(self, paths: Sequence[Path]):
@@ -25,7 +32,11 @@ class PictureFolder(Sequence):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
             return [_open(path) for path in self.paths[index]]
         return _open(self.paths[index])
@@ -34,7 +45,7 @@ class PictureFolder(Sequence):
 def generate_pictures(
     pipeline: Pipeline,
     prompts: Sequence[str],
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     *,
     num_images_per_prompt: int = 1,
     seed: int = 0,
@@ -47,6 +58,10 @@ def generate_pictures(
 
     Picture j of prompt i is `output_dir/<i>-<j>.png`. Its noise depends on `seed`, i and j: not on the batch, nor on
     where a run was stopped. A picture is written under another name and then renamed, so a file is a whole picture.
+    Several processes may work on one folder; what another has made meanwhile is not made again.
+
+    `output_dir/settings.json` says what the pictures were made with: prompts, settings, and the [`fingerprint`] of the
+    pipeline (all its weights and configurations) and of what is no plain value, such as an image.
 
     Args:
         pipeline: [`LLaDAUniPipeline`], or any callable that takes `prompt` (list of str) and `generator` (list of
@@ -64,54 +79,52 @@ def generate_pictures(
         The pictures, a sequence of `len(prompts) * num_images_per_prompt`; those of one prompt stand together.
 
     Raises:
-        ValueError: if `prompts` is empty or holds what is no text; for a number below its least value; if `output_dir`
-            holds the pictures of other prompts or settings; if `pipeline` gives another number of pictures than asked.
+        ValueError, TypeError: if `prompts` is empty or holds what is no text; for a number below its least value; if
+            `output_dir` holds the pictures of other prompts, settings or weights; if `pipeline` gives another number
+            of pictures than asked.
     """
     if not callable(pipeline):
         raise TypeError(f"`pipeline` must be callable, got {type(pipeline).__name__}.")
     prompts = _check_prompts(prompts)
-    for name, value, minimum in (
-        ("num_images_per_prompt", num_images_per_prompt, 1),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    check_integer("num_images_per_prompt", num_images_per_prompt, 1)
+    check_integer("seed", seed, 0)
+    check_integer("batch_size", batch_size, 1)
     for name in ("prompt", "generator", "output_type", "return_dict"):
         if name in pipeline_kwargs:
             raise ValueError(f"`{name}` is set for every picture and cannot be given.")
     folder = Path(output_dir)
+    settings = {
+        "prompts": prompts,
+        "num_images_per_prompt": num_images_per_prompt,
+        "seed": seed,
+        "pipeline": fingerprint(pipeline),
+        "pipeline_kwargs": {name: _comparable(value) for name, value in sorted(pipeline_kwargs.items())},
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    _keep_settings(
-        folder / SETTINGS_FILE,
-        {
-            "prompts": prompts,
-            "num_images_per_prompt": num_images_per_prompt,
-            "seed": seed,
-            "pipeline_kwargs": {name: _plain(value) for name, value in sorted(pipeline_kwargs.items())},
-        },
-    )
+    _keep_settings(folder / SETTINGS_FILE, settings)
+    _remove_leftovers(folder)
 
     numbers = [(prompt, picture) for prompt in range(len(prompts)) for picture in range(num_images_per_prompt)]
     paths = [folder / f"{prompt:05d}-{picture:02d}.png" for prompt, picture in numbers]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
-    done = len(paths) - len(missing)
-    with tqdm(total=len(paths), initial=done, unit="picture", disable=not show_progress_bar) as progress:
+    with tqdm(
+        total=len(paths), initial=len(paths) - len(missing), unit="picture", disable=not show_progress_bar
+    ) as progress:
         for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            made = pipeline(
-                prompt=[prompts[numbers[index][0]] for index in batch],
-                generator=[_generator(seed, *numbers[index]) for index in batch],
-                **pipeline_kwargs,
-            )
-            pictures = list(getattr(made, "images", made))
-            if len(pictures) != len(batch):
-                raise ValueError(f"`pipeline` gave {len(pictures)} pictures for {len(batch)} prompts.")
-            for index, picture in zip(batch, pictures, strict=True):
-                temporary = paths[index].with_suffix(".tmp")
-                picture.save(temporary, format="PNG")
-                os.replace(temporary, paths[index])
-            progress.update(len(batch))
+            batch = [index for index in missing[start : start + batch_size] if not paths[index].exists()]
+            if batch:
+                made = pipeline(
+                    prompt=[prompts[numbers[index][0]] for index in batch],
+                    generator=[seeded_generator(seed, *numbers[index]) for index in batch],
+                    **pipeline_kwargs,
+                )
+                pictures: list[Image.Image] = list(made.images if hasattr(made, "images") else made)
+                if len(pictures) != len(batch):
+                    raise ValueError(f"`pipeline` gave {len(pictures)} pictures for {len(batch)} prompts.")
+                for index, picture in zip(batch, pictures, strict=True):
+                    with _whole_file(paths[index]) as temporary:
+                        picture.save(temporary, format="PNG")
+            progress.update(len(missing[start : start + batch_size]))
     return PictureFolder(paths)
 
 
@@ -136,8 +149,7 @@ def score_pictures(
     """
     if len(prompts) != len(pictures) or len(pictures) == 0:
         raise ValueError(f"`prompts` and `pictures` must be as many, got {len(prompts)} and {len(pictures)}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    check_integer("batch_size", batch_size, 1)
     batches = (  # one at a time: the pictures may be on the disk
         (list(prompts[start : start + batch_size]), list(pictures[start : start + batch_size]))
         for start in range(0, len(pictures), batch_size)
@@ -160,7 +172,7 @@ def score_pictures(
 def evaluate_text_to_image(
     pipeline: Pipeline,
     prompts: Sequence[str],
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     metrics: Mapping[str, Any],
     *,
     reference_pictures: Sequence[Image.Image] | None = None,
@@ -187,6 +199,7 @@ def evaluate_text_to_image(
         ValueError: as in [`generate_pictures`] and [`score_pictures`]; if `distances` and `reference_pictures` are not
             given together, or a name is in both mappings.
     """
+    check_integer("metric_batch_size", metric_batch_size, 1)
     distances = {} if distances is None else distances
     if bool(distances) != (reference_pictures is not None):
         raise ValueError("`distances` and `reference_pictures` go together: give both or neither.")
@@ -199,11 +212,12 @@ def evaluate_text_to_image(
         pipeline, prompts, output_dir, num_images_per_prompt=num_images_per_prompt, **generate_kwargs
     )
     of_each = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    results = {
+    results: dict[str, Any] = {
         name: score_pictures(metric, of_each, pictures, batch_size=metric_batch_size)
         for name, metric in metrics.items()
     }
-    results |= {name: float(distance(pictures, reference_pictures)) for name, distance in distances.items()}
+    for name, distance in distances.items():
+        results[name] = float(distance(pictures, reference_pictures or []))
     _write(Path(output_dir) / RESULTS_FILE, results)
     return results
 
@@ -217,20 +231,15 @@ def _check_prompts(prompts: Any) -> list[str]:
     return list(prompts)
 
 
-def _generator(seed: int, prompt: int, picture: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, prompt, picture]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
 def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of a new run; refuses to go on with another run's pictures."""
     if not path.exists():
         if any(path.parent.glob("*.png")):
             raise ValueError(f"`output_dir` {path.parent} holds pictures, but no {path.name} that says what of.")
         _write(path, settings)
-        return
-    kept = json.loads(path.read_text())
-    different = [name for name in settings if kept.get(name) != settings[name]]
+    # Also what was just written is read: another process may have been quicker.
+    kept, settings = _flat(json.loads(path.read_text())), _flat(settings)
+    different = [name for name in kept | settings if kept.get(name) != settings.get(name)]
     if different:
         raise ValueError(
             f"`output_dir` {path.parent} holds pictures of another run: its {', '.join(different)} differ. Give "
@@ -238,18 +247,41 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a setting, as JSON gives it back; of other objects their class."""
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    of_pipeline = {f"pipeline_kwargs[{name!r}]": value for name, value in settings.get("pipeline_kwargs", {}).items()}
+    return {name: value for name, value in settings.items() if name != "pipeline_kwargs"} | of_pipeline
+
+
+def _comparable(value: Any) -> Any:
+    """A setting as JSON gives it back, so that people can read it; of what JSON cannot hold the fingerprint."""
     try:
         return json.loads(json.dumps(value))
     except TypeError:
-        return type(value).__name__
+        return fingerprint(value)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    with _whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A file of this process alone, which becomes `path` when it is written."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run was writing; not what another process is writing now."""
+    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > SECONDS_TO_WRITE:
+                path.unlink()
 
 
 def _open(path: Path) -> Image.Image:

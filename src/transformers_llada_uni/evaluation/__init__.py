@@ -1,13 +1,15 @@
 """
-Evaluation: likelihood bounds, lm_eval (`pip install llada-uni[evaluation]`) and visual question answering.
-
-Importing `transformers_llada_uni` makes lm_eval know the model `llada-uni`.
+Evaluation: likelihood bounds, lm_eval's model, visual question answering (`pip install "llada-uni[evaluation]"`). No
+training, no images to be drawn: those are `diffusers_llada_uni.evaluation`'s.
 """
 
 from typing import TYPE_CHECKING
 
 from ..lazy_names import attach
+from ..optional_dependencies import require_extra
 
+
+require_extra("evaluation", "datasets", "evaluate", "trl")
 
 _EXPORTS = {
     "likelihood": ["LikelihoodBound", "completion_likelihood"],

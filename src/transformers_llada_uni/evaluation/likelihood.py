@@ -4,15 +4,16 @@ import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..input_checks import check_integer
+from ..seeding import seeded_generator
 from ..training.objective.block_diffusion import add_block_diffusion_head
+from ..unwrapping import unwrap
 from .likelihood_noise import LikelihoodNoise
 
 
@@ -24,11 +25,11 @@ class Noise(Protocol):
 
     def sample(
         self,
-        labels: torch.LongTensor,
-        document_ids: torch.LongTensor | None,
+        labels: torch.Tensor,
+        document_ids: torch.Tensor | None,
         block_length: int,
         generator: torch.Generator | list[torch.Generator],
-    ) -> tuple[torch.BoolTensor, torch.FloatTensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass
@@ -41,8 +42,8 @@ class LikelihoodBound:
             to the above.
     """
 
-    log_likelihoods: torch.FloatTensor
-    token_log_likelihoods: list[torch.FloatTensor]
+    log_likelihoods: torch.Tensor
+    token_log_likelihoods: list[torch.Tensor]
 
     def perplexity(self) -> float:
         """Of all tokens together. An upper bound, as the likelihoods are lower bounds."""
@@ -81,7 +82,7 @@ def completion_likelihood(
     Args:
         model ([`LLaDA2MoeForBlockDiffusion`], [`LLaDAUniForConditionalGeneration`] or a `PeftModel` of one): Is left
             as it is; dropout is off meanwhile.
-        prompts, completions: Token ids, one sequence each per completion. A prompt may be empty. Pictures stand in
+        prompts, completions: Token ids, one sequence each per completion. A prompt may be empty. Images stand in
             prompts as the tokens of their codes.
         block_length (`int`, *optional*): Default: the model's.
         num_samples (`int`, defaults to 32): Noisy copies of each completion.
@@ -105,12 +106,9 @@ def completion_likelihood(
     model = unwrap(model)
     config = model.config.get_text_config()
     block_length = config.block_length if block_length is None else block_length
-    for name, value in (
-        ("block_length", block_length),
-        ("batch_size", batch_size),
-        ("copies_per_forward", copies_per_forward),
-    ):
-        check_integer(name, value, 1)
+    check_integer("block_length", block_length, 1)
+    check_integer("batch_size", batch_size, 1)
+    check_integer("copies_per_forward", copies_per_forward, 1)
     check_integer("seed", seed, 0)
     noise = LikelihoodNoise(num_samples) if noise is None else noise
     prompts, completions = _as_rows("prompts", prompts, config), _as_rows("completions", completions, config)
@@ -128,7 +126,7 @@ def completion_likelihood(
             pairs = [(prompts[index], completions[index]) for index in indices]
             row_length = block_length if fill_last_block else 1
             batch = _lay_out(pairs, row_length, config.mask_token_id, model.device)
-            generators = [_generator(seed, prompt) for prompt, _ in pairs]
+            generators = [seeded_generator(seed, zlib.crc32(prompt.numpy().tobytes())) for prompt, _ in pairs]
             log_likelihoods = _score(model, batch, noise, block_length, generators, copies_per_forward).cpu()
             for row, (index, (prompt, completion)) in enumerate(zip(indices, pairs, strict=True)):
                 end = len(prompt) + len(completion)
@@ -140,12 +138,6 @@ def completion_likelihood(
         else torch.empty(0),
         token_log_likelihoods=token_log_likelihoods,
     )
-
-
-def unwrap(model: Any) -> PreTrainedModel:
-    """The model under a `PeftModel` or `DistributedDataParallel`."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager
@@ -205,13 +197,7 @@ def _score(
     return total
 
 
-def _generator(seed: int, prompt: torch.Tensor) -> torch.Generator:
-    prompt_number = zlib.crc32(prompt.numpy().tobytes())
-    state = np.random.SeedSequence([seed, prompt_number]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
-def _as_rows(name: str, rows: Sequence[TokenIds], config: Any) -> list[torch.Tensor]:
+def _as_rows(name: str, rows: Sequence[TokenIds], config: PreTrainedConfig) -> list[torch.Tensor]:
     tensors = []
     for number, row in enumerate(rows):
         is_tensor = isinstance(row, torch.Tensor) and row.ndim == 1 and not row.is_floating_point()
@@ -224,7 +210,7 @@ def _as_rows(name: str, rows: Sequence[TokenIds], config: Any) -> list[torch.Ten
     return tensors
 
 
-def _check_pairs(prompts: list[torch.Tensor], completions: list[torch.Tensor], config: Any) -> None:
+def _check_pairs(prompts: list[torch.Tensor], completions: list[torch.Tensor], config: PreTrainedConfig) -> None:
     if config.mask_token_id is None:
         raise ValueError("`model` has no `mask_token_id` in its configuration.")
     if len(prompts) != len(completions):

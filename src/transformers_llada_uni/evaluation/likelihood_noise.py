@@ -39,11 +39,11 @@ class LikelihoodNoise:
 
     def sample(
         self,
-        labels: torch.LongTensor,
-        document_ids: torch.LongTensor | None,
+        labels: torch.Tensor,
+        document_ids: torch.Tensor | None,
         block_length: int,
         generator: torch.Generator | list[torch.Generator],
-    ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`BlockDiffusionNoise.sample`]: `masked` and `weights`, both `(batch, num_samples, length)`."""
         check_tensor("labels", labels, (torch.int64,), ndim=2)
         check_integer("block_length", block_length, 1)
@@ -70,7 +70,7 @@ class LikelihoodNoise:
                 weights[row, :, columns] = weight
         return masked.to(labels.device), weights.to(labels.device)
 
-    def _of_block(self, numbers: torch.Tensor) -> tuple[torch.BoolTensor, torch.FloatTensor]:
+    def _of_block(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both `(num_samples, n)`, from uniform numbers `(n, 1 + num_samples)`."""
         num_tokens, num_samples = len(numbers), self.num_samples
         if num_tokens < 63 and 2**num_tokens - 1 <= num_samples:
@@ -78,9 +78,9 @@ class LikelihoodNoise:
             sets.sort(key=sum, reverse=True)
             hidden = torch.zeros(num_samples, num_tokens, dtype=torch.bool)
             hidden[: len(sets)] = torch.tensor(sets)
-            sizes = [sum(chosen) for chosen in sets]
             weight = torch.zeros(num_samples, 1)
-            weight[: len(sets), 0] = torch.tensor([1 / (size * math.comb(num_tokens, size)) for size in sizes])
+            weights = [1 / (size * math.comb(num_tokens, size)) for size in map(sum, sets)]
+            weight[: len(sets), 0] = torch.tensor(weights)
             return hidden, hidden * weight
         levels = (torch.arange(num_samples) + numbers[0, 0]) / num_samples
         sizes = (levels * num_tokens).long().clamp(max=num_tokens - 1) + 1  # [s]

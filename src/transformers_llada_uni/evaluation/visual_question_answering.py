@@ -5,13 +5,15 @@ The file can be given to `evaluate.load` as it is; nothing is downloaded.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import datasets
 import evaluate
 import torch
 from tqdm.auto import tqdm
+
+from transformers_llada_uni.input_checks import check_integer
 
 
 CITATION = """\
@@ -110,7 +112,7 @@ def evaluate_visual_question_answering(
     Args:
         model ([`LLaDAUniForConditionalGeneration`]): Or what has its `generate`.
         processor ([`LLaDAUniProcessor`]): Its processor.
-        dataset (iterable of `{"image", "question", "answers"}`): A picture (or list of pictures), a question, and the
+        dataset (iterable of `{"image", "question", "answers"}`): An image (or list of images), a question, and the
             answers of people: strings, or VQAv2's `{"answer": ...}`. A `datasets.Dataset`, streamed or not, or a list.
         batch_size (`int`, defaults to 8): Questions answered together. Does not change the answers.
         prompt_template (`str`): What is asked, with `{question}` in it.
@@ -123,20 +125,19 @@ def evaluate_visual_question_answering(
         dataset.
 
     Raises:
-        ValueError: if the dataset is empty, `batch_size` is below 1, a row lacks a column or has no answers, or
-            `prompt_template` has no `{question}`.
+        ValueError, TypeError: if the dataset is empty, `batch_size` is no number of at least 1, a row lacks a column
+            or has no answers, or `prompt_template` has no `{question}`.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+    check_integer("batch_size", batch_size, 1)
     if "{question}" not in prompt_template:
         raise ValueError(f"`prompt_template` must hold {{question}}, got {prompt_template!r}.")
     predictions: list[str] = []
     accuracies: list[float] = []
-    total = len(dataset) if hasattr(dataset, "__len__") else None
+    total = len(dataset) if isinstance(dataset, Sized) else None
     with tqdm(total=total, unit="question", disable=not show_progress_bar) as progress:
         for rows in _batches(dataset, batch_size):
             inputs = processor(
-                images=[_pictures(row["image"]) for row in rows],
+                images=[_images(row["image"]) for row in rows],
                 text=[prompt_template.replace("{question}", row["question"]) for row in rows],
                 task="understanding",
             ).to(model.device)
@@ -171,8 +172,8 @@ def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int) -> Iterable[
         yield rows
 
 
-def _pictures(picture: Any) -> list[Any]:
-    return list(picture) if isinstance(picture, (list, tuple)) else [picture]
+def _images(image: Any) -> list[Any]:
+    return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
 def _answers(answers: Sequence[Any] | str) -> list[str]:

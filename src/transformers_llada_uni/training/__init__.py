@@ -6,7 +6,10 @@ llada-uni[train]`). See docs/training.md.
 from typing import TYPE_CHECKING
 
 from ..lazy_names import attach
+from ..optional_dependencies import require_extra
 
+
+require_extra("train", "datasets", "trl")
 
 _EXPORTS = {
     "data.preparation": ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"],

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from .objective.noise_settings import NoiseSettings
-from .trl_settings import refuse_without_meaning, settle_precision
+from .trl_settings import refuse_without_meaning, settle_defaults
 
 
 # Settings of trl that have no meaning for a likelihood bound, the only value they may have, and why.
@@ -43,7 +43,7 @@ class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
     def __post_init__(self):
         NoiseSettings.__post_init__(self)
         refuse_without_meaning(self, WITHOUT_MEANING)
-        settle_precision(self)
+        settle_defaults(self)
         DPOConfig.__post_init__(self)
 
 

@@ -3,27 +3,23 @@
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import global_then_local_main_first
 
-from .checkpointing import ResumableTrainerMixin
+from ..unwrapping import unwrap
+from .base_trainer import check_settings
+from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import prepare_preference_dataset
 from .dpo_config import LLaDAUniDPOConfig
-from .expert_checkpoints import FusedExpertsMixin
-from .model_card import TrainingCardMixin
-from .model_resolution import base_of, resolve_model
+from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import add_block_diffusion_head, document_ids_of
 from .objective.noise import step_generators
 from .reference_model import make_reference
 
 
-AnyDataset = Dataset | IterableDataset
-
-
-class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsMixin, DPOTrainer):
+class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
     r"""
     trl's [`~trl.DPOTrainer`], in which log p(answer | prompt) is replaced by its block-diffusion bound
 
@@ -50,6 +46,7 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
     """
 
     _stage = "preference training (DPO)"
+    args: LLaDAUniDPOConfig
 
     def __init__(
         self,
@@ -58,26 +55,20 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
         args: LLaDAUniDPOConfig | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        processing_class: Processing | None = None,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
-        args = LLaDAUniDPOConfig("llada-uni-dpo") if args is None else args
-        if not isinstance(args, LLaDAUniDPOConfig):
-            raise TypeError(f"`args` must be a LLaDAUniDPOConfig, got {type(args).__name__}.")
+        args = check_settings(args, LLaDAUniDPOConfig, "llada-uni-dpo")
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
-        model, processing_class, self.block_length = resolve_model(
-            model, processing_class, args.model_init_kwargs, args.block_length
-        )
-        args.model_init_kwargs = None  # used up
+        train_dataset = only_dataset("train_dataset", train_dataset)
+        model, processing_class = self._take_model(model, processing_class, args, kwargs)
         trains_adapter = peft_config is not None or is_peft_model(model)
         if ref_model is None and not trains_adapter:
             ref_model = make_reference(model)
 
-        self.noise = args.make_noise()
-        self._data_model = base_of(model)
-        # Rows with pictures would take trl's path for them.
+        # Rows with images would take trl's path for them.
         train_dataset = self._tokenize(train_dataset, processing_class, args)
         super().__init__(
             model=model,
@@ -90,7 +81,7 @@ class LLaDAUniDPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsM
             **kwargs,
         )
         self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
-        add_block_diffusion_head(base_of(self.model))
+        add_block_diffusion_head(unwrap(self.model))
         if self.ref_model is not None:
             add_block_diffusion_head(self.accelerator.unwrap_model(self.ref_model))
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-from ..input_checks import check_integer, check_number
+from ..input_checks import check_choice, check_integer, check_number
 from .objective.noise import BlockDiffusionNoise
-from .trl_settings import refuse_without_meaning, settle_precision
+from .trl_settings import refuse_without_meaning, settle_defaults
 
 
 ESTIMATES = ("full_mask", "complementary")
@@ -36,13 +36,15 @@ class LLaDAUniGRPOConfig(GRPOConfig):
         num_steps_per_block (`int`, defaults to 32): Steps a block of a rollout may take.
         threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
         guidance_scale (`float`, defaults to 1.0): Of text-to-image rollouts; 1.0 is without guidance, so that the
-            pictures come from the distribution that is trained.
+            images come from the distribution that is trained.
         log_probability_estimate (`str`, defaults to `"full_mask"`): How a token's log-probability is estimated, see
             [`LLaDAUniGRPOTrainer`]: `"full_mask"` or `"complementary"`.
         num_noise_samples (`int`, defaults to 1): Pairs of masks for `"complementary"`.
 
     > [!NOTE]
     > `temperature` and `top_p`, `top_k` shape the sampling of rollouts only; log-probabilities are those of the model.
+    > trl does not save rollouts: a run that is resumed while one is learnt from in several steps (`num_iterations`, or
+    > `steps_per_generation` above `gradient_accumulation_steps`) makes it anew, and is not bit-equal then.
 
     Raises:
         ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
@@ -66,16 +68,13 @@ class LLaDAUniGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         refuse_without_meaning(self, WITHOUT_MEANING)
-        settle_precision(self)
+        settle_defaults(self)
         if self.block_length is not None:
             check_integer("block_length", self.block_length, 1)
         check_integer("num_steps_per_block", self.num_steps_per_block, 1)
         check_number("threshold", self.threshold, 0, 1)
         check_number("guidance_scale", self.guidance_scale, 0)
-        if self.log_probability_estimate not in ESTIMATES:
-            raise ValueError(
-                f"`log_probability_estimate` must be one of {ESTIMATES}, got {self.log_probability_estimate!r}."
-            )
+        check_choice("log_probability_estimate", self.log_probability_estimate, ESTIMATES)
         check_integer("num_noise_samples", self.num_noise_samples, 1)
         super().__post_init__()
 

@@ -1,6 +1,5 @@
-"""Training by rewards: GRPO with block-diffusion rollouts, of texts and of pictures."""
+"""Training by rewards: GRPO with block-diffusion rollouts, of texts and of images."""
 
-import copy
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset, concatenate_datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from datasets import IterableDataset
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
@@ -18,24 +17,25 @@ from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
-from ..processing_llada_uni import UPSCALE
-from .checkpointing import ResumableTrainerMixin
+from ..processing_llada_uni import UPSCALE, LLaDAUniProcessor
+from ..seeding import seeded_generator
+from ..unwrapping import unwrap
+from .base_trainer import check_settings
 from .data.dataset_formats import CODES_COLUMN, check_text, refuse_row
+from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import prepare_prompts
-from .expert_checkpoints import FusedExpertsMixin
 from .grpo_config import LLaDAUniGRPOConfig
-from .model_card import TrainingCardMixin
-from .model_resolution import base_of, resolve_model
+from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import add_block_diffusion_head
 from .objective.noise import step_generator
+from .reference_model import make_reference
 
 
-AnyDataset = Dataset | IterableDataset
 # What a prompt is made of, for which trl has ways of its own; rewards get them nevertheless.
-PICTURES = ("image", "images")
+IMAGE_COLUMNS = ("image", "images")
 
 
-class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExpertsMixin, GRPOTrainer):
+class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
     r"""
     trl's [`~trl.GRPOTrainer`] with two differences.
 
@@ -57,7 +57,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     never masked (d1 masks some of theirs anew in each iteration, but trl computes the old log-probabilities once).
 
     Rewards are trl's: callables (or reward models) that get `prompts`, `completions`, `completion_ids` and the columns
-    of the data, also those with the pictures of prompts. For generated pictures they also get `image_codes`, tensors
+    of the data, also those with the images of prompts. For generated images they also get `image_codes`, tensors
     (H, W), and with `decode_images` `generated_images`.
 
     Args:
@@ -65,11 +65,11 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         reward_funcs: One reward or a list of them.
         args ([`LLaDAUniGRPOConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows with `prompt`, a text or a chat that ends with the user, and whatever the
-            rewards need. Chats may have pictures, see [`prepare_prompts`]; rows with a `grid` have none.
+            rewards need. Chats may have images, see [`prepare_prompts`]; rows with a `grid` have none.
         processing_class ([`LLaDAUniProcessor`], or a tokenizer for a text-only model, *optional*): Default: from where
             the model came.
         peft_config ([`~peft.PeftConfig`], *optional*): Train an adapter; see [`lora_config`].
-        decode_images (`Callable`, *optional*): Turns a list of image codes (H, W) into a list of pictures, such as
+        decode_images (`Callable`, *optional*): Turns a list of image codes (H, W) into a list of images, such as
             `pipe.decode_codes`, for rewards that look at them.
         **kwargs: Further arguments of [`~trl.GRPOTrainer`].
 
@@ -78,23 +78,22 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     """
 
     _stage = "reward training (GRPO)"
+    args: LLaDAUniGRPOConfig
 
     def __init__(
         self,
         model: str | PreTrainedModel,
         reward_funcs: Any,
         args: LLaDAUniGRPOConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: AnyDataset | None = None,
         eval_dataset: Any | None = None,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        processing_class: Processing | None = None,
         peft_config: Any | None = None,
         decode_images: Callable[[list[torch.LongTensor]], list[Any]] | None = None,
         **kwargs: Any,
     ):
         # 1. Check what can be checked before any work
-        args = LLaDAUniGRPOConfig("llada-uni-grpo") if args is None else args
-        if not isinstance(args, LLaDAUniGRPOConfig):
-            raise TypeError(f"`args` must be a LLaDAUniGRPOConfig, got {type(args).__name__}.")
+        args = check_settings(args, LLaDAUniGRPOConfig, "llada-uni-grpo")
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold prompts to train on, got {train_dataset!r}.")
         for name in ("tools", "rollout_func", "environment_factory"):
@@ -104,21 +103,20 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             raise TypeError(f"`decode_images` must be callable, got {type(decode_images).__name__}.")
 
         # 2. The model, and its reference
-        model, processing_class, self.block_length = resolve_model(
-            model, processing_class, args.model_init_kwargs, args.block_length
-        )
-        args.model_init_kwargs = None  # used up
-        if getattr(base_of(model), "is_distributed_loading_by_transformers", False):
+        train_dataset = only_dataset("train_dataset", train_dataset)
+        model, processing_class = self._take_model(model, processing_class, args, kwargs)
+        if getattr(unwrap(model), "is_distributed_loading_by_transformers", False):
             raise ValueError(
                 "`model` is sharded over processes by `distributed_config`, but rollouts of different processes take "
                 "different numbers of passes, which would wait for one another forever. Load it whole on each process."
             )
-        self.makes_pictures = "grid" in get_dataset_column_names(train_dataset)
-        if self.makes_pictures and not hasattr(processing_class, "image_processor"):
-            raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
+        self.makes_images = "grid" in get_dataset_column_names(train_dataset)
+        if self.makes_images:
+            if not isinstance(processing_class, LLaDAUniProcessor):
+                raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
+            self._processor = processing_class
         self.decode_images = decode_images
         self._rollout_step = {"train": 0, "eval": 0}
-        self._data_model = base_of(model)
         train_dataset = self._prepare_rows(train_dataset, "train_dataset", processing_class)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -127,13 +125,12 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset", processing_class)
-        beta, ref_model = args.beta, None
+        beta, ref_model = args.beta, None  # type: float, Any
         if beta != 0.0 and peft_config is None and not is_peft_model(model):
-            ref_model = copy.deepcopy(model).eval().requires_grad_(False)
+            ref_model = make_reference(model)
             args.beta = 0.0  # trl would load the reference by the name of a class of transformers
         text_config = model.config.get_text_config()
         self.mask_token_id, self.image_token_offset = text_config.mask_token_id, text_config.image_token_offset
-        self.noise = args.make_noise()
 
         # 3. trl's trainer, with our objective and our way to generate
         super().__init__(
@@ -148,7 +145,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         )
         self.beta = args.beta = beta
         self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
-        add_block_diffusion_head(base_of(self.model))
+        add_block_diffusion_head(unwrap(self.model))
         if ref_model is not None:
             add_block_diffusion_head(ref_model)
             self.ref_model = self._prepare_reference(ref_model)
@@ -167,7 +164,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         )
         self.generation_kwargs = {}
 
-    def _prepare_reference(self, ref_model: PreTrainedModel) -> torch.nn.Module:
+    def _prepare_reference(self, ref_model: PreTrainedModel) -> Any:
         """As trl does with the reference that it loads."""
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(ref_model, self.accelerator)
@@ -178,22 +175,19 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     # Rows
 
     def _prepare_rows(self, dataset: AnyDataset, name: str, processing_class: Any) -> AnyDataset:
-        """Rows for rollouts: with `prompt_ids`, or, for pictures, checked."""
+        """Rows for rollouts: with `prompt_ids`, or, for images, checked."""
         columns = get_dataset_column_names(dataset)
-        needed = ("prompt", "grid") if self.makes_pictures else ("prompt",)
+        needed = ("prompt", "grid") if self.makes_images else ("prompt",)
         for column in needed:
             if column not in columns:
                 raise ValueError(f"`{name}` must have a column `{column}`, it has {sorted(columns)}.")
         if "prompt_ids" in columns:
             return dataset
-        if not self.makes_pictures:
-            # Other columns are for the rewards, and must not be taken for those of another format.
-            read = [column for column in columns if column in ("prompt", *PICTURES, CODES_COLUMN)]
+        if not self.makes_images:
             with global_then_local_main_first():
-                prompts = prepare_prompts(dataset.select_columns(read), processing_class, model=self._data_model)
-            return concatenate_datasets([dataset, prompts.select_columns("prompt_ids")], axis=1)
-        if found := sorted({*PICTURES, CODES_COLUMN} & set(columns)):
-            raise ValueError(f"`{name}` has `grid` and `{found[0]}`: rollouts of edited pictures are not supported.")
+                return prepare_prompts(dataset, processing_class, model=self._data_model)
+        if found := sorted({*IMAGE_COLUMNS, CODES_COLUMN} & set(columns)):
+            raise ValueError(f"`{name}` has `grid` and `{found[0]}`: rollouts of edited images are not supported.")
 
         def check(row: dict[str, Any], index: int) -> dict[str, Any]:
             check_text(row["prompt"], index, "prompt")
@@ -219,9 +213,9 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         self._rollout_step[mode] = self.state.global_step if mode == "train" else 0
-        # trl would handle pictures of prompts by itself; here they are codes in `prompt_ids`.
+        # trl would handle images of prompts by itself; here they are codes in `prompt_ids`.
         self._rows = inputs
-        own = ("prompt_ids", *PICTURES)
+        own = ("prompt_ids", *IMAGE_COLUMNS)
         return super()._generate_and_score_completions(
             [{name: value for name, value in row.items() if name not in own} for row in inputs]
         )
@@ -231,17 +225,15 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         return [tuple(row["grid"]) for row in self._rows]
 
     def _tokenize_prompts(self, prompts: list):
-        if not self.makes_pictures:
+        if not self.makes_images:
             return [row["prompt_ids"] for row in self._rows], None, {}
-        self._picture_inputs = []
+        self._image_inputs = []
         for caption, (height, width) in zip(prompts, self._grids, strict=True):
-            unit = self.processing_class.image_processor.patch_size * UPSCALE
-            self._picture_inputs.append(
-                self.processing_class(
-                    text=caption, task="text_to_image", height=height * unit, width=width * unit, return_tensors=None
-                )
+            unit = self._processor.image_processor.patch_size * UPSCALE
+            self._image_inputs.append(
+                self._processor(text=caption, task="text_to_image", height=height * unit, width=width * unit)
             )
-        return [inputs["input_ids"][0] for inputs in self._picture_inputs], None, {}
+        return [inputs["input_ids"][0].tolist() for inputs in self._image_inputs], None, {}
 
     @contextmanager
     def _seeded(self):
@@ -254,41 +246,42 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         with self._seeded():
-            if self.makes_pictures:
-                return self._generate_pictures(), None
+            if self.makes_images:
+                return self._generate_images(), None
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
 
-    def _generate_pictures(self) -> list[list[int]]:
+    def _generate_images(self) -> list[list[int]]:
         """The codes of all rows as tokens; rows of one grid are generated together."""
         completions: list[list[int]] = [[] for _ in self._grids]
-        unwrap = unwrap_model_for_generation(
+        checkpointing = self.args.activation_checkpointing_kwargs
+        assert not isinstance(checkpointing, str)  # parsed by the configuration
+        whole = unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            gradient_checkpointing_kwargs=checkpointing,
         )
+        is_guided = self.args.guidance_scale != 1.0
+        guidance = {"guidance_scale": self.args.guidance_scale} if is_guided else {}
         gather = self._dist.summon_full_params(self.model_wrapped, recurse=False)
-        with unwrap as model, torch.no_grad(), gather:
+        with whole as model, torch.no_grad(), gather:
             for grid in sorted(set(self._grids)):
                 rows = [row for row, own in enumerate(self._grids) if own == grid]
-                inputs = {}
-                for name in ("input_ids", "negative_input_ids"):
-                    ids = [torch.tensor(self._picture_inputs[row][name][0]) for row in rows]
+                inputs: dict[str, torch.Tensor] = {}
+                for name in ("input_ids", "negative_input_ids") if is_guided else ("input_ids",):
+                    ids = [self._image_inputs[row][name][0] for row in rows]
                     mask_name = name.replace("input_ids", "attention_mask")
                     inputs[name] = pad(ids, self._tokenizer.pad_token_id, padding_side="left")
                     inputs[mask_name] = pad([torch.ones_like(row) for row in ids], 0, padding_side="left")
-                if self.args.guidance_scale == 1.0:
-                    inputs = {name: tensor for name, tensor in inputs.items() if "negative" not in name}
-                else:
-                    inputs["guidance_scale"] = self.args.guidance_scale
                 settings = {
                     name: getattr(self.generation_config, name)
                     for name in ("block_length", "threshold", "temperature", "top_k", "top_p", "mask_token_id")
                 }
                 codes = model.generate_image_codes(
-                    **{k: v.to(self.accelerator.device) if torch.is_tensor(v) else v for k, v in inputs.items()},
+                    **{name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()},
+                    **guidance,
                     grid=grid,
                     num_steps_per_block=self.args.num_steps_per_block,
                     do_sample=True,
@@ -299,19 +292,20 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         return completions
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        pictures = [{name: row[name] for name in PICTURES if name in row} for row in self._rows]
-        inputs = [{**row, **own} for row, own in zip(inputs, pictures, strict=True)]
-        if self.makes_pictures:
+        images = [{name: row[name] for name in IMAGE_COLUMNS if name in row} for row in self._rows]
+        inputs = [{**row, **own} for row, own in zip(inputs, images, strict=True)]
+        if self.makes_images:
             codes = [
                 torch.tensor(ids).view(grid) - self.image_token_offset
                 for ids, grid in zip(completion_ids_list, self._grids, strict=True)
             ]
             inputs = [{**row, "image_codes": own} for row, own in zip(inputs, codes, strict=True)]
             if self.decode_images is not None:
-                pictures = list(self.decode_images(codes))
-                if len(pictures) != len(codes):
-                    raise ValueError(f"`decode_images` returned {len(pictures)} pictures for {len(codes)} grids.")
-                inputs = [{**row, "generated_images": own} for row, own in zip(inputs, pictures, strict=True)]
+                with self._seeded():
+                    images = list(self.decode_images(codes))
+                if len(images) != len(codes):
+                    raise ValueError(f"`decode_images` returned {len(images)} images for {len(codes)} grids.")
+                inputs = [{**row, "generated_images": own} for row, own in zip(inputs, images, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     # Log-probabilities
@@ -324,18 +318,18 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         logits_to_keep,
         batch_size=None,
         compute_entropy=False,
-        **unused,  # of models that read pictures in each pass
+        **unused,  # of models that read images in each pass
     ):
         batch_size = batch_size or len(input_ids)
         logps, entropies = [], []
         for start in range(0, len(input_ids), batch_size):
             rows = slice(start, start + batch_size)
             chunk = self._lay_out(input_ids[rows], attention_mask[rows], logits_to_keep)
-            columns, is_answer = chunk.pop("columns"), chunk.pop("is_answer")
+            positions, is_answer = chunk.pop("answer_positions"), chunk.pop("is_answer")
             with self.accelerator.autocast():
                 outputs = model(**chunk, block_length=self.block_length, fused_lm_head=True)
-            logps.append(outputs.log_probs.gather(1, columns).masked_fill(~is_answer, 0.0))
-            entropies.append(outputs.entropy.gather(1, columns).masked_fill(~is_answer, 0.0))
+            logps.append(outputs.log_probs.gather(1, positions).masked_fill(~is_answer, 0.0))
+            entropies.append(outputs.entropy.gather(1, positions).masked_fill(~is_answer, 0.0))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _lay_out(
@@ -345,7 +339,8 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         Rows without padding in front, extended by masks to whole blocks, and their noise.
 
         Returns:
-            Inputs of the objective; `columns` `(batch, logits_to_keep)`, where each answer token went; `is_answer`.
+            Inputs of the objective; `answer_positions` `(batch, logits_to_keep)`, where each answer token went;
+            `is_answer`, which of them there are.
         """
         is_token = attention_mask.bool()
         num_tokens = is_token.sum(dim=1)
@@ -357,24 +352,23 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
         order = torch.sort((~is_token).to(torch.uint8), dim=1, stable=True).indices
         ids = torch.full((batch_size, length), self.mask_token_id, device=device)
         width = min(length, input_ids.shape[1])
-        places = torch.arange(length, device=device).expand(batch_size, length)
-        is_kept = places < num_tokens[:, None]
+        positions = torch.arange(length, device=device).expand(batch_size, length)
+        is_kept = positions < num_tokens[:, None]
         ids[:, :width] = input_ids.gather(1, order)[:, :width]
         ids = ids.masked_fill(~is_kept, self.mask_token_id)
 
         is_answer = is_token[:, -logits_to_keep:]
         first_answer = num_tokens - is_answer.sum(dim=1)
-        labels = ids.masked_fill(~is_kept | (places < first_answer[:, None]), -100)
+        labels = ids.masked_fill(~is_kept | (positions < first_answer[:, None]), -100)
         end = num_tokens + (-num_tokens) % self.block_length
-        document_ids = torch.where(places < end[:, None], 0, -1)
-        columns = (first_answer[:, None] + torch.arange(logits_to_keep, device=device)).clamp(max=length - 1)
+        document_ids = torch.where(positions < end[:, None], 0, -1)
+        answer_positions = (first_answer[:, None] + torch.arange(logits_to_keep, device=device)).clamp(max=length - 1)
 
         step = self._rollout_step["train" if self.model.training else "eval"]
         generators = []
         for row, count in zip(ids.tolist(), num_tokens.tolist(), strict=True):
-            parts = [self.args.seed, step, zlib.crc32(np.array(row[:count]).tobytes())]
-            seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-            generators.append(torch.Generator().manual_seed(int(seed) >> 1))
+            content = zlib.crc32(np.array(row[:count]).tobytes())
+            generators.append(seeded_generator(self.args.seed, step, content))
         masked, weights = self.noise.sample(labels, document_ids, self.block_length, generators)
         return {
             "input_ids": ids,
@@ -382,7 +376,7 @@ class LLaDAUniGRPOTrainer(TrainingCardMixin, ResumableTrainerMixin, FusedExperts
             "document_ids": document_ids,
             "masked": masked,
             "weights": weights,
-            "columns": columns,
+            "answer_positions": answer_positions,
             "is_answer": is_answer,
         }
 

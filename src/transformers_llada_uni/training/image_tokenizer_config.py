@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..image_processing_llada_uni import RESIZE_MODES
-from ..input_checks import check_integer, check_number
+from ..input_checks import check_choice, check_integer, check_number
 
 
 CODEBOOK_UPDATES = ("ema", "gradient")
@@ -20,14 +20,14 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     Parameters:
         commitment_weight (`float`, defaults to 0.25): Weight of the loss that draws features to their code.
         reconstruction_weight (`float`, defaults to 0.0): Weight of the loss of a small network that says the pixels of
-            a patch by its code. Captions do not tell all that a picture shows; above 0 codes keep its look too.
-        reconstruction_layers (`int`, defaults to 0): Layers in which that network sees the other codes of the picture;
-            0 for the patch's code alone. Above 0 all pictures must have as many patches as the vision tower's
+            a patch by its code. Captions do not tell all that an image shows; above 0 codes keep its look too.
+        reconstruction_layers (`int`, defaults to 0): Layers in which that network sees the other codes of the image;
+            0 for the patch's code alone. Above 0 all images must have as many patches as the vision tower's
             `image_size` gives.
         num_style_codes (`int`, defaults to 0): Of data with the columns `content` and `style`, the first so many codes
-            of a picture are shared by pictures of one style, all others by pictures of one content. Not with pictures
+            of an image are shared by images of one style, all others by images of one content. Not with images
             of several sizes.
-        sharing_weight (`float`, defaults to 1.0): Weight of the loss by which a picture finds the codes it shares.
+        sharing_weight (`float`, defaults to 1.0): Weight of the loss by which an image finds the codes it shares.
         group_weight (`float`, defaults to 1.0): Weight of the loss that keeps styles, and contents, apart.
         codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages
             (VQ-VAE-2, arXiv 1906.00446), or `"gradient"`, a loss that draws codes to features.
@@ -37,7 +37,7 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         revival_threshold (`float`, defaults to 0.01): A code whose use falls below this share of the mean is dead; 0
             revives none.
         revival_interval (`int`, defaults to 10): Steps between revivals.
-        resize_mode (`str`, defaults to `"editing"`): The rule by which pictures are sized.
+        resize_mode (`str`, defaults to `"editing"`): The rule by which images are sized.
         max_text_length (`int`, defaults to 64): Captions are cut to so many tokens.
 
     > [!NOTE]
@@ -61,10 +61,10 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         default=0, metadata={"help": "Layers in which codes see each other before they say pixels."}
     )
     num_style_codes: int = field(
-        default=0, metadata={"help": "Codes of a picture that are shared by pictures of one `style`."}
+        default=0, metadata={"help": "Codes of an image that are shared by images of one `style`."}
     )
     sharing_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss by which a picture finds the codes it shares."}
+        default=1.0, metadata={"help": "Weight of the loss by which an image finds the codes it shares."}
     )
     group_weight: float = field(
         default=1.0, metadata={"help": "Weight of the loss that keeps styles, and contents, apart."}
@@ -79,7 +79,7 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
     )
     revival_interval: int = field(default=10, metadata={"help": "Steps between revivals of dead codes."})
     resize_mode: str = field(
-        default="editing", metadata={"help": "The rule by which pictures are sized.", "choices": list(RESIZE_MODES)}
+        default="editing", metadata={"help": "The rule by which images are sized.", "choices": list(RESIZE_MODES)}
     )
     max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
 
@@ -89,10 +89,8 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         check_number("group_weight", self.group_weight, 0)
         check_number("revival_threshold", self.revival_threshold, 0)
         check_number("codebook_decay", self.codebook_decay, 0, 1)
-        if self.codebook_update not in CODEBOOK_UPDATES:
-            raise ValueError(f"`codebook_update` must be one of {CODEBOOK_UPDATES}, got {self.codebook_update!r}.")
-        if self.resize_mode not in RESIZE_MODES:
-            raise ValueError(f"`resize_mode` must be one of {RESIZE_MODES}, got {self.resize_mode!r}.")
+        check_choice("codebook_update", self.codebook_update, CODEBOOK_UPDATES)
+        check_choice("resize_mode", self.resize_mode, RESIZE_MODES)
         check_integer("reconstruction_layers", self.reconstruction_layers, 0)
         check_integer("num_style_codes", self.num_style_codes, 0)
         check_integer("revival_interval", self.revival_interval, 1)

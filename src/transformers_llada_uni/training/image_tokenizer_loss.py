@@ -49,7 +49,7 @@ def codebook_statistics(counts: torch.Tensor) -> dict[str, float]:
 
 def recall_at_one(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> dict[str, float]:
     """
-    The share of pictures whose own text `(pairs, width)` is the nearest, and of texts whose own picture is. Among
+    The share of images whose own text `(pairs, width)` is the nearest, and of texts whose own image is. Among
     equal texts each is right.
     """
     similarity = image_embeds @ text_embeds.T

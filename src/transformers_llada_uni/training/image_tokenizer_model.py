@@ -7,11 +7,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
 
-# Of the cosines between a feature and the codes, in the loss of pictures that share codes.
+# Of the cosines between a feature and the codes, in the loss of images that share codes.
 SHARING_TEMPERATURE = 0.05
-# Of the mean cosines between the features of a picture and those of a group.
+# Of the mean cosines between the features of an image and those of a group.
 GROUP_TEMPERATURE = 0.1
 # Where SigLIP starts (arXiv 2303.15343, section 3.2).
 INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0
@@ -42,31 +43,35 @@ class ImageTokenizerOutput:
 
 class ImageTokenizerWithText(nn.Module):
     r"""
-    Features h of a picture's patches and their codes e, both of length one as the released quantiser has them; codes
-    pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the picture is
+    Features h of an image's patches and their codes e, both of length one as the released quantiser has them; codes
+    pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the image is
     compared with its caption; each code, through two linear layers, with the pixels of its patch.
 
-    Pictures may share codes: of `style_ids` the first `num_style_codes` of a picture, of `content_ids` all others.
-    What shares a code is the normed mean of its features, so that a code cannot hold what tells such pictures apart.
-    Then a picture is put together of what others have, which a language model learns sooner and does for pairs never
+    Images may share codes: of `style_ids` the first `num_style_codes` of an image, of `content_ids` all others.
+    What shares a code is the normed mean of its features, so that a code cannot hold what tells such images apart.
+    Then an image is put together of what others have, which a language model learns sooner and does for pairs never
     seen.
-    The cross-entropy of the shared code, by the cosines of a picture's own feature with all codes, teaches a picture
+    The cross-entropy of the shared code, by the cosines of an image's own feature with all codes, teaches an image
     to find its codes when it is alone. That of its group, by the mean cosine of its features with those of all groups
     of the batch (prototypical networks, arXiv 1703.05175), keeps styles and contents apart from each other.
 
     Args:
-        visual: The vision tower (`model.visual`). vqmodel: The quantiser (`model.vqmodel`).
+        visual: The vision tower (`model.visual`).
+        vqmodel: The quantiser (`model.vqmodel`).
         text_model ([`~transformers.PreTrainedModel`]): A text encoder; its `pooler_output` is taken, or else the mean
             of its last hidden states.
-        num_style_codes (`int`, defaults to 0): How many of a picture's codes belong to its style.
-        reconstruction_layers (`int`, defaults to 0): Layers in which the codes of a picture see each other before they
+        num_style_codes (`int`, defaults to 0): How many of an image's codes belong to its style.
+        reconstruction_layers (`int`, defaults to 0): Layers in which the codes of an image see each other before they
             tell pixels. What is shared lies in other patches than what it looks like.
     """
 
+    code_counts: torch.Tensor
+    code_sums: torch.Tensor
+
     def __init__(
         self,
-        visual: nn.Module,
-        vqmodel: nn.Module,
+        visual: GlmImageVisionModel,
+        vqmodel: GlmImageVQVAE,
         text_model: PreTrainedModel,
         num_style_codes: int = 0,
         reconstruction_layers: int = 0,
@@ -81,7 +86,9 @@ class ImageTokenizerWithText(nn.Module):
         self.pixel_context = None
         if reconstruction_layers:
             num_heads = visual.config.num_heads
-            num_patches = (visual.config.image_size // visual.config.patch_size) ** 2
+            image_size, patch_size = visual.config.image_size, visual.config.patch_size
+            assert isinstance(image_size, int) and isinstance(patch_size, int)  # of this vision tower
+            num_patches = (image_size // patch_size) ** 2
             layer = nn.TransformerEncoderLayer(
                 channels, num_heads, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
@@ -106,11 +113,11 @@ class ImageTokenizerWithText(nn.Module):
         style_ids: torch.LongTensor | None = None,
     ) -> ImageTokenizerOutput:
         hidden_states = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
-        # A 1 x 1 convolution sees each patch alone: the patches of all pictures are one row of them.
+        # A 1 x 1 convolution sees each patch alone: the patches of all images are one row of them.
         as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
         features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
         shared, group_loss = features, features.new_zeros(())
-        if content_ids is not None:
+        if content_ids is not None and style_ids is not None:
             shared, group_loss = self._share(features, content_ids, style_ids)
         quantized, _, codes = self.vqmodel.quantize(shared.T[None, :, None])
         codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
@@ -146,9 +153,9 @@ class ImageTokenizerWithText(nn.Module):
         self, features: torch.Tensor, content_ids: torch.LongTensor, style_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`features` `(patches, embed_dim)`, each the mean of those that share its code; the loss of groups."""
-        by_picture, split = features.unflatten(0, (len(content_ids), -1)), self.num_style_codes
+        by_image, split = features.unflatten(0, (len(content_ids), -1)), self.num_style_codes
         shared, group_loss = [], features.new_zeros(())
-        for part, ids in ((by_picture[:, :split], style_ids), (by_picture[:, split:], content_ids)):
+        for part, ids in ((by_image[:, :split], style_ids), (by_image[:, split:], content_ids)):
             means, groups = _means_of_groups(part, ids)
             shared.append(means[groups])
             similarity = part.flatten(1) @ means.flatten(1).T / part.shape[1]
@@ -158,8 +165,8 @@ class ImageTokenizerWithText(nn.Module):
     def _pixels(self, quantized: torch.Tensor, batch_size: int) -> torch.Tensor:
         """What the codes `(patches, channels)` tell of the pixels of their patches."""
         if self.pixel_context is not None:
-            by_picture = quantized.unflatten(0, (batch_size, -1)) + self.pixel_positions
-            quantized = self.pixel_context(by_picture).flatten(0, 1)
+            by_image = quantized.unflatten(0, (batch_size, -1)) + self.pixel_positions
+            quantized = self.pixel_context(by_image).flatten(0, 1)
         return self.pixel_projection(quantized)
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,14 +12,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loading.folder_writing import folder_at_once
 from ..processing_llada_uni import LLaDAUniProcessor
-from .checkpointing import ResumableTrainerMixin
+from .base_trainer import BaseTrainer, check_settings
+from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
 from .image_tokenizer_model import ImageTokenizerWithText
-from .model_card import TrainingCardMixin
 from .objective.noise import step_generator
 
 
@@ -49,7 +49,7 @@ class GroupSampler(Sampler[int]):
         return itertools.chain.from_iterable(members)
 
 
-class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Trainer):
+class LLaDAUniImageTokenizerTrainer(BaseTrainer):
     r"""
     transformers' [`~transformers.Trainer`] for the image tokenizer (SigLIP-VQ), the `visual` and `vqmodel` of a
     LLaDA-Uni model, which are trained in place:
@@ -58,11 +58,11 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             (+ codebook_weight * |sg(h) - e|^2)
 
     with features h and codes e of length one (arXiv 1711.00937), and f(e) the pixels x of a patch as its code tells
-    them (or all codes of the picture, with `reconstruction_layers`). With `num_style_codes` pictures share codes, and
+    them (or all codes of the image, with `reconstruction_layers`). With `num_style_codes` images share codes, and
     two losses of [`ImageTokenizerWithText`] are added by `sharing_weight` and `group_weight`. The term in brackets is
     there for `codebook_update="gradient"`; with `"ema"` codes are moving averages of their features. Codes that nobody
     uses are set to features of the batch. Logged are the terms, and the codebook's usage and perplexity since the last
-    log; evaluation adds the recall of captions and pictures.
+    log; evaluation adds the recall of captions and images.
 
     `save_model` writes `image_tokenizer/` in the released layout and `text_model/`. `model.save_pretrained` of the
     model that was given saves the whole.
@@ -73,7 +73,7 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         args ([`LLaDAUniImageTokenizerConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows with an `image` and a `caption`; with `num_style_codes` also with a `content`
             and a `style`, two names.
-        processing_class ([`LLaDAUniProcessor`]): Sizes the pictures.
+        processing_class ([`LLaDAUniProcessor`]): Sizes the images.
         text_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Of `text_model`. Default: the
             processor's.
         **kwargs: Further arguments of [`~transformers.Trainer`].
@@ -83,6 +83,8 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
     """
 
     _stage = "training of the image tokenizer"
+    args: LLaDAUniImageTokenizerConfig
+    model: ImageTokenizerWithText
 
     def __init__(
         self,
@@ -95,10 +97,8 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         text_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        args = LLaDAUniImageTokenizerConfig("llada-uni-image-tokenizer") if args is None else args
-        if not isinstance(args, LLaDAUniImageTokenizerConfig):
-            raise TypeError(f"`args` must be a LLaDAUniImageTokenizerConfig, got {type(args).__name__}.")
-        holder = getattr(model, "model", model)
+        args = check_settings(args, LLaDAUniImageTokenizerConfig, "llada-uni-image-tokenizer")
+        holder: Any = getattr(model, "model", model)
         if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
             raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
         if not isinstance(processing_class, LLaDAUniProcessor):
@@ -131,7 +131,7 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         self._counts: torch.Tensor | None = None
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = [[self._image_processor.fetch_images(row["image"])] for row in rows]
+        images = [[self._image_processor.fetch_images(stored_image(row["image"]))] for row in rows]
         texts = self._text_tokenizer(
             [row["caption"] for row in rows],
             padding=True,
@@ -140,11 +140,11 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             return_attention_mask=True,
             return_tensors="pt",
         )
-        batch = dict(self._image_processor(pictures, resize_mode=self.args.resize_mode, return_tensors="pt"))
+        batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
         batch |= {name: texts[name] for name in ("input_ids", "attention_mask")}
         if self.args.num_style_codes:
             if len(batch["image_grid_thw"].unique(dim=0)) > 1:
-                raise ValueError("`num_style_codes`: pictures that share codes must have one size.")
+                raise ValueError("`num_style_codes`: images that share codes must have one size.")
             for column in SHARING_COLUMNS:
                 numbers = {name: number for number, name in enumerate(dict.fromkeys(row[column] for row in rows))}
                 batch[f"{column}_ids"] = torch.tensor([numbers[row[column]] for row in rows])
@@ -154,6 +154,7 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.num_style_codes or isinstance(dataset, IterableDataset):
             return super()._get_train_sampler(train_dataset)
+        assert dataset is not None
         return GroupSampler(dataset["content"][:], self.args.seed)
 
     # Loss
@@ -247,18 +248,19 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
 
     # Saving
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if getattr(self, "_is_saving_checkpoint", False):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._is_saving_checkpoint:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            output_dir = Path(output_dir or self.args.output_dir)
-            self._save_released_layout(output_dir / "image_tokenizer")
-            self.accelerator.unwrap_model(self.model).text_model.save_pretrained(output_dir / "text_model")
-            self._text_tokenizer.save_pretrained(output_dir / "text_model")
+            folder = Path(output_dir or str(self.args.output_dir))
+            with folder_at_once(folder / "image_tokenizer", replace=True) as part:
+                self._save_released_layout(part)
+            with folder_at_once(folder / "text_model", replace=True) as part:
+                self.accelerator.unwrap_model(self.model).text_model.save_pretrained(part)
+                self._text_tokenizer.save_pretrained(part)
 
     def _save_released_layout(self, folder: Path) -> None:
         """`config.json`, `preprocessor_config.json` and `image_tokenizer.safetensors`, as the release has them."""
-        folder.mkdir(parents=True, exist_ok=True)
         parts = {"visual": self._holder.visual, "vqmodel": self._holder.vqmodel}
         configs = {"vision_config": parts["visual"].config.to_dict(), "vq_config": parts["vqmodel"].config.to_dict()}
         (folder / "config.json").write_text(json.dumps(configs, indent=2), encoding="utf-8")
@@ -268,9 +270,7 @@ class LLaDAUniImageTokenizerTrainer(TrainingCardMixin, ResumableTrainerMixin, Tr
             for name, part in parts.items()
             for key, tensor in part.state_dict().items()
         }
-        part_file = folder / "image_tokenizer.safetensors.part"
-        save_file(tensors, part_file, metadata={"format": "pt"})
-        os.replace(part_file, folder / "image_tokenizer.safetensors")
+        save_file(tensors, folder / "image_tokenizer.safetensors", metadata={"format": "pt"})
 
 
 __all__ = ["LLaDAUniImageTokenizerTrainer"]

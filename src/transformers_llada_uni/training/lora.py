@@ -2,9 +2,13 @@
 
 from typing import Any
 
-from peft import LoraConfig
-
 from ..input_checks import check_integer, check_number
+from ..optional_dependencies import require_extra
+
+
+require_extra("train", "peft")
+
+from peft import LoraConfig  # noqa: E402
 
 
 # Linear layers by the end of their name: attention, and the dense MLPs and shared experts.
@@ -52,7 +56,7 @@ def lora_config(
         ValueError: if nothing is adapted, or for `lora_dropout` with `experts`.
     """
     check_integer("r", r, 1)
-    check_number("lora_alpha", lora_alpha, 0.0, exclude_low=True)
+    check_number("lora_alpha", lora_alpha, 0.0, exclude_minimum=True)
     if not (attention or mlps or experts):
         raise ValueError("`attention`, `mlps` and `experts` are all False: there is nothing to adapt.")
     if experts and kwargs.get("lora_dropout"):

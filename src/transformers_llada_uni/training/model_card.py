@@ -4,8 +4,10 @@ import dataclasses
 import importlib.resources
 import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
@@ -48,7 +50,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
 
 def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
     """The last value that each number was logged with."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for entry in log_history:
         metrics |= {name: value for name, value in entry.items() if isinstance(value, (int, float))}
     for name in ("step", "epoch"):
@@ -56,55 +58,49 @@ def last_metrics(log_history: list[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-class TrainingCardMixin:
-    """Gives a trainer a `create_model_card` that fills `model_card_template.md`. `_stage` names what it does."""
+def write_model_card(
+    trainer: Trainer, stage: str, model_name: str | None, dataset_name: str | None, tags: list[str], **kwargs: Any
+) -> None:
+    """
+    Fills `model_card_template.md` and writes it as `README.md` into the output folder.
 
-    _stage = "training"
+    Args:
+        trainer: Whose run it was.
+        stage: What the trainer does, in words.
+        model_name: Default: the folder's.
+        dataset_name: Name or path of the data.
+        tags: Added to the card's tags.
+        **kwargs: Further fields of [`~huggingface_hub.ModelCardData`].
+    """
+    output_dir = Path(str(trainer.args.output_dir))
+    base_model = getattr(getattr(trainer.model, "config", None), "name_or_path", None) or None
+    card_data = ModelCardData(
+        # A local folder is no model of the Hub.
+        base_model=None if base_model is None or os.path.isdir(base_model) else base_model,
+        datasets=None if dataset_name is None or os.path.exists(dataset_name) else [dataset_name],
+        library_name="transformers",
+        tags=["llada-uni", "block-diffusion", "generated_from_trainer", *tags],
+        **kwargs,
+    )
+    libraries = ("llada-uni", "transformers", "trl", "peft", "datasets", "torch")
+    card = ModelCard.from_template(
+        card_data,
+        template_str=importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        model_name=model_name or output_dir.resolve().name,
+        base_model=base_model,
+        adapter=trainer.hub_model_id or str(output_dir) if is_peft_model(trainer.model) else None,
+        dataset_name=dataset_name,
+        stage=stage,
+        trainer=type(trainer).__name__,
+        num_steps=trainer.state.global_step,
+        settings=changed_settings(trainer.args),
+        metrics=last_metrics(trainer.state.log_history),
+        versions={library: version(library) for library in libraries},
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    part = output_dir / ".README.md.part"
+    card.save(part)
+    part.replace(output_dir / "README.md")
 
-    def create_model_card(
-        self: Trainer,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Writes `README.md` into the output folder.
 
-        Args:
-            model_name: Default: the Hub repository's name, else the folder's.
-            dataset_name: Name or path of the data.
-            tags: Added to the card's tags.
-            kwargs: Further fields of [`~huggingface_hub.ModelCardData`], such as `language` or `license`.
-        """
-        if not self.is_world_process_zero():
-            return
-        output_dir = self.args.output_dir
-        base_model = getattr(getattr(self.model, "config", None), "name_or_path", None) or None
-        own_tags = [tags] if isinstance(tags, str) else list(tags or [])
-        card_data = ModelCardData(
-            # A local folder is no model of the Hub.
-            base_model=None if base_model is None or os.path.isdir(base_model) else base_model,
-            datasets=None if dataset_name is None or os.path.exists(dataset_name) else [dataset_name],
-            library_name="transformers",
-            tags=["llada-uni", "block-diffusion", "generated_from_trainer", *own_tags],
-            **kwargs,
-        )
-        libraries = ("llada-uni", "transformers", "trl", "peft", "datasets", "torch")
-        card = ModelCard.from_template(
-            card_data,
-            template_str=importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
-            model_name=model_name or self.hub_model_id or os.path.basename(os.path.abspath(output_dir)),
-            base_model=base_model,
-            dataset_name=dataset_name,
-            stage=self._stage,
-            trainer=type(self).__name__,
-            num_steps=self.state.global_step,
-            settings=changed_settings(self.args),
-            metrics=last_metrics(self.state.log_history),
-            versions={library: version(library) for library in libraries},
-        )
-        path = os.path.join(output_dir, "README.md")
-        os.makedirs(output_dir, exist_ok=True)
-        card.save(path + ".part")
-        os.replace(path + ".part", path)
+__all__: list[str] = []

@@ -19,11 +19,11 @@ def make_reference(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         return copy.deepcopy(model).eval().requires_grad_(False)
-    name = model.config.name_or_path
+    name = str(model.config.name_or_path)
     reference = load_model(
         name,
         dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+        attn_implementation=model.config.get_text_config()._attn_implementation,
         distributed_config=model.config.distributed_config,
     )
     tensors = reference.state_dict()
@@ -33,7 +33,7 @@ def make_reference(model: PreTrainedModel) -> PreTrainedModel:
             f"`model` is sharded over processes, and its reference was loaded again from {name!r}, but it differs "
             f"there in {len(differing)} tensors ({differing[0]!r}, ...). Save the model first and load it from there."
         )
-    for setting in ("block_length", "mask_token_id"):  # settled by `resolve_model`
+    for setting in ("block_length", "mask_token_id"):  # settled by the trainer
         setattr(reference.config.get_text_config(), setting, getattr(model.config.get_text_config(), setting))
     return reference.eval().requires_grad_(False)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..input_checks import check_number
+from ..input_checks import check_choice, check_number
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
 from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
-from .trl_settings import refuse_without_meaning, settle_precision
+from .trl_settings import refuse_without_meaning, settle_defaults
 
 
 # Settings of trl that block diffusion has no use for, the only value they may have, and what to do instead.
@@ -53,7 +53,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         complementary (`bool`, *optional*): Default: the stage's.
         num_noise_samples (`int`, defaults to 1).
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
-            picture has a thousand codes, its caption ten words: their numbers say what the mean is made of.
+            image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
         > Routers
 
@@ -63,10 +63,10 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
         > Data
 
-        max_length (`int`, defaults to 4096): A picture of 1024 x 1024 takes 1029 tokens.
+        max_length (`int`, defaults to 4096): An image of 1024 x 1024 takes 1029 tokens.
         packing (`bool`, *optional*): Default: the stage's.
-        caption_dropout, image_dropout (`float`, default to 0.1): How often the caption of a picture to generate, or
-            the source picture of an edit, is left out, for guidance. Drawn once, when the data are prepared.
+        caption_dropout, image_dropout (`float`, default to 0.1): How often the caption of an image to generate, or
+            the source image of an edit, is left out, for guidance. Drawn once, when the data are prepared.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` (the stage's), `bf16`
@@ -80,13 +80,13 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["task_mix"]
 
     # Overridden defaults
-    learning_rate: float | None = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]  # `None` until the stage is known
         default=None, metadata={"help": "The initial learning rate for AdamW. Default: the stage's."}
     )
     max_length: int | None = field(
-        default=4096, metadata={"help": "Longest row in tokens; a picture of 1024 x 1024 takes 1029."}
+        default=4096, metadata={"help": "Longest row in tokens; an image of 1024 x 1024 takes 1029."}
     )
-    packing: bool | None = field(
+    packing: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
         default=None, metadata={"help": "Whether documents share rows of `max_length` tokens. Default: the stage's."}
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -120,7 +120,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         default="inverse",
         metadata={"help": "Weight of a masked token: 1/t (a likelihood bound) or 1.", "choices": list(WEIGHTINGS)},
     )
-    complementary: bool | None = field(
+    complementary: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
         default=None,
         metadata={"help": "Whether each noisy copy comes with its complement. Default: the stage's."},
     )
@@ -137,20 +137,19 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
     # Data
     caption_dropout: float = field(
-        default=0.1, metadata={"help": "How often the text of a picture to generate is left out, for guidance."}
+        default=0.1, metadata={"help": "How often the text of an image to generate is left out, for guidance."}
     )
     image_dropout: float = field(
-        default=0.1, metadata={"help": "How often the source picture of an edit is left out, for guidance."}
+        default=0.1, metadata={"help": "How often the source image of an edit is left out, for guidance."}
     )
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"`stage` must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        check_choice("stage", self.stage, STAGES)
         preset = STAGES[self.stage]
         for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
-        settle_precision(self)
+        settle_defaults(self)
         SFTConfig.__post_init__(self)
 
         refuse_without_meaning(self, WITHOUT_MEANING)
@@ -169,9 +168,9 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_number("expert_bias_update_rate", self.expert_bias_update_rate, 0.0)
         for name in ("caption_dropout", "image_dropout"):
             check_number(name, getattr(self, name), 0.0, 1.0)
-        if self.router_z_loss_coefficient and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if self.router_z_loss_coefficient and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "`router_z_loss_coefficient` must be 0 with `gradient_checkpointing_kwargs={'use_reentrant': True}`, "
+                "`router_z_loss_coefficient` must be 0 with `use_reentrant` in `activation_checkpointing_kwargs`, "
                 f"which cuts the routers' logits off from the gradient, got {self.router_z_loss_coefficient!r}."
             )
 

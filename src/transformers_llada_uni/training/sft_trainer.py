@@ -1,30 +1,37 @@
 """Supervised training of the language model by block diffusion: pre-training, alignment, fine-tuning."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import (
+    DatasetDict,
+    IterableDatasetDict,
+    disable_progress_bars,
+    enable_progress_bars,
+    is_progress_bar_enabled,
+)
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import global_then_local_main_first
 
-from .checkpointing import ResumableTrainerMixin
+from ..unwrapping import unwrap
+from .base_trainer import check_settings
+from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import mix_datasets, prepare_dataset
-from .expert_checkpoints import FusedExpertsMixin
-from .model_card import TrainingCardMixin
-from .model_resolution import base_of, resolve_model
-from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_head, columns_of_pass, document_ids_of
+from .language_model_trainer import LanguageModelTrainer, Processing
+from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of, tokens_of_pass
 from .objective.noise import step_generators
 from .objective.router_balancing import RouterBalancing
 from .sft_config import LLaDAUniSFTConfig
 from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
 
 
-AnyDataset = Dataset | IterableDataset
 # Arguments of trl's trainer that would put another loss, or logits of whole sequences, in the place of ours.
 REFUSED_ARGUMENTS = {
     "compute_loss_func": "override `compute_loss`",
@@ -34,9 +41,20 @@ REFUSED_ARGUMENTS = {
 }
 
 
-class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerMixin, SFTTrainer):
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    were_enabled = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            enable_progress_bars()
+
+
+class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
     r"""
-    trl's [`~trl.SFTTrainer`] with the objective of block diffusion (`objective.py`). Data, noise and forward differ;
+    trl's [`~trl.SFTTrainer`] with the objective of block diffusion (`objective/`). Data, noise and forward differ;
     collators, packing, the normalisation of the loss, checkpoints, LoRA and logging are trl's. With the modality's
     weight a (`text_weight`, `image_weight`) the loss is
 
@@ -64,20 +82,20 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
         ValueError, TypeError: for settings that do not fit the model, or rows that do not fit a format.
     """
 
+    args: LLaDAUniSFTConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel,
         args: LLaDAUniSFTConfig | None = None,
         train_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
-        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        processing_class: Processing | None = None,
         peft_config: Any | None = None,
         **kwargs: Any,
     ):
         # 1. Check what can be checked before any work
-        args = LLaDAUniSFTConfig("llada-uni-sft") if args is None else args
-        if not isinstance(args, LLaDAUniSFTConfig):
-            raise TypeError(f"`args` must be a LLaDAUniSFTConfig, got {type(args).__name__}.")
+        args = check_settings(args, LLaDAUniSFTConfig, "llada-uni-sft")
         for name, instead in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` has no meaning in {type(self).__name__}; {instead}.")
@@ -85,14 +103,8 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
 
         # 2. The model
-        model_init_kwargs = dict(args.model_init_kwargs or {})
-        if kwargs.get("quantization_config") is not None:
-            model_init_kwargs["quantization_config"] = kwargs.pop("quantization_config")
-        model, processing_class, self.block_length = resolve_model(
-            model, processing_class, model_init_kwargs, args.block_length
-        )
-        args.model_init_kwargs = None  # used up
-        text_config = model.config.get_text_config()
+        model, processing_class = self._take_model(model, processing_class, args, kwargs)
+        assert args.block_length_warmup_steps is not None  # settled by the configuration
         check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
         if args.packing and args.max_length is not None and args.max_length % self.block_length:
             raise ValueError(
@@ -102,10 +114,8 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
         trains_adapter = peft_config is not None or is_peft_model(model)
         self._choose_trained_parameters(model, args, trains_adapter)
 
-        # 3. The data. trl would leave rows with pictures to a collator.
-        self._image_token_offset = text_config.image_token_offset
-        self._data_model = base_of(model)
-        self.noise = args.make_noise()
+        # 3. The data. trl would leave rows with images to a collator.
+        self._image_token_offset = model.config.get_text_config().image_token_offset
         train_dataset = self._prepare_training_data(train_dataset, processing_class, args)
 
         # 4. trl's trainer, with the objective as the model's forward
@@ -119,6 +129,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             **kwargs,
         )
         if args.packing and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            assert not isinstance(args.pad_to_multiple_of, str)  # settled by trl
             # trl joins all packed rows into one, as flash attention likes it. A mask would then be quadratic in the
             # whole batch, and not in a row.
             self.data_collator = DataCollatorForLanguageModeling(
@@ -127,7 +138,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
                 return_position_ids=True,
             )
         self._stage = args.stage.replace("_", " ")
-        base_model = base_of(self.model)
+        base_model = unwrap(self.model)
         add_block_diffusion_head(base_model)
         preset_rate = 0.0 if trains_adapter else STAGES[args.stage].expert_bias_update_rate
         update_rate = preset_rate if args.expert_bias_update_rate is None else args.expert_bias_update_rate
@@ -155,13 +166,17 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
     # Data
 
     def _prepare_training_data(self, dataset: Any, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
+        mix = args.task_mix or STAGES[args.stage].task_mix
+        assert not isinstance(mix, str)  # parsed by the configuration
+        if isinstance(dataset, DatasetDict | IterableDatasetDict) and not set(dataset) <= set(mix):
+            dataset = only_dataset("train_dataset", dataset)  # its splits are no tasks
         if not isinstance(dataset, dict):
             return self._tokenize(dataset, processing_class, args)
-        mix = args.task_mix or STAGES[args.stage].task_mix
         missing = sorted(set(dataset) - set(mix))
         if missing:
             raise ValueError(
-                f"`task_mix` must give a share for each task of `train_dataset`; it has none for {missing}."
+                f"`task_mix` must give a share for each task of `train_dataset`; it has none for {missing}, only for "
+                f"{sorted(mix)}."
             )
         parts = {task: self._tokenize(part, processing_class, args) for task, part in dataset.items() if mix[task]}
         if not parts:
@@ -187,7 +202,8 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # Data for evaluation come here as they are, also through `evaluate`.
         dataset = self._tokenize(dataset, processing_class, args)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        with _without_bars():  # of what is soon done; tokenizing has one
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     # Loss
 
@@ -195,7 +211,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
         """Of the next training step; evaluation always has the final one."""
         if not self.model.training:
             return self.block_length
-        warmup_steps = self.args.block_length_warmup_steps
+        warmup_steps = self.args.block_length_warmup_steps or 0.0
         return block_length_at(self.state.global_step, self.state.max_steps, warmup_steps, self.block_length)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -225,7 +241,7 @@ class LLaDAUniSFTTrainer(TrainingCardMixin, FusedExpertsMixin, ResumableTrainerM
             return outputs
 
         if self.model.training:
-            _, _, is_token = columns_of_pass(labels, document_ids, masked.shape[1], block_length)
+            _, _, is_token = tokens_of_pass(labels, document_ids, masked.shape[1], block_length)
             keep_logits = self.args.router_z_loss_coefficient > 0
             with self.router_balancing.recording(is_token, keep_logits):
                 loss = super().compute_loss(

@@ -2,7 +2,7 @@
 The three stages a lab walks through, as presets: what is trained, from which mix of tasks, with which blocks.
 
 - `"alignment"` trains embeddings and head, so that the new image codes find their place beside the words; from
-  pictures with captions and some text. Blocks grow from 1 token to 32.
+  images with captions and some text. Blocks grow from 1 token to 32.
 - `"pretraining"` trains the whole language model; from text, captions in both directions, edits and interleaved
   documents. Blocks grow here too.
 - `"supervised_finetuning"` trains the whole language model except its routers; from conversations, text-to-image and

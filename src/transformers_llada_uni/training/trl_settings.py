@@ -21,7 +21,14 @@ def refuse_without_meaning(config: Any, table: dict[str, tuple[Any, str]]) -> No
             raise ValueError(f"`{name}` must stay {value!r}, got {getattr(config, name)!r}: {reason}.")
 
 
-def settle_precision(config: Any) -> None:
-    """trl computes in bfloat16 unless told otherwise; on a CPU that is slow, and off by default here."""
+def settle_defaults(config: Any) -> None:
+    """
+    trl computes in bfloat16 unless told otherwise; on a CPU that is slow, and off by default here. trl sets
+    `gradient_checkpointing`, which is deprecated, by default; without a warning, it is what its new name says.
+    """
     if config.bf16 is None and not config.fp16:
         config.bf16 = not config.use_cpu and torch.accelerator.is_available()
+    if config.activation_checkpointing is None:
+        config.activation_checkpointing = config.gradient_checkpointing
+    if config.activation_checkpointing_kwargs is None:
+        config.activation_checkpointing_kwargs = config.gradient_checkpointing_kwargs

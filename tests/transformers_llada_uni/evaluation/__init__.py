@@ -1,0 +1,1 @@
+"""Tests of likelihood bounds, lm-eval's model and visual question answering."""

@@ -279,8 +279,8 @@ def test_prompts_show_their_pictures(converted_dir, tmp_path, place):
         )
         expected = inputs["input_ids"]
         if shown is not None:
-            codes = model.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
-            expected = model.model.place_image_codes(expected, codes)
+            images = inputs["pixel_values"], inputs["image_grid_thw"]
+            expected = model.model.place_images({"input_ids": expected}, *images)["input_ids"]
         assert ids == expected[0].tolist()
         if place == "column":
             assert [image.size for image in seen["images"][seen["row"].index(row)]] == (
@@ -387,7 +387,7 @@ def test_sharded_models_are_refused(tokenizer, tmp_path):
         ({"prompt": [chat("a cat")], "grid": [[2, 2]]}, "Row 0: `prompt` must be a text"),
         ({"prompt": ["a", "b"], "grid": [[2, 2], [0, 2]]}, "Row 1: `grid`"),
         ({"prompt": ["a", "b"], "grid": [[2, 2], None]}, "Row 1: `grid`"),
-        ({"prompt": [chat("Red")], "image": [picture(0)], "grid": [[2, 2]]}, "edited pictures are not supported"),
+        ({"prompt": [chat("Red")], "image": [picture(0)], "grid": [[2, 2]]}, "edited images are not supported"),
         ({"prompt": ["What is it?"], "image": [picture(0)]}, "Row 0: .*give messages"),
         ({"prompt": [[{"role": "assistant", "content": "Hm"}]]}, "Row 0: `prompt`"),
     ],
@@ -401,7 +401,7 @@ def test_decoder_must_return_a_picture_per_grid(converted_dir, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["a cat"] * 4, "grid": [[2, 2]] * 4})
     trainer, _, _ = rollouts_of(converted_dir, tmp_path, dataset)
     trainer.decode_images = lambda codes: []
-    with pytest.raises(ValueError, match="`decode_images` returned 0 pictures for 4"):
+    with pytest.raises(ValueError, match="`decode_images` returned 0 images for 4"):
         trainer.train()
     with pytest.raises(ValueError, match="`eval_dataset` must have a column `grid`"):
         trainer.evaluate(dataset.remove_columns("grid"))

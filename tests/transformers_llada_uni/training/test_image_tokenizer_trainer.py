@@ -345,6 +345,22 @@ def test_pictures_find_their_captions(make_trainer, codebook_update, tmp_path):
     assert configs["vq_config"]["num_embeddings"] == len(trainer.model.code_counts)
 
 
+def test_a_save_that_stops_leaves_the_old_result(make_trainer, tmp_path, monkeypatch):
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "parts").rglob("*") if path.is_file()}
+
+    def stop(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    trainer = make_trainer(tmp_path / "run", max_steps=1)
+    trainer.save_model(str(tmp_path / "parts"))
+    before = files()
+    monkeypatch.setattr("transformers_llada_uni.training.image_tokenizer_trainer.save_file", stop)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.save_model(str(tmp_path / "parts"))
+    assert before and files() == before
+
+
 def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "revival_interval": 1}
     settings |= {"revival_threshold": 0.5, "per_device_train_batch_size": 4}
@@ -373,7 +389,7 @@ def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
     ],
 )
 def test_bad_settings_are_refused(settings, name, tmp_path):
-    with pytest.raises(ValueError, match=f"`{name}`"):
+    with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
         LLaDAUniImageTokenizerConfig(str(tmp_path), **settings)
 
 

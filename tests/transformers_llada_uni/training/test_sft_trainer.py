@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 from trl import SFTConfig, TrlParser
 
@@ -454,7 +454,7 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
     ],
 )
 def test_config_refuses_by_name(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         LLaDAUniSFTConfig(str(tmp_path), use_cpu=True, **settings)
 
 
@@ -475,8 +475,12 @@ def test_trainer_refuses_by_name(make_trainer, tmp_path, tokenizer):
         LLaDAUniSFTTrainer(
             tiny_model(), args, train_dataset=rows(), processing_class=tokenizer, compute_metrics=SimpleNamespace()
         )
-    with pytest.raises(ValueError, match="`task_mix`.*poetry"):
-        LLaDAUniSFTTrainer(tiny_model(), args, train_dataset={"poetry": rows()}, processing_class=tokenizer)
+    for dataset, message in (
+        ({"poetry": rows()}, "`task_mix`.*poetry.*'text'"),  # the allowed names
+        (DatasetDict(train=rows(), test=rows()), r"`train_dataset` has 2 splits.*train_dataset\['test'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LLaDAUniSFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
 
 
 def test_lora_config_refuses_by_name():

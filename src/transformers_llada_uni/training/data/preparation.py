@@ -2,21 +2,22 @@
 
 import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import get_dataset_column_names
 
 from ...input_checks import check_integer, check_number
-from .dataset_formats import CODES_COLUMN, format_of, with_caption
+from .dataset_formats import CODES_COLUMN, format_of, rows_of, with_caption
+from .dataset_loading import AnyDataset, only_dataset
 from .example_tokens import ExampleTokenizer, Segment
-from .image_codes import encode_images, has_pictures
+from .image_codes import encode_images, has_images
 
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
 LEARNABLE = ("messages", "prompt_completion", "text_to_image", "editing", "text")
 
 
@@ -38,28 +39,31 @@ def prepare_dataset(
 
     - `messages`, a chat in trl's conversational format; every answer is learnt;
     - `prompt` and `completion`, texts or messages; the completion is learnt;
-    - `image` and `caption` (or `text`), for text-to-image; optionally `thinking`, thoughts before the picture;
+    - `image` and `caption` (or `text`), for text-to-image; optionally `thinking`, thoughts before the image;
     - `source_image`, `instruction` and `target_image`, for editing;
     - `text`, all of it learnt; longer texts are cut into pieces of `max_length`.
 
-    Chats may have pictures in a column `images` or inside their messages; those of an answer are learnt as codes, with
+    What reads like a control token in a text of a row (`<|image|>`, `<role>`) is encoded as ordinary tokens: words are
+    words. Rows of `input_ids` and `labels`, which the trainers take as they are, may hold any token.
+
+    Chats may have images in a column `images` or inside their messages; those of an answer are learnt as codes, with
     header and end token, under the system message of the task "interleaved" unless the chat has one.
     Labels are -100 on prompts. A row ends with an end token and is filled with end tokens to whole blocks, and these
     carry labels: `generate` fills whole blocks, and has to know what comes after the end. (`generate_image_codes`
-    allows only codes, as the release does, also in the columns after the picture, and throws those away.)
+    allows only codes, as the release does, also after the image, and throws those away.)
 
     Args:
-        dataset: The rows; a streaming dataset is prepared while it is read.
+        dataset: The rows, or a `DatasetDict` of one split; a streaming dataset is prepared while it is read.
         processor ([`LLaDAUniProcessor`], or a tokenizer for text-only models): Writes the prompts.
         block_length (`int`): Tokens of a block.
         max_length (`int`, *optional*): Longest row in tokens, a multiple of `block_length`. Longer rows are left out
-            and counted in a warning (not in a stream): cutting them would cut answers or pictures.
+            and counted in a warning (not in a stream): cutting them would cut answers or images.
         caption_dropout (`float`, defaults to 0.1): Share of text-to-image and editing rows whose words become
             `<uncondition>`, for classifier-free guidance.
-        image_dropout (`float`, defaults to 0.1): Share of editing rows without source picture, for the same.
+        image_dropout (`float`, defaults to 0.1): Share of editing rows without source image, for the same.
         seed (`int`, defaults to 0): Decides with a row's number what is left out of it; for several epochs, prepare
             the data with several seeds and concatenate them.
-        model ([`LLaDAUniForConditionalGeneration`], *optional*): Encodes pictures that are not codes yet.
+        model ([`LLaDAUniForConditionalGeneration`], *optional*): Encodes images that are not codes yet.
 
     Raises:
         ValueError: for columns that make no format, a row that does not fit its format (named by its number), data of
@@ -74,8 +78,8 @@ def prepare_dataset(
     dataset, format_name = _recognise(dataset, processor, model, LEARNABLE)
 
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
-        examples = {"input_ids": [], "labels": []}
-        for row, index in zip(_rows(batch), indices, strict=True):
+        examples: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        for row, index in zip(rows_of(batch), indices, strict=True):
             segments = _segments(row, index)
             for piece in _pieces(segments):
                 input_ids, labels = _join(piece, tokenizer.end, block_length)
@@ -120,7 +124,7 @@ def prepare_preference_dataset(
     model: PreTrainedModel | None = None,
 ) -> AnyDataset:
     """
-    Rows with `prompt`, `chosen` and `rejected` (texts or messages, pictures as in [`prepare_dataset`]; in a column
+    Rows with `prompt`, `chosen` and `rejected` (texts or messages, images as in [`prepare_dataset`]; in a column
     `images` those of the prompt come first, then those of `chosen`, then those of `rejected`) to `prompt_ids`,
     `chosen_ids` and `rejected_ids`, the columns of trl's DPO. Prompt and answer together fill whole blocks.
 
@@ -132,7 +136,7 @@ def prepare_preference_dataset(
 
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
         examples: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-        for row, index in zip(_rows(batch), indices, strict=True):
+        for row, index in zip(rows_of(batch), indices, strict=True):
             prompt, *answers = tokenizer.preference(row, index)
             for name, answer in zip(("chosen_ids", "rejected_ids"), answers, strict=True):
                 closing = 1 + -(len(prompt) + len(answer) + 1) % block_length
@@ -159,19 +163,18 @@ def prepare_prompts(
     Args and errors: as [`prepare_dataset`].
     """
     tokenizer = ExampleTokenizer(processor)
-    if model is not None and has_pictures(dataset, model):
-        encoded = encode_images(dataset, model, processor).select_columns(CODES_COLUMN)
-        codes = list(encoded[CODES_COLUMN])
-    else:
-        codes = None
+    dataset = only_dataset("dataset", dataset)
+    # The columns of rewards must not be taken for those of another format.
+    of_prompts = ("prompt", "image", "images", CODES_COLUMN)
+    rows = dataset.select_columns([name for name in get_dataset_column_names(dataset) if name in of_prompts])
+    if model is not None and has_images(rows, model):
+        rows = encode_images(rows, model, processor)
 
-    def tokenize(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        if codes is not None:
-            row = {**row, CODES_COLUMN: codes[index]}
-        return {"prompt_ids": tokenizer.prompt(row, index)[0][0]}
+    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
+        rows = zip(rows_of(batch), indices, strict=True)
+        return {"prompt_ids": [tokenizer.prompt(row, index)[0][0] for row, index in rows]}
 
-    settings = {"desc": "Tokenizing prompts"} if isinstance(dataset, Dataset) else {}
-    return dataset.map(tokenize, with_indices=True, **settings)
+    return concatenate_datasets([dataset, _map(rows, tokenize, "Tokenizing prompts")], axis=1)
 
 
 def mix_datasets(parts: dict[str, AnyDataset], mix: dict[str, float], seed: int = 0) -> AnyDataset:
@@ -180,17 +183,17 @@ def mix_datasets(parts: dict[str, AnyDataset], mix: dict[str, float], seed: int 
     every row of each part was seen once; rows of the smaller parts repeat.
 
     Raises:
-        ValueError: for a share that is not positive, or if the names of `parts` and `mix` differ.
+        ValueError: for a share that is not positive, if the names of `parts` and `mix` differ, or for a part of
+            several splits.
     """
     if not parts or set(parts) != set(mix):
         raise ValueError(f"`mix` must give a share for each of {sorted(parts)}, got {sorted(mix)}.")
+    datasets = [only_dataset(f"parts[{name!r}]", part) for name, part in parts.items()]
     for name, share in mix.items():
-        check_number(f"mix[{name!r}]", share, 0, exclude_low=True)
+        check_number(f"mix[{name!r}]", share, 0, exclude_minimum=True)
     total = sum(mix.values())
     shares = [mix[name] / total for name in parts]
-    return interleave_datasets(
-        list(parts.values()), probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
-    )
+    return interleave_datasets(datasets, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 # Steps that the functions share
@@ -199,8 +202,8 @@ def mix_datasets(parts: dict[str, AnyDataset], mix: dict[str, float], seed: int 
 def _recognise(
     dataset: AnyDataset, processor: Any, model: PreTrainedModel | None, expected: tuple[str, ...]
 ) -> tuple[AnyDataset, str]:
-    """The dataset with pictures as codes, and its format."""
-    dataset = with_caption(dataset)
+    """The dataset with images as codes, and its format."""
+    dataset = with_caption(only_dataset("dataset", dataset))
     columns = get_dataset_column_names(dataset)
     format_name = format_of(columns)
     if format_name not in expected:
@@ -208,18 +211,14 @@ def _recognise(
             f"`dataset` has the columns {sorted(columns)} of the format '{format_name}'; expected "
             f"{' or '.join(expected)}."
         )
-    if has_pictures(dataset, model):
+    if has_images(dataset, model):
         if model is None:
-            raise ValueError("`model` is needed to encode the pictures of `dataset`, or encode them before.")
-        dataset = encode_images(dataset, model, processor)
+            raise ValueError("`model` is needed to encode the images of `dataset`, or encode them before.")
+        dataset = encode_images(dataset, model, processor)  # refuses a tokenizer
     return dataset, format_name
 
 
-def _rows(batch: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def _map(dataset: AnyDataset, function: Any, description: str) -> AnyDataset:
+def _map(dataset: AnyDataset, function: Callable[..., dict[str, Any]], description: str) -> AnyDataset:
     settings = {"desc": description} if isinstance(dataset, Dataset) else {}
     columns = get_dataset_column_names(dataset)
     return dataset.map(function, batched=True, with_indices=True, remove_columns=columns, **settings)

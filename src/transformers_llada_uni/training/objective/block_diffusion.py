@@ -18,6 +18,7 @@ ids of the document and [`create_noisy_clean_mask`] says who sees whom. Three th
 import functools
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,14 +31,14 @@ from ...weight_hooks import weights_in_place
 from .masking import block_ids_of, create_noisy_clean_mask, positions_of, running_block_ids
 
 
-# Columns of the vocabulary whose logits exist at one time.
+# Entries of the vocabulary whose logits exist at one time.
 VOCABULARY_TILE = 32768
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
 def document_ids_of(
-    labels: torch.LongTensor, attention_mask: torch.Tensor | None = None, position_ids: torch.LongTensor | None = None
-) -> torch.LongTensor:
+    labels: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The number of each token's document, `(batch, length)`, from what trl's collators give: position ids that start
     again with each packed document, or else an attention mask, whose padding gets -1.
@@ -49,9 +50,9 @@ def document_ids_of(
     return torch.zeros_like(labels)
 
 
-def columns_of_pass(
-    labels: torch.LongTensor, document_ids: torch.LongTensor, num_copies: int, block_length: int
-) -> tuple[torch.LongTensor, torch.LongTensor, torch.BoolTensor]:
+def tokens_of_pass(
+    labels: torch.Tensor, document_ids: torch.Tensor, num_copies: int, block_length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     What of `[noisy_1 | ... | noisy_R | clean]` has to be computed: of a noisy copy the blocks that hold a token with a
     label, of the clean part the blocks with such a block after them in their document. What is left of a row moves
@@ -63,7 +64,7 @@ def columns_of_pass(
         block_length: Tokens of a block.
 
     Returns:
-        `columns`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass the column of the document's
+        `places`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass its place in the document's
         row, the number of the copy (R for the clean part), and whether it is more than padding.
     """
     length = labels.shape[1]
@@ -117,7 +118,7 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
 
     # `generate` checks its arguments against the signature of the class.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head: bool = False, **kwargs):
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return plain_forward(*args, **kwargs)
         return _forward_objective(self, *args, **kwargs)
@@ -134,16 +135,16 @@ class BlockDiffusionTerms(FusedCausalLMOutput):
 
 def _forward_objective(
     model: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    labels: torch.LongTensor,
-    masked: torch.BoolTensor | None = None,
-    weights: torch.FloatTensor | None = None,
-    document_ids: torch.LongTensor | None = None,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    masked: torch.Tensor,
+    weights: torch.Tensor,
+    document_ids: torch.Tensor | None = None,
     block_length: int | None = None,
     attention_mask: torch.Tensor | None = None,
-    position_ids: torch.LongTensor | None = None,
+    position_ids: torch.Tensor | None = None,
     num_items_in_batch: int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> BlockDiffusionTerms:
     config = model.config.get_text_config()
     block_length = config.block_length if block_length is None else block_length
@@ -155,35 +156,35 @@ def _forward_objective(
     num_copies = masked.shape[1]
 
     # 1. What has to be computed of [noisy copies | clean]
-    columns, copies, is_real = columns_of_pass(labels, document_ids, num_copies, block_length)
+    places, copies, is_real = tokens_of_pass(labels, document_ids, num_copies, block_length)
     positions = positions_of(document_ids)
     masked = masked & (labels != -100)[:, None]
     never_masked = torch.zeros_like(masked[:, :1])  # the clean part
-    is_hidden = torch.cat([masked, never_masked], dim=1).flatten(1).gather(1, copies * length + columns) & is_real
+    is_hidden = torch.cat([masked, never_masked], dim=1).flatten(1).gather(1, copies * length + places) & is_real
 
     # 2. That row, and who sees whom in it
     mask = create_noisy_clean_mask(
         config,
         copy_ids=copies,
-        block_ids=block_ids_of(positions, block_length).gather(1, columns),
-        document_ids=document_ids.gather(1, columns).masked_fill(~is_real, -1),
+        block_ids=block_ids_of(positions, block_length).gather(1, places),
+        document_ids=document_ids.gather(1, places).masked_fill(~is_real, -1),
         clean_copy=num_copies,
         dtype=model.dtype,
     )
     outputs = model.base_model(
-        input_ids=input_ids.gather(1, columns).masked_fill(is_hidden, config.mask_token_id),
+        input_ids=input_ids.gather(1, places).masked_fill(is_hidden, config.mask_token_id),
         attention_mask=mask,
-        position_ids=positions.gather(1, columns),
+        position_ids=positions.gather(1, places),
         **{**kwargs, "use_cache": False},
     )
 
     # 3. The head, on hidden tokens only
-    row, place = is_hidden.nonzero(as_tuple=True)
-    column, copy = columns[row, place], copies[row, place]
-    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, place], labels[row, column])
+    row, index = is_hidden.nonzero(as_tuple=True)
+    place, copy = places[row, index], copies[row, index]
+    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, index], labels[row, place])
 
     # 4. Back to where the tokens stand, summed over the copies
-    flat = row * length + column
+    flat = row * length + place
 
     def sum_over_copies(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(batch_size * length).index_add(0, flat, values).view(batch_size, length)
@@ -191,7 +192,7 @@ def _forward_objective(
     times_masked = masked.sum(dim=1).clamp(min=1)
     entropy, mean_logits, is_top1 = (sum_over_copies(values) / times_masked for values in statistics)
     return BlockDiffusionTerms(
-        log_probs=sum_over_copies(log_probs * weights[row, copy, column].to(log_probs.dtype)),
+        log_probs=sum_over_copies(log_probs * weights[row, copy, place].to(log_probs.dtype)),
         entropy=entropy,
         mean_logits=mean_logits,
         is_top1=is_top1,
@@ -201,7 +202,7 @@ def _forward_objective(
 
 
 def _score(
-    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.LongTensor
+    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
     head = model.get_output_embeddings()
@@ -220,7 +221,7 @@ def _score(
     return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 
-def _check_inputs(input_ids, labels, masked, weights, block_length) -> None:
+def _check_inputs(input_ids: Any, labels: Any, masked: Any, weights: Any, block_length: Any) -> None:
     check_tensor("input_ids", input_ids, (torch.int64,), ndim=2)
     check_tensor("labels", labels, (torch.int64,), ndim=2)
     check_shape("labels", labels, tuple(input_ids.shape))

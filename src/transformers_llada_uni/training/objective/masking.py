@@ -1,36 +1,37 @@
 """The attention mask under which noisy copies of documents and the documents themselves share one forward pass."""
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
 
-def positions_of(document_ids: torch.LongTensor) -> torch.LongTensor:
+def positions_of(document_ids: torch.Tensor) -> torch.Tensor:
     """Each token's place in its document, `(batch, length)`, from the documents' numbers `(batch, length)`."""
-    columns = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return columns - (columns * begins).cummax(dim=1).values
+    return places - (places * begins).cummax(dim=1).values
 
 
-def block_ids_of(positions: torch.LongTensor, block_length: int) -> torch.LongTensor:
+def block_ids_of(positions: torch.Tensor, block_length: int) -> torch.Tensor:
     """The number of each token's block in its document."""
     return positions.div(block_length, rounding_mode="floor")
 
 
-def running_block_ids(positions: torch.LongTensor, block_length: int) -> torch.LongTensor:
+def running_block_ids(positions: torch.Tensor, block_length: int) -> torch.Tensor:
     """The number of each token's block, counted through its whole row of documents."""
     return (positions % block_length == 0).cumsum(dim=1) - 1
 
 
 def create_noisy_clean_mask(
     config: PreTrainedConfig,
-    copy_ids: torch.LongTensor,
-    block_ids: torch.LongTensor,
-    document_ids: torch.LongTensor,
+    copy_ids: torch.Tensor,
+    block_ids: torch.Tensor,
+    document_ids: torch.Tensor,
     clean_copy: int,
     dtype: torch.dtype,
-):
+) -> torch.Tensor | BlockMask | None:
     r"""
     The mask of block-diffusion training (BD3-LM, arXiv 2503.09573, section 4.1) for a row `[noisy copies ; clean]`.
     Token i sees token j of the same document where
@@ -60,7 +61,9 @@ def create_noisy_clean_mask(
             "'flex_attention' (GPU) or 'sdpa' for training."
         )
 
-    def may_see(batch_idx, head_idx, q_idx, kv_idx):
+    def may_see(
+        batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+    ) -> torch.Tensor:
         same_document = document_ids[batch_idx, q_idx] == document_ids[batch_idx, kv_idx]
         same_copy = copy_ids[batch_idx, q_idx] == copy_ids[batch_idx, kv_idx]
         query_block, key_block = block_ids[batch_idx, q_idx], block_ids[batch_idx, kv_idx]

@@ -1,12 +1,13 @@
 """Which tokens a training step hides, and what each hidden token weighs in the loss."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...input_checks import check_integer, check_number, check_shape, check_tensor
+from ...input_checks import check_choice, check_integer, check_number, check_shape, check_tensor
+from ...seeding import seeded_generator
 from .masking import positions_of
 
 
@@ -46,26 +47,24 @@ class BlockDiffusionNoise:
     complementary: bool = False
     num_noise_samples: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.noise_range, (tuple, list)) or len(self.noise_range) != 2:
             raise ValueError(f"`noise_range` must be two numbers (low, high), got {self.noise_range!r}.")
         for bound in self.noise_range:
             check_number("noise_range", bound, 0.0, 1.0)
         if self.noise_range[0] >= self.noise_range[1]:
             raise ValueError(f"`noise_range` must rise from low to high, got {self.noise_range!r}.")
-        if self.noise_level not in NOISE_LEVELS:
-            raise ValueError(f"`noise_level` must be one of {NOISE_LEVELS}, got {self.noise_level!r}.")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"`weighting` must be one of {WEIGHTINGS}, got {self.weighting!r}.")
+        check_choice("noise_level", self.noise_level, NOISE_LEVELS)
+        check_choice("weighting", self.weighting, WEIGHTINGS)
         check_integer("num_noise_samples", self.num_noise_samples, 1)
 
     def sample(
         self,
-        labels: torch.LongTensor,
-        document_ids: torch.LongTensor | None,
+        labels: torch.Tensor,
+        document_ids: torch.Tensor | None,
         block_length: int,
         generator: torch.Generator | list[torch.Generator],
-    ) -> tuple[torch.BoolTensor, torch.FloatTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Draws the noise of one batch.
 
@@ -94,12 +93,13 @@ class BlockDiffusionNoise:
         if len(generators) != batch_size:
             raise ValueError(f"`generator` must hold one generator per row, {batch_size}, got {len(generators)}.")
         # A token's numbers stand together, so that a longer row begins with the numbers of a shorter one.
-        numbers = [torch.rand(length, 1 + num_samples, generator=one, device=one.device) for one in generators]
-        numbers = torch.stack(numbers).to(device).transpose(1, 2)  # [b, 1 + s, l]
-        columns = torch.arange(length, device=device)
+        rows = [torch.rand(length, 1 + num_samples, generator=one, device=one.device) for one in generators]
+        numbers = torch.stack(rows).to(device).transpose(1, 2)  # [b, 1 + s, l]
         positions = positions_of(document_ids)
         unit_length = block_length if self.noise_level == "block" else length
-        begins = columns - positions % unit_length  # [b, l], where each token's block or document begins
+        begins = (
+            torch.arange(length, device=device) - positions % unit_length
+        )  # [b, l], where each token's block or document begins
         uniform = numbers[:, :1].gather(2, begins[:, None])  # [b, 1, l]: the number at the unit's first token
         strata = torch.arange(num_samples, device=device)[:, None]
         low, high = self.noise_range
@@ -133,31 +133,37 @@ class NoiseStream(TrainerCallback):
     every time: its losses can be compared.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_rows = {"train": 0, "eval": 0}
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.num_rows["train"] = 0
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.num_rows["eval"] = 0
 
-    on_predict = on_evaluate
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        self.num_rows["eval"] = 0
 
     def generators(self, trainer: Trainer, num_rows: int) -> list[torch.Generator]:
-        mode = "train" if trainer.model.training else "eval"
-        step = trainer.state.global_step if mode == "train" else 0
+        assert trainer.model is not None
+        is_training = trainer.model.training
+        mode, step = ("train", trainer.state.global_step) if is_training else ("eval", 0)
         # Tensor-parallel processes work on one batch together and need the same noise.
         tp_size = trainer.get_tp_size()
         process, num_processes = trainer.args.process_index // tp_size, trainer.args.world_size // tp_size
         first = self.num_rows[mode] * num_processes + process * num_rows
         self.num_rows[mode] += num_rows
-        generators = []
-        for row in range(first, first + num_rows):
-            parts = [trainer.args.seed, ("train", "eval").index(mode), step, row]
-            seed = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
-            generators.append(torch.Generator().manual_seed(int(seed) >> 1))
-        return generators
+        return [
+            seeded_generator(trainer.args.seed, int(not is_training), step, row)
+            for row in range(first, first + num_rows)
+        ]
 
 
 def step_generators(trainer: Trainer, num_rows: int) -> list[torch.Generator]:

@@ -32,7 +32,7 @@ class NoiseSettings:
     num_noise_samples: int = field(default=4, metadata={"help": "Noisy copies of each row."})
     complementary: bool = field(default=False, metadata={"help": "Whether each noisy copy comes with its complement."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.make_noise()
         if self.block_length is not None:
             check_integer("block_length", self.block_length, 1)
@@ -40,7 +40,7 @@ class NoiseSettings:
     def make_noise(self) -> BlockDiffusionNoise:
         """The likelihood bound's noise: its weights are 1/t."""
         return BlockDiffusionNoise(
-            noise_range=tuple(self.noise_range),
+            noise_range=tuple(self.noise_range),  # type: ignore[arg-type]  # its length is checked there
             noise_level=self.noise_level,
             complementary=self.complementary,
             num_noise_samples=self.num_noise_samples,

@@ -61,7 +61,7 @@ class RouterBalancing(TrainerCallback):
         return hook
 
     @contextmanager
-    def recording(self, is_token: torch.BoolTensor, keep_logits: bool = False) -> Iterator[None]:
+    def recording(self, is_token: torch.Tensor, keep_logits: bool = False) -> Iterator[None]:
         """Counts what the routers choose inside; `is_token` `(batch, length)` of the pass is false for padding."""
         self._is_token, self._keep_logits = is_token.flatten(), keep_logits
         try:
@@ -69,7 +69,7 @@ class RouterBalancing(TrainerCallback):
         finally:
             self._is_token = None
 
-    def z_loss(self, is_token: torch.BoolTensor) -> torch.Tensor:
+    def z_loss(self, is_token: torch.Tensor) -> torch.Tensor:
         """
         The mean over tokens and layers of `logsumexp(router logits)^2` (ST-MoE, arXiv 2202.08906, eq. 5) in the pass
         that was just recorded with `keep_logits=True`.
@@ -91,7 +91,7 @@ class RouterBalancing(TrainerCallback):
         self.report("max_load_violation", violation.mean().item())
         if self.update_rate:
             for router, step in zip(self.routers, (mean_load - loads).sign() * self.update_rate, strict=True):
-                router.expert_bias += step.to(router.expert_bias)
+                router.expert_bias.add_(step.to(router.expert_bias))
 
 
 __all__ = ["RouterBalancing"]

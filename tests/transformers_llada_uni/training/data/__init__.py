@@ -1,0 +1,1 @@
+"""Tests of how rows of datasets become token ids. No trainers."""

@@ -15,7 +15,7 @@ from transformers_llada_uni.training import (
     prepare_preference_dataset,
     prepare_prompts,
 )
-from transformers_llada_uni.training.data.dataset_formats import format_of
+from transformers_llada_uni.user_words import encode_words
 
 
 BLOCK = 8
@@ -54,8 +54,8 @@ def answer_of(row):
 
 def with_codes(processor, model, inputs):
     """The processor's ids with the codes of its pictures in their places."""
-    codes = model.model.encode_images(inputs["pixel_values"], inputs["image_grid_thw"])
-    return model.model.place_image_codes(inputs["input_ids"], codes)[0].tolist()
+    images = inputs["pixel_values"], inputs["image_grid_thw"]
+    return model.model.place_images({"input_ids": inputs["input_ids"]}, *images)["input_ids"][0].tolist()
 
 
 def closed(processor, prompt, answer):
@@ -186,6 +186,50 @@ def test_answers_with_pictures_are_those_of_the_interleaved_task(text_processor,
     codes = (grid.flatten() + processor.image_token_offset).tolist()
     end = processor.tokenizer("<|/image|>Two.<|role_end|>")["input_ids"]
     assert answer_of(row) == closed(processor, prompt_of(row), header + codes + end)
+
+
+# What a user may write as well as anything else.
+CONTROL = "what is <|image|><|reserved_token_0|> or <|reserved_token_1|> <role>HUMAN</role> <|mask|>?"
+
+
+def test_words_of_a_chat_are_words(processor, model):
+    chat = [{"role": "user", "content": CONTROL}, {"role": "assistant", "content": CONTROL}]
+    plain = prepare_dataset(Dataset.from_dict({"messages": [chat]}), processor, **NO_DROPOUT)[0]
+    assert prompt_of(plain) == processor(text=CONTROL, task="understanding")["input_ids"][0].tolist()
+    shown = Dataset.from_list([{"messages": chat, "images": [picture()]}]).cast_column("images", List(Image()))
+    row = prepare_dataset(shown, processor, model=model, **NO_DROPOUT)[0]
+    inputs = processor(text=CONTROL, images=[picture()], task="understanding")
+    assert prompt_of(row) == with_codes(processor, model, inputs)
+    words, end = encode_words(processor.tokenizer, CONTROL), processor.tokenizer.convert_tokens_to_ids("<|role_end|>")
+    assert answer_of(row)[: len(words) + 1] == answer_of(plain)[: len(words) + 1] == [*words, end]
+    assert not set(words) & set(processor.tokenizer.added_tokens_decoder)
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "completion"])
+def test_words_of_texts_are_words(processor, column):
+    row = {"text": CONTROL} if column == "text" else {"prompt": "a", "completion": "a", column: CONTROL}
+    row = prepare_dataset(Dataset.from_list([row]), processor, **NO_DROPOUT)[0]
+    words = encode_words(processor.tokenizer, CONTROL)
+    assert any(row["input_ids"][i : i + len(words)] == words for i in range(len(row["input_ids"])))
+    assert prepare_prompts(Dataset.from_dict({"prompt": [CONTROL]}), processor)[0]["prompt_ids"] == words
+
+
+def test_words_about_an_image_are_words(processor, model):
+    image = Image().encode_example(picture(size=(128, 96)))  # as parquet holds it
+    drawn = Dataset.from_list([{"image": image, "caption": CONTROL, "thinking": CONTROL}])
+    row = prepare_dataset(drawn, processor, model=model, **NO_DROPOUT)[0]
+    assert prompt_of(row) == processor(text=CONTROL, task="thinking")["input_ids"][0].tolist()
+    (parts,) = processor.post_process(torch.tensor(answer_of(row)))
+    assert (
+        parts[0].strip() == CONTROL
+        and parts[1].shape == codes_of(model, processor, picture(size=(128, 96)), "editing").shape
+    )
+    words = "an <|image|>"
+    image = Image().encode_example(picture(1))
+    edited = Dataset.from_list([{"source_image": image, "instruction": words, "target_image": image}])
+    row = prepare_dataset(edited, processor, model=model, **NO_DROPOUT)[0]
+    inputs = processor(text=words, images=[picture(1)], task="editing")
+    assert prompt_of(row) == with_codes(processor, model, inputs)
 
 
 def test_prompt_and_completion_equal_the_chat(processor):
@@ -448,7 +492,12 @@ def test_mixed_datasets_have_their_shares():
         ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, "'preference'"),
         ({"caption": ["a cat"], "image_codes": [[]]}, "Row 0: `image_codes`"),
         ({"image": [None], "caption": ["a cat"]}, "Row 0: `image` is missing"),
-        ({"image": ["/nowhere.png"], "caption": ["a cat"]}, "Row 0: its pictures"),
+        ({"image": ["/nowhere.png"], "caption": ["a cat"]}, "Row 0: its images"),
+        (
+            {"image": [{"bytes": b"no image", "path": None}], "caption": ["a cat"]},
+            "Row 0: its images .* cannot identify",
+        ),
+        ({"prompt": [None], "completion": ["a"]}, "Row 0: `prompt` must be a text or a list of messages, got None"),
         ({"text": ["a"], "images": [["/nowhere.png"]]}, "Row 0: a `text` has no place"),
         ({"prompt": ["a"], "completion": ["b"], "image_codes": [[{"grid": [1, 1], "codes": [0]}]]}, "Row 0: .*place"),
         ({"text": ["one two three"], "max_length": 4}, "max_length"),
@@ -482,7 +531,7 @@ def test_pictures_that_do_not_fit_the_places_are_refused(processor, model):
     chat[1] = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
     for images in ([], [picture(), picture(1)]):
         dataset = Dataset.from_dict({"messages": [chat], "images": [images]}, features=features)
-        with pytest.raises(ValueError, match="Row 0: .*pictures"):
+        with pytest.raises(ValueError, match="Row 0: .*images"):
             prepare_dataset(dataset, processor, model=model, **NO_DROPOUT)
 
 
@@ -493,9 +542,3 @@ def test_edits_must_keep_the_shape(processor, model):
     dataset = dataset.cast_column("source_image", Image()).cast_column("target_image", Image())
     with pytest.raises(ValueError, match="Row 0: `target_image`"):
         prepare_dataset(dataset, processor, model=model, **NO_DROPOUT)
-
-
-def test_formats_by_columns():
-    assert format_of(["prompt", "completion", "images"]) == "prompt_completion"
-    assert format_of(["image_codes", "instruction"]) == "editing"
-    assert format_of(["prompt", "solution"]) == "prompt"

@@ -1,0 +1,1 @@
+"""Tests of noise, masks and losses against literal formulas."""

@@ -1,0 +1,93 @@
+"""What every trainer of the project does beyond transformers': resume to the bit, and write its model card."""
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .checkpointing import last_complete_checkpoint
+from .model_card import write_model_card
+
+
+# What upstream's libraries say of each other and of a CPU, and nobody who trains can change
+for category, message in (
+    (FutureWarning, r"`\w*gradient_checkpointing\w*` is deprecated"),  # called by trl
+    (UserWarning, "'pin_memory' argument is set as true but no accelerator is found"),
+):
+    warnings.filterwarnings("ignore", message, category)
+
+Settings = TypeVar("Settings", bound=TrainingArguments)
+
+
+def check_settings(args: Any, config_class: type[Settings], default_output_dir: str) -> Settings:
+    """`args`, or the defaults. Raises TypeError if they are those of another trainer."""
+    if args is None:
+        return config_class(default_output_dir)
+    if not isinstance(args, config_class):
+        raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")
+    return args
+
+
+class BaseTrainer(Trainer):
+    """
+    First in the bases of a trainer, before that of transformers or trl which it extends:
+
+    - `train(resume_from_checkpoint=True)` goes on from the newest *complete* checkpoint, and begins anew where a run
+      was stopped before its first one; a run that was finished stays as it is;
+    - `create_model_card` says what was trained on what, with which settings, and what came out.
+    """
+
+    _stage = "training"  # what the card calls it
+    _is_saving_checkpoint = False  # or else the result of the run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            assert self.args.output_dir is not None
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # transformers looks whether a run is over after a step; one that was over within an epoch would do one more.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs_trained, steps_trained)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._is_saving_checkpoint = True
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # over an older run's checkpoint: it is not whole until the file comes back
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving_checkpoint = False
+
+    def create_model_card(  # type: ignore[override]  # trl's arguments, by which `push_to_hub` calls it
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes `README.md` into the output folder.
+
+        Args:
+            model_name: Default: the Hub repository's name, else the folder's.
+            dataset_name: Name or path of the data.
+            tags: Added to the card's tags.
+            kwargs: Further fields of [`~huggingface_hub.ModelCardData`], such as `language` or `license`.
+        """
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            write_model_card(self, self._stage, model_name or self.hub_model_id, dataset_name, tags, **kwargs)
+
+
+__all__: list[str] = []

@@ -1,0 +1,113 @@
+"""Datasets by name: of the Hub, of files and folders, or saved by `save_to_disk`; and the split that is meant."""
+
+import glob
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+AnyDatasetDict: TypeAlias = DatasetDict | IterableDatasetDict
+
+
+def load_training_dataset(
+    name_or_path: str, config_name: str | None = None, streaming: bool = False
+) -> AnyDatasetDict:
+    """
+    A dataset with its splits.
+
+    Args:
+        name_or_path (`str`): A file (JSON lines, parquet, CSV and what else `datasets.load_dataset` reads, also
+            compressed), a pattern of files (`data/*.jsonl`, `data/**/*.parquet`), a folder of files, a folder written
+            by `save_to_disk`, or the name of a dataset on the Hub. Files and one saved `Dataset` are a split "train".
+        config_name (`str`, *optional*): Of a dataset with several configurations.
+        streaming (`bool`, defaults to `False`): Read rows when they are needed. Not for what `save_to_disk` wrote.
+
+    Returns:
+        `datasets.DatasetDict`, or with `streaming` `datasets.IterableDatasetDict`.
+
+    Raises:
+        FileNotFoundError: if `name_or_path` looks like a file, pattern or folder, and there is none.
+        ValueError: if the files are not what their names say; in what place.
+    """
+    path = Path(name_or_path).expanduser()
+    if any((path / marker).is_file() for marker in SAVED_TO_DISK):
+        saved = load_from_disk(str(path))
+        saved = DatasetDict(train=saved) if isinstance(saved, Dataset) else saved
+        if streaming:
+            raise ValueError(f"`streaming`: {name_or_path!r} was written by `save_to_disk`, and is not a stream.")
+        return saved
+    folder, pattern = _folder_and_pattern(path)
+    source = name_or_path if not path.is_dir() else str(path)
+    if pattern is not None:
+        if not glob.glob(str(path), recursive=True):
+            raise FileNotFoundError(f"`dataset_name`: there is no file {name_or_path!r}.")
+        source = folder
+    elif not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
+        raise FileNotFoundError(f"`dataset_name`: there is no folder {name_or_path!r}, and the Hub has no such names.")
+    try:
+        return load_dataset(source, name=config_name, data_files=pattern, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"`dataset_name`: {name_or_path!r} cannot be read: {error.__cause__ or error}") from error
+
+
+def _folder_and_pattern(path: Path) -> tuple[str, str | None]:
+    """A path of files, cut before the first part that is a pattern; no pattern if it names a folder or a dataset."""
+    if path.is_dir():
+        return str(path), None
+    is_pattern = [glob.has_magic(part) for part in path.parts]
+    if any(is_pattern):
+        first = is_pattern.index(True)
+    elif path.is_file() or any(suffix in FILE_SUFFIXES for suffix in path.suffixes[-2:]):
+        first = len(path.parts) - 1
+    else:
+        return str(path), None
+    return os.path.abspath(os.path.join("", *path.parts[:first])), os.path.join(*path.parts[first:])
+
+
+def only_dataset(argument: str, dataset: AnyDataset | AnyDatasetDict) -> AnyDataset:
+    """
+    `dataset`, or the split of a `DatasetDict` that has one only.
+
+    Raises:
+        TypeError: for anything else than a dataset.
+        ValueError: for a `DatasetDict` of several splits; names them.
+    """
+    if isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    if not isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise TypeError(
+            f"`{argument}` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}."
+        )
+    if len(dataset) != 1:
+        splits = ", ".join(f"{argument}[{split!r}]" for split in dataset)
+        raise ValueError(f"`{argument}` has {len(dataset)} splits; give one of them: {splits or 'there is none'}.")
+    return next(iter(dataset.values()))
+
+
+def split_of(data: AnyDatasetDict, split: str, argument: str) -> AnyDataset:
+    """
+    The split of that name.
+
+    Raises:
+        ValueError: if there is none; names `argument`, and the splits that there are.
+    """
+    if split not in data:
+        raise ValueError(f"`{argument}`: the data has no split {split!r}, only {', '.join(map(repr, data))}.")
+    return data[split]
+
+
+__all__: list[str] = []

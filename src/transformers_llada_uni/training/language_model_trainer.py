@@ -1,0 +1,152 @@
+"""What the trainers of the language model have in common: the model they begin with, and its checkpoints."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.distributed.checkpoint import (
+    _load_model_checkpoint_distributed,
+    is_sharded_checkpoint,
+    load_optimizer_distributed,
+    save_optimizer_distributed,
+)
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+
+from ..loading.model_loading import load_model, load_processor
+from ..modeling_llada2_moe import LLaDA2MoePreTrainedModel
+from ..unwrapping import unwrap
+from .base_trainer import BaseTrainer
+from .dpo_config import LLaDAUniDPOConfig
+from .grpo_config import LLaDAUniGRPOConfig
+from .sft_config import LLaDAUniSFTConfig
+
+
+LanguageModelConfig = LLaDAUniSFTConfig | LLaDAUniDPOConfig | LLaDAUniGRPOConfig
+Processing = ProcessorMixin | PreTrainedTokenizerBase
+SHARDED_OPTIMIZER_DIR = "optimizer_shards"
+
+
+def load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Fills `model` with the weights that `save_pretrained` wrote to `folder`; raises where one is missing."""
+    loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map="cpu")
+    model.load_state_dict(loaded.state_dict())
+
+
+class LanguageModelTrainer(BaseTrainer):
+    """
+    First in the bases of a trainer of the language model, before trl's. transformers' Trainer does not know two things
+    that its `from_pretrained` does:
+
+    - that each expert is a tensor of its own on the disk: it would warn of missing keys, and go on with the experts
+      the run began with;
+    - a model that `from_pretrained(distributed_config=...)` sharded: it refuses to checkpoint the optimiser. Here each
+      process writes its shards (weights as safetensors, the optimiser's state with torch's distributed checkpoints),
+      and the run can be resumed on the same or on another number of processes.
+    """
+
+    model: PreTrainedModel
+    block_length: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        settings = kwargs["args"]
+        # Trainer.__init__ stops at a sharded model unless only weights are to be saved; see the methods below.
+        save_only_model, settings.save_only_model = settings.save_only_model, True
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            settings.save_only_model = save_only_model
+
+    def _take_model(
+        self,
+        model: str | PreTrainedModel,
+        processing_class: Processing | None,
+        args: LanguageModelConfig,
+        further: dict[str, Any],
+    ) -> tuple[PreTrainedModel, Processing]:
+        """
+        The model and its processor, loaded if need be, with the `quantization_config` among the `further` arguments of
+        trl's trainer; sets the block length, which the model is given as well, since what it is trained with is what
+        it generates with, and the noise.
+
+        Raises:
+            ValueError: if nobody knows the mask token.
+        """
+        if processing_class is None:
+            processing_class = load_processor(model if isinstance(model, str) else str(model.config.name_or_path))
+        if isinstance(model, str):
+            assert not isinstance(args.model_init_kwargs, str)  # parsed by the configuration
+            quantization = {name: further.pop(name) for name in ("quantization_config",) if name in further}
+            model = load_model(model, **(args.model_init_kwargs or {}), **quantization)
+            args.model_init_kwargs = None  # used up
+        config = model.config.get_text_config()
+        if config.mask_token_id is None:
+            tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+            config.mask_token_id = tokenizer.mask_token_id
+        if config.mask_token_id is None:
+            raise ValueError("`mask_token_id` is known neither to the model's configuration nor to the tokenizer.")
+        self.block_length = config.block_length if args.block_length is None else args.block_length
+        config.block_length = self.block_length
+        base = unwrap(model)
+        base.generation_config.block_length = self.block_length  # type: ignore[union-attr, attr-defined]  # a field of ours
+        name = Path(str(base.name_or_path))
+        if (name / "model_index.json").is_file():
+            # An adapter says by this name what it belongs to.
+            base.name_or_path = base.config.name_or_path = str(name / "model")
+        self.noise = args.make_noise()
+        self._data_model = base
+        return model, processing_class
+
+    # Checkpoints
+
+    def _reads_by_itself(self, folder: str) -> bool:
+        is_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded_checkpoint(folder)
+        return not is_engine and not is_peft_model(self.model) and isinstance(self.model, LLaDA2MoePreTrainedModel)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._reads_by_itself(resume_from_checkpoint):
+            load_weights(self.model, resume_from_checkpoint)
+        elif is_sharded_checkpoint(resume_from_checkpoint) and self.is_distributed_loading_by_transformers:
+            _load_model_checkpoint_distributed(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._reads_by_itself(best):
+            load_weights(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if output_dir is None or not (self.is_distributed_loading_by_transformers and self._is_saving_checkpoint):
+            super()._save(output_dir, state_dict)
+            return
+        # Every process writes its own shards; the rest is written once.
+        self.model.save_pretrained(output_dir, distributed_checkpoint=True)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer_distributed(self.model, self.optimizer, os.path.join(output_dir, SHARDED_OPTIMIZER_DIR))
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_distributed(self.model, self.optimizer, os.path.join(checkpoint, SHARDED_OPTIMIZER_DIR))
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+__all__: list[str] = []

@@ -1,0 +1,1 @@
+"""Tests of images drawn for prompts, and of their scores."""

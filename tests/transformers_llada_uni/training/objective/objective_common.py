@@ -1,0 +1,20 @@
+"""What the tests of the objective share."""
+
+import torch
+
+from tests.transformers_llada_uni.training.training_common import BLOCK
+
+
+# Two documents and padding; prompts of 5 and 3 tokens.
+DOCUMENTS = torch.tensor([[0] * 12 + [1] * 8 + [-1] * 4, [0] * 8 + [1] * 16])
+TARGETS = torch.zeros(2, 24, dtype=torch.bool)
+TARGETS[0, 5:12] = TARGETS[0, 15:20] = TARGETS[1, 6:8] = TARGETS[1, 17:24] = True
+
+
+def batch(seed=0):
+    input_ids = torch.randint(0, 59, (2, 24), generator=torch.Generator().manual_seed(seed))
+    return input_ids, input_ids.masked_fill(~TARGETS, -100)
+
+
+def draw(noise, labels, seed=0, documents=DOCUMENTS):
+    return noise.sample(labels, documents, BLOCK, torch.Generator().manual_seed(seed))

@@ -1,0 +1,86 @@
+"""What holds for every trainer: a run that is over stays as it is, checkpoints that are not whole are passed over."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+import diffusers_llada_uni.training
+import transformers_llada_uni.training
+from transformers_llada_uni.training.base_trainer import BaseTrainer
+from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
+
+from .training_common import RUN
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels):
+        return {"loss": (self.slope * x - labels).square().mean()}
+
+
+class Killed(Exception):
+    pass
+
+
+def make_trainer(output_dir, **settings):
+    rows = {"x": [[float(x)] for x in range(8)], "labels": [[2.0 * x] for x in range(8)]}
+    settings = {**RUN, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2, **settings}
+    args = TrainingArguments(str(output_dir), per_device_train_batch_size=2, **settings)
+    return BaseTrainer(Line(), args, train_dataset=Dataset.from_dict(rows))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 2}, {"max_steps": 3}, {"max_steps": 4}, {"max_steps": 6}, {"num_train_epochs": 1.4}]
+)
+def test_a_finished_run_stays_as_it_is(tmp_path, settings):
+    """An epoch has 4 steps: the run ends within one, or with one."""
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    for _ in range(2):
+        resumed = make_trainer(tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == whole.state.global_step
+        assert torch.equal(resumed.model.slope, whole.model.slope)
+
+
+@pytest.mark.parametrize("max_steps", [3, 7])
+def test_resumed_within_and_after_an_epoch(tmp_path, max_steps):
+    whole = make_trainer(tmp_path / "whole", max_steps=max_steps)
+    whole.train()
+    make_trainer(tmp_path / "short", max_steps=2).train()
+    resumed = make_trainer(tmp_path / "short", max_steps=max_steps)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == max_steps
+    assert torch.equal(resumed.model.slope, whole.model.slope)
+
+
+def test_a_checkpoint_that_is_written_over_is_not_whole_meanwhile(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    trainer = make_trainer(tmp_path, max_steps=2, seed=1)
+
+    def killed(output_dir):
+        raise Killed
+
+    trainer._save_rng_state = killed  # after the weights
+    with pytest.raises(Killed):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("package", [transformers_llada_uni.training, diffusers_llada_uni.training])
+def test_every_trainer_is_one(package):
+    trainers = [getattr(package, name) for name in package.__all__ if name.endswith("Trainer")]
+    assert len(trainers) >= 3
+    for trainer in trainers:
+        assert trainer.train is BaseTrainer.train and trainer._init_training_state is BaseTrainer._init_training_state
