@@ -2,34 +2,47 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.models import ZImageTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
 from diffusers_llada_uni import LLaDAUniSemanticEmbedder
-from transformers_llada_uni import LLaDA2MoeForBlockDiffusion, LLaDAUniConfig
+from llada_uni.conversion.config_files import building, check_settings, most_tensors, naming
+from llada_uni.conversion.tensor_files import TensorRef
+from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion, LLaDAUniConfig
 
 
 Shapes = dict[str, tuple[int, ...]]
 
-# folder in the released layout -> component of the pipeline, component of its scheduler, arguments of the scheduler
-DECODERS = {
-    "normal": ("decoder", "transformer", "scheduler", {"shift": 6.0}),
-    "turbo": ("decoder-turbo", "transformer_turbo", "scheduler_turbo", {"shift": 1.0, "stochastic_sampling": True}),
-}
+ModelT = TypeVar("ModelT", bound=ModelMixin)
+
+# Names of decoders -> their folder in the released layout
+DECODER_FOLDERS = {"normal": "decoder", "turbo": "decoder-turbo"}
 IMAGE_TOKENIZER_PREFIXES = ("model.visual.", "model.vqmodel.")
 SCALE_SUFFIX = "_scale_inv"  # of the scales of an FP8 weight
-# Arguments of our image processor that the released preprocessor_config.json states. Its `merge_size` is left out: the
-# release says 2, a slip, for patches are in raster order.
-IMAGE_PROCESSOR_FIELDS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "patch_size")
+# Arguments of our image processor that the released preprocessor_config.json states, with examples. Its `merge_size`
+# is left out: the release says 2, a slip, for patches are in raster order.
+IMAGE_PROCESSOR_FIELDS: dict[str, Any] = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.0],
+    "image_std": [0.5],
+    "patch_size": 16,
+}
+# Examples of what no tensor of the vision tower tells
+VISION_SETTINGS = {"num_heads": 16, "num_attention_heads": 16, "layer_norm_eps": 1e-6, "spatial_merge_size": 1}
 # Length of the decoder's RoPE tables: positions of the 4*H*W features, and rows and columns of latent patches.
 AXES_LENS = (32768, 1024, 1024)
+# Examples of arguments of diffusers' models whose default is `None`
+OPTIONAL_SETTINGS = {"shift_factor": 0.0, "latents_mean": [0.0], "latents_std": [1.0], "siglip_feat_dim": 1}
 
 
 def backbone_name_to_ours(name: str) -> str:
@@ -60,75 +73,96 @@ def stored_dtype(name: str, dtype: torch.dtype, requested: torch.dtype | None) -
     return torch.float32 if name.endswith(".expert_bias") else requested
 
 
-@contextmanager
-def _building(what: str) -> Iterator[None]:
-    """On the meta device; an error of a class that is not ours (asserts, KeyErrors, ...) becomes a ValueError."""
-    try:
-        with torch.device("meta"):
-            yield
-    except Exception as error:
-        raise ValueError(f"The config of {what} does not fit together: {error!r}.") from error
-
-
 def module_shapes(module: torch.nn.Module, prefix: str = "") -> Shapes:
     return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def backbone_shapes(config: LLaDAUniConfig) -> Shapes:
-    """Names, as released, and shapes of the backbone's tensors, every expert by itself."""
-    with _building("the backbone"):
-        fused = module_shapes(LLaDA2MoeForBlockDiffusion(config.text_config))
+def sub_configs(config: LLaDAUniConfig) -> tuple[LLaDA2MoeConfig, GlmImageVisionConfig, GlmImageVQVAEConfig]:
+    """Those of the backbone, the vision tower and the codebook; the configuration has checked that they are such."""
+    text, vision, vq = config.text_config, config.vision_config, config.vq_config
+    assert isinstance(text, LLaDA2MoeConfig)
+    assert isinstance(vision, GlmImageVisionConfig)
+    assert isinstance(vq, GlmImageVQVAEConfig)
+    return text, vision, vq
+
+
+def backbone_shapes(config: LLaDAUniConfig, file: Path, num_tensors: int) -> Shapes:
+    """
+    Names, as released, and shapes of the backbone's tensors, every expert by itself.
+
+    Args:
+        config: Of the model.
+        file: Where it was read, for errors.
+        num_tensors: How many tensors the backbone's files hold: a config with far more is refused at once.
+
+    Raises:
+        ValueError: if the config does not fit together, or the files by far.
+    """
+    text_config, *_ = sub_configs(config)
     shapes: Shapes = {}
-    for name, shape in fused.items():
-        if name.endswith(".mlp.experts.gate_up_proj"):
+    with naming(file):
+        with building(text_config.to_dict(), num_tensors):
+            fused = module_shapes(LLaDA2MoeForBlockDiffusion(text_config))
+        for name, shape in fused.items():
+            stem, _, kind = name.rpartition(".")
+            if not stem.endswith(".mlp.experts"):
+                shapes[name] = shape
+                continue
+            if len(shapes) + shape[0] > most_tensors(num_tensors):
+                raise ValueError(f"`num_experts` is {shape[0]}, but the files hold only {num_tensors} tensors")
             parts = {"gate_proj": (shape[1] // 2, shape[2]), "up_proj": (shape[1] // 2, shape[2])}
-        elif name.endswith(".mlp.experts.down_proj"):
-            parts = {"down_proj": shape[1:]}
-        else:
-            shapes[name] = shape
-            continue
-        stem = name.rpartition(".")[0]
-        shapes |= {f"{stem}.{e}.{part}.weight": size for e in range(shape[0]) for part, size in parts.items()}
+            if kind == "down_proj":
+                parts = {"down_proj": (shape[1], shape[2])}
+            shapes |= {f"{stem}.{e}.{part}.weight": size for e in range(shape[0]) for part, size in parts.items()}
     return shapes
 
 
-def image_tokenizer_shapes(config: LLaDAUniConfig) -> Shapes:
-    """Names (the same in both layouts) and shapes of the image tokenizer's tensors."""
-    with _building("the image tokenizer"):
-        vision, vq = GlmImageVisionModel(config.vision_config), GlmImageVQVAE(config.vq_config)
+def image_tokenizer_shapes(config: LLaDAUniConfig, file: Path, num_tensors: int) -> Shapes:
+    """[`backbone_shapes`] of the image tokenizer, whose names are the same in both layouts."""
+    _, vision_config, vq_config = sub_configs(config)
+    with naming(file), building(vision_config.to_dict(), num_tensors):
+        vision, vq = GlmImageVisionModel(vision_config), GlmImageVQVAE(vq_config)
     return module_shapes(vision, "model.visual.") | module_shapes(vq, "model.vqmodel.")
 
 
-def _own_arguments(model_class: type[ModelMixin], config: Mapping[str, Any]) -> dict[str, Any]:
-    names = set(inspect.signature(model_class.__init__).parameters) - {"self"}
-    return {name: value for name, value in config.items() if name in names}
-
-
-def build_on_meta(model_class: type[ModelMixin], config: Mapping[str, Any]) -> ModelMixin:
+def build_on_meta(model_class: type[ModelT], config: Mapping[str, Any], num_tensors: int, file: Path) -> ModelT:
     """
     A diffusers model without data, from the content of a `config.json`.
+
+    Args:
+        model_class: Its class.
+        config: Settings; those that the class does not know are left out.
+        num_tensors, file: As in [`backbone_shapes`].
 
     Raises:
         ValueError: if the class does not take these values.
     """
-    with _building(model_class.__name__):
-        return model_class(**_own_arguments(model_class, config))
+    defaults = {name: parameter.default for name, parameter in inspect.signature(model_class).parameters.items()}
+    settings = {name: value for name, value in config.items() if name in defaults}
+    with naming(file, what=f"does not fit {model_class.__name__}"):
+        stated = {name: value for name, value in settings.items() if value is not None or defaults[name] is not None}
+        check_settings(stated, {**OPTIONAL_SETTINGS, **{k: v for k, v in defaults.items() if v is not None}})
+        with building(settings, num_tensors):
+            return model_class(**settings)
 
 
-def decoder_model(config: Mapping[str, Any], feature_dim: int) -> ZImageTransformer2DModel:
+def decoder_model(
+    config: Mapping[str, Any], feature_dim: int, num_tensors: int, file: Path
+) -> ZImageTransformer2DModel:
     """The diffusion decoder for features of width `feature_dim`, without data, from the released `config.json`."""
-    lens = [max(*pair) for pair in zip(config.get("axes_lens", AXES_LENS), AXES_LENS, strict=True)]
+    lens = config.get("axes_lens", AXES_LENS)
+    with naming(file):
+        check_settings({"axes_lens": lens}, {"axes_lens": AXES_LENS})
+        if len(lens) != len(AXES_LENS):
+            raise ValueError(f"`axes_lens` should be {len(AXES_LENS)} lengths, got {lens!r:.80}")
     # The released config describes the text-conditioned ancestor in these three; the length of the RoPE tables does
     # not change their entries.
-    mended = {"cap_feat_dim": feature_dim, "axes_lens": lens, "siglip_feat_dim": None}
-    return build_on_meta(ZImageTransformer2DModel, {**config, **mended})
+    longest = [max(pair) for pair in zip(lens, AXES_LENS, strict=True)]
+    mended = {"cap_feat_dim": feature_dim, "axes_lens": longest, "siglip_feat_dim": None}
+    return build_on_meta(ZImageTransformer2DModel, {**config, **mended}, num_tensors, file)
 
 
-def vae_model(config: Mapping[str, Any]) -> AutoencoderKL:
-    return build_on_meta(AutoencoderKL, config)
-
-
-def semantic_embedder_model(shapes: Mapping[str, tuple[int, ...]]) -> LLaDAUniSemanticEmbedder:
+def semantic_embedder_model(tensors: Mapping[str, TensorRef], file: Path) -> LLaDAUniSemanticEmbedder:
     """
     The embedder whose sizes are those of the tensors: the release has no config for it.
 
@@ -136,12 +170,41 @@ def semantic_embedder_model(shapes: Mapping[str, tuple[int, ...]]) -> LLaDAUniSe
         ValueError: if a tensor that tells a size is missing.
     """
     names = ("prior_token_embedding.weight", "prior_projector.net.0.proj.weight", "prior_projector.net.2.weight")
-    missing = [name for name in names if len(shapes.get(name, ())) != 2]
+    shapes = [tensors[name].shape if name in tensors else () for name in names]
+    missing = [name for name, shape in zip(names, shapes, strict=True) if len(shape) != 2]
     if missing:
-        raise ValueError(f"The semantic embedder's tensors are missing or not matrices: {', '.join(missing)}.")
-    embedding, hidden, out = (shapes[name] for name in names)
-    sizes = {"codebook_size": embedding[0], "embedding_dim": embedding[1], "hidden_dim": hidden[0], "out_dim": out[0]}
-    return build_on_meta(LLaDAUniSemanticEmbedder, sizes)
+        raise ValueError(f"{file}: tensors are missing or no matrices: {', '.join(missing)}.")
+    (codebook_size, embedding_dim), (hidden_dim, _), (out_dim, _) = shapes
+    with naming(file), building({}, len(tensors)):
+        return LLaDAUniSemanticEmbedder(codebook_size, embedding_dim, hidden_dim, out_dim)
+
+
+def check_image_processor(fields: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` if one of `IMAGE_PROCESSOR_FIELDS` is not as it should be."""
+    check_settings(fields, IMAGE_PROCESSOR_FIELDS)
+    for name in ("image_mean", "image_std"):
+        if len(fields.get(name, "RGB")) != 3:
+            raise ValueError(f"`{name}` should be three numbers, got {fields[name]!r:.80}")
+
+
+def choose_decoders(choice: str | None, available: list[str], source: Path) -> list[str]:
+    """The decoders to convert. Raises a `FileNotFoundError` if one that is wanted is not available, or none is."""
+    wanted = list(DECODER_FOLDERS) if choice == "both" else [choice] if choice else available
+    missing = [kind for kind in wanted if kind not in available]
+    if missing or not wanted:
+        raise FileNotFoundError(
+            f"{source} has no {' and no '.join(missing or DECODER_FOLDERS)} decoder"
+            + (f", only the {available[0]} one; give `decoder={available[0]!r}`." if available else ".")
+        )
+    return wanted
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises a `FileNotFoundError` or `ValueError` that names the folder if there is none, or it cannot be read."""
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing.")
+    with naming(folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def look_up_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:

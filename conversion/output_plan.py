@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,10 +11,16 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging
 
 from llada_uni.conversion import tensor_files as files
+from llada_uni.conversion.config_files import write_json
 from llada_uni.conversion.llada_uni_layout import SCALE_SUFFIX, stored_dtype
 from llada_uni.conversion.tensor_files import OutputTensor, TensorRef
+from transformers_llada_uni.loading.folder_writing import folder_at_once
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -27,12 +31,12 @@ class Plan:
     Args:
         tensors: The tensors of each safetensors file, whose path is relative to the destination.
         pickled: The same for `.pt` files.
-        small_files: Functions that write configs and the like into the folder they are given.
+        small_files: Paths of files, or of folders that get several, and what writes them: configs and the like.
     """
 
     tensors: dict[str, list[OutputTensor]] = field(default_factory=dict)
     pickled: dict[str, list[OutputTensor]] = field(default_factory=dict)
-    small_files: list[Callable[[Path], object]] = field(default_factory=list)
+    small_files: list[tuple[str, Callable[[Path], object]]] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -47,17 +51,13 @@ class Plan:
             self.add_json(index_file, files.index_of(named))
 
     def add_json(self, file: str, content: Mapping[str, Any]) -> None:
-        self.small_files.append(lambda folder: files.write_json(_make_parent(folder / file), content))
-
-
-def _make_parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+        self.small_files.append((file, lambda path: write_json(path, content)))
 
 
 def plan_outputs(
     refs: Mapping[str, TensorRef], dtype: torch.dtype | None, rename: Callable[[str], str] = str
 ) -> list[OutputTensor]:
+    files.check_floating_point(refs)
     return [OutputTensor(rename(name), ref, stored_dtype(name, ref.dtype, dtype)) for name, ref in refs.items()]
 
 
@@ -78,51 +78,43 @@ def main_dtype(outputs: list[OutputTensor]) -> str:
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
-@contextmanager
-def _appearing_at_once(destination: Path) -> Iterator[Path]:
-    """A temporary sibling of `destination` that takes its name on success and is removed on any failure."""
-    missing_parents = [parent for parent in destination.parents if not parent.exists()]
-    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.rename(temporary, destination)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in missing_parents:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
 def carry_out(plan: Plan, destination: Path, progress: bool) -> Path:
     """
-    Writes everything, compares every tensor with its source, and only then lets `destination` appear.
+    Writes everything, compares every tensor with its source, and only then lets `destination` appear. Tensors with
+    NaN or infinity are copied with a warning.
 
     Raises:
-        OSError: if the disk has no room for it.
+        OSError: if the disk has no room for it, or a file cannot be written.
         ValueError: if a value does not fit into its dtype, or a written tensor differs from its source.
     """
-    existing = next(parent for parent in destination.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < plan.num_bytes:
-        raise OSError(
-            f"{plan.num_bytes / 1e9:.1f} GB are needed at {existing}, but only {free / 1e9:.1f} GB are free."
-        )
+    not_finite: list[str] = []
     with (
-        _appearing_at_once(destination) as folder,
+        folder_at_once(destination) as folder,
         # Every byte counts twice: it is written, then compared.
         tqdm(total=2 * plan.num_bytes, unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        for file, outputs in plan.tensors.items():
-            bar.set_description(f"writing {file}")
-            files.write_safetensors(_make_parent(folder / file), outputs, bar.update)
-        for file, outputs in plan.pickled.items():
-            bar.set_description(f"writing {file}")
-            files.write_pickled(_make_parent(folder / file), outputs, bar.update)
-        for write in plan.small_files:
-            write(folder)
+        free = shutil.disk_usage(folder).free  # without what a killed process had left here
+        if free < plan.num_bytes:
+            raise OSError(f"{plan.num_bytes:,} bytes are needed at {destination.parent}, but only {free:,} are free.")
+
+        def on_written(output: OutputTensor, tensor: torch.Tensor) -> None:
+            bar.update(output.num_bytes)
+            if not files.is_finite(tensor):
+                not_finite.append(output.name)
+
+        # Small files first: what is wrong with them shall not come to light after hours of copying.
+        for path, write in plan.small_files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with files.writing(folder / path):
+                write(folder / path)
+        for group, write_tensors in ((plan.tensors, files.write_safetensors), (plan.pickled, files.write_pickled)):
+            for file, outputs in group.items():
+                bar.set_description(f"writing {file}")
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(folder / file, outputs, on_written)
         for file, outputs in (plan.tensors | plan.pickled).items():
             bar.set_description(f"verifying {file}")
-            files.verify_tensors(folder / file, outputs, bar.update)
+            files.verify_tensors(folder / file, outputs, lambda output, _: bar.update(output.num_bytes))
+    if not_finite:
+        logger.warning(f"{len(not_finite)} tensors hold NaN or infinity, as in the source: {files.some(not_finite)}.")
     return destination

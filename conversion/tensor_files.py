@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from llada_uni.conversion.config_files import read_json
 
 
 # Output files of a component are cut at this size; diffusers and transformers use the same order of magnitude.
@@ -62,31 +65,8 @@ class OutputTensor:
         return prod(self.source.shape) * self.dtype.itemsize
 
 
-def read_json(path: Path) -> dict:
-    """
-    The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def write_json(path: Path, content: Mapping) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read; it is truncated or corrupt ({error}).")
+    return ValueError(f"{path} cannot be read; it is truncated or corrupt ({' '.join(str(error).split())}).")
 
 
 def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -94,8 +74,14 @@ def _load_pickled(path: Path) -> dict[str, torch.Tensor]:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch each have their own way to say no
         raise _unreadable(path, error) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    is_state_dict = isinstance(state_dict, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+    )
+    if not is_state_dict:
         raise ValueError(f"{path} should hold a state dict (names and tensors).")
+    for name, tensor in state_dict.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in _NAME_OF_DTYPE:
+            raise ValueError(f"{path}: {name!r} is no plain tensor of a known dtype.")
     return state_dict
 
 
@@ -162,6 +148,12 @@ def list_checkpoint(folder: Path, stem: str) -> dict[str, TensorRef]:
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_file} has no `weight_map`.")
+    for name, shard in weight_map.items():
+        # Only files of this folder: whoever wrote the index shall not choose what else of this machine is read.
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(
+                f"{index_file}: `weight_map` should name a .safetensors file beside it, got {shard!r:.200} for {name}."
+            )
     refs: dict[str, TensorRef] = {}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
@@ -173,7 +165,7 @@ def list_checkpoint(folder: Path, stem: str) -> dict[str, TensorRef]:
     return refs
 
 
-def _some(names: Iterable[str], limit: int = 8) -> str:
+def some(names: Iterable[str], limit: int = 8) -> str:
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -184,9 +176,9 @@ def check_names(what: str, found: Iterable[str], expected: Iterable[str]) -> Non
     found, expected = set(found), set(expected)
     problems = []
     if expected - found:
-        problems.append(f"{len(expected - found)} missing: {_some(expected - found)}")
+        problems.append(f"{len(expected - found)} missing: {some(expected - found)}")
     if found - expected:
-        problems.append(f"{len(found - expected)} extra: {_some(found - expected)}")
+        problems.append(f"{len(found - expected)} extra: {some(found - expected)}")
     if problems:
         raise ValueError(f"Tensors of {what} are not as they should be; {'; '.join(problems)}.")
 
@@ -200,7 +192,20 @@ def check_tensors(what: str, found: Mapping[str, TensorRef], expected: Mapping[s
         if tuple(expected[name]) != ref.shape
     ]
     if misshapen:
-        raise ValueError(f"Tensors of {what} are misshapen; {_some(misshapen, limit=4)}.")
+        raise ValueError(f"Tensors of {what} are misshapen; {some(misshapen, limit=4)}.")
+
+
+def check_floating_point(tensors: Mapping[str, TensorRef]) -> None:
+    """Raises a `ValueError` that names a tensor of integers: weights are none."""
+    for name, ref in tensors.items():
+        if not ref.dtype.is_floating_point:
+            raise ValueError(f"{ref.file}: tensor {name!r} should hold floating-point numbers, it holds {ref.dtype}.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity, in one pass where it has not."""
+    values = tensor.to(torch.float16) if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())  # a sum may also overflow
 
 
 def cast(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -246,10 +251,30 @@ def _read_each(outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, 
         start = end
 
 
-def write_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system does not say which file a write failed on, torch and tokenizers have errors of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path} cannot be written: {' '.join(str(error).split())}.") from error
+
+
+def write_safetensors(
+    path: Path, outputs: Sequence[OutputTensor], report: Callable[[OutputTensor, torch.Tensor], object]
+) -> None:
     """
-    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is called with the number of
-    bytes of each tensor written.
+    Writes a safetensors file, one tensor at a time, and flushes it to disk. `report` is called with each tensor
+    written.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
     """
     outputs = _in_reading_order(outputs)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -263,26 +288,31 @@ def write_safetensors(path: Path, outputs: Sequence[OutputTensor], report: Calla
         offset += output.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    with writing(path), open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for output, tensor in _read_each(outputs):
-            file.write(memoryview(_bytes_of(tensor).numpy()))
-            report(output.num_bytes)
+            file.write(_bytes_of(tensor).numpy().data)
+            report(output, tensor)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_pickled(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
+def write_pickled(
+    path: Path, outputs: Sequence[OutputTensor], report: Callable[[OutputTensor, torch.Tensor], object]
+) -> None:
     """Writes a `.pt` state dict. The file is held in memory; the release has one, of the size of an embedding."""
     state_dict = {}
     for output, tensor in _read_each(outputs):
         state_dict[output.name] = tensor.clone()
-        report(output.num_bytes)
-    torch.save(state_dict, path)
+        report(output, tensor)
+    with writing(path):
+        torch.save(state_dict, path)
 
 
-def verify_tensors(path: Path, outputs: Sequence[OutputTensor], report: Callable[[int], object]) -> None:
+def verify_tensors(
+    path: Path, outputs: Sequence[OutputTensor], report: Callable[[OutputTensor, torch.Tensor], object]
+) -> None:
     """
     Compares a written file with its sources: the same names, shapes and dtypes, and every tensor bit for bit (after
     the cast, where there is one).
@@ -297,7 +327,7 @@ def verify_tensors(path: Path, outputs: Sequence[OutputTensor], report: Callable
             copy = get(output.name)
             if copy.dtype != output.dtype or not torch.equal(_bytes_of(copy), _bytes_of(tensor)):
                 raise ValueError(f"{path}: tensor {output.name!r} differs from its source {output.source.file}.")
-            report(output.num_bytes)
+            report(output, tensor)
 
 
 def split_by_size(outputs: Sequence[OutputTensor], max_bytes: int | None = None) -> list[list[OutputTensor]]:
@@ -324,7 +354,7 @@ def name_shards(stem: str, shards: Sequence[Sequence[OutputTensor]]) -> dict[str
     }
 
 
-def index_of(files: Mapping[str, Sequence[OutputTensor]]) -> dict:
+def index_of(files: Mapping[str, Sequence[OutputTensor]]) -> dict[str, Any]:
     """The content of the `.safetensors.index.json` that belongs to these files."""
     return {
         "metadata": {"total_size": sum(output.num_bytes for outputs in files.values() for output in outputs)},

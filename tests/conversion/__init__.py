@@ -1,0 +1,1 @@
+"""Tests of the converter: both ways, bad files, interruptions."""

@@ -69,11 +69,42 @@ def remove_folder(*names: str) -> Callable[[Path], None]:
     return lambda folder: [shutil.rmtree(folder / name) for name in names]
 
 
-def forget_in_index(folder: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    del index["weight_map"]["lm_head.weight"]
-    path.write_text(json.dumps(index))
+def edit_index(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return spoil
+
+
+def edit_part(file: str, part: str, **changes) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        content[part] |= changes
+        (folder / file).write_text(json.dumps(content))
+
+    return spoil
+
+
+def move_out_of_the_folder(folder: Path) -> None:
+    (folder / SHARD).rename(folder.parent / "outside.safetensors")
+    move = {SHARD: "../outside.safetensors"}
+    edit_index(lambda weights: weights.update({name: move.get(file, file) for name, file in weights.items()}))(folder)
+
+
+def nested(depth: int) -> str:
+    return '{"deep": ' + "[" * depth + "]" * depth + "}"
+
+
+def save_pickled(content: object) -> Callable[[Path], None]:
+    return lambda folder: torch.save(content, folder / SIGVQ)
+
+
+MANY = 10**7
+VISION = "image_tokenizer/config.json"
+PREPROCESSOR = "image_tokenizer/preprocessor_config.json"
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -114,8 +145,34 @@ BAD_CHECKPOINTS = {
         ValueError,
         ["extra", "model.layers.2"],
     ),
-    "tensor not in the index": (forget_in_index, ValueError, ["index.json", "1 extra: lm_head.weight"]),
+    "tensor not in the index": (
+        edit_index(drop("lm_head.weight")),
+        ValueError,
+        ["index.json", "1 extra: lm_head.weight"],
+    ),
     "index without map": (write_text("model.safetensors.index.json", "{}"), ValueError, ["weight_map"]),
+    "index with a wrong map": (
+        write_text("model.safetensors.index.json", '{"weight_map": [1]}'),
+        ValueError,
+        ["weight_map"],
+    ),
+    "index with a number": (
+        edit_index(lambda weights: weights.update({"lm_head.weight": 5})),
+        ValueError,
+        ["index.json", "`weight_map`", "lm_head.weight", "5"],
+    ),
+    "index that leaves the folder": (
+        move_out_of_the_folder,
+        ValueError,
+        ["index.json", "`weight_map`", "'../outside.safetensors'"],
+    ),
+    "integers as weights": (
+        edit_tensors(
+            SHARD, lambda tensors: tensors.update({"lm_head.weight": torch.ones(768, 64, dtype=torch.int32)})
+        ),
+        ValueError,
+        [SHARD, "lm_head.weight", "int32"],
+    ),
     "missing vision tensor": (
         edit_tensors(IMAGE_TOKENIZER, drop("model.visual.patch_embed.proj.bias")),
         ValueError,
@@ -147,6 +204,13 @@ BAD_CHECKPOINTS = {
         ["embedder", "1 extra: scale"],
     ),
     "pickle that runs code": (hide_code_in_pickle, ValueError, ["sigvq_embedding.pt", "cannot be read"]),
+    "pickle with numbers as names": (save_pickled({1: torch.zeros(2)}), ValueError, ["sigvq_embedding.pt", "names"]),
+    "pickle of a list": (save_pickled([1]), ValueError, ["sigvq_embedding.pt", "state dict"]),
+    "pickle of a sparse tensor": (
+        save_pickled({"prior_token_embedding.weight": torch.eye(2).to_sparse()}),
+        ValueError,
+        ["sigvq_embedding.pt", "prior_token_embedding.weight"],
+    ),
     "decoder of another width": (
         edit_tensors("decoder/model.safetensors", put("semantic_embedder.1.weight", 64, 32)),
         ValueError,
@@ -156,6 +220,62 @@ BAD_CHECKPOINTS = {
         edit_json("decoder/config.json", dim=63),
         ValueError,
         ["ZImageTransformer2DModel"],
+    ),
+    "decoder with one length": (
+        edit_json("decoder/config.json", axes_lens=5),
+        ValueError,
+        ["decoder", "`axes_lens`", "5"],
+    ),
+    "decoder with two lengths": (
+        edit_json("decoder/config.json", axes_lens=[5, 6]),
+        ValueError,
+        ["decoder", "`axes_lens`", "[5, 6]"],
+    ),
+    "decoder with a word as theta": (
+        edit_json("decoder/config.json", rope_theta="x"),
+        ValueError,
+        ["decoder/config.json", "`rope_theta`", "'x'"],
+    ),
+    "decoder with a flag that is a number": (
+        edit_json("decoder/config.json", qk_norm=1),
+        ValueError,
+        ["decoder/config.json", "`qk_norm`", "1"],
+    ),
+    "decoder of very many layers": (
+        edit_json("decoder/config.json", n_layers=MANY),
+        ValueError,
+        ["decoder/config.json", "`n_layers`", str(MANY)],
+    ),
+    "vae with a word as scale": (
+        edit_json("vae/config.json", scaling_factor="x"),
+        ValueError,
+        ["vae/config.json", "`scaling_factor`", "'x'"],
+    ),
+    "vae without a scale": (
+        edit_json("vae/config.json", scaling_factor=0),
+        ValueError,
+        ["vae/config.json", "`scaling_factor`", "got 0"],
+    ),
+    "vae with a list as shift": (
+        edit_json("vae/config.json", shift_factor=[1]),
+        ValueError,
+        ["vae/config.json", "`shift_factor`", "[1]"],
+    ),
+    "vae with an unknown activation": (edit_json("vae/config.json", act_fn="x"), ValueError, ["vae/config.json", "x"]),
+    "vae of very many layers": (
+        edit_json("vae/config.json", layers_per_block=MANY),
+        ValueError,
+        ["vae/config.json", "`layers_per_block`", str(MANY)],
+    ),
+    "vae of very many blocks": (
+        edit_json(
+            "vae/config.json",
+            block_out_channels=[32] * 10**5,
+            down_block_types=["DownEncoderBlock2D"] * 10**5,
+            up_block_types=["UpDecoderBlock2D"] * 10**5,
+        ),
+        ValueError,
+        ["vae/config.json", "many more tensors"],
     ),
     "vae with a missing tensor": (
         edit_tensors("vae/diffusion_pytorch_model.safetensors", drop("decoder.conv_in.bias")),
@@ -187,10 +307,69 @@ BAD_CHECKPOINTS = {
         ValueError,
         ["hidden_size", "config.json"],
     ),
+    "very many layers": (
+        edit_json("config.json", num_hidden_layers=MANY),
+        ValueError,
+        ["config.json", "`num_hidden_layers`", str(MANY)],
+    ),
+    "very many experts": (
+        edit_json("config.json", num_experts=MANY, n_group=1, topk_group=1),
+        ValueError,
+        ["config.json", "`num_experts`", str(MANY)],
+    ),
+    "many experts in many layers": (
+        edit_json("config.json", num_experts=100, num_hidden_layers=40, n_group=1, topk_group=1),
+        ValueError,
+        ["config.json", "`num_experts`", "100"],
+    ),
+    "setting with the name of a method": (
+        edit_json("config.json", to_dict=1),
+        ValueError,
+        ["config.json", "`to_dict`"],
+    ),
+    "deep nesting": (write_text("config.json", nested(99_999)), ValueError, ["config.json", "nested"]),
+    "nesting that Python still reads": (write_text("vae/config.json", nested(500)), ValueError, ["vae", "nested"]),
+    "not a number": (write_text("vae/config.json", '{"scaling_factor": NaN}'), ValueError, ["vae/config.json", "NaN"]),
+    "beyond any number": (write_text("vae/config.json", '{"a": 1e999}'), ValueError, ["vae/config.json", "1e999"]),
+    "a number of very many digits": (
+        write_text("vae/config.json", '{"a": ' + "1" * 9999 + "}"),
+        ValueError,
+        ["vae/config.json"],
+    ),
     "no config": (remove("config.json"), FileNotFoundError, ["config.json is missing"]),
     "config is no JSON": (write_text("config.json", "{"), ValueError, ["config.json is not valid JSON"]),
     "config is a list": (write_text("vae/config.json", "[]"), ValueError, ["vae", "JSON object", "list"]),
     "no vision config": (write_text("image_tokenizer/config.json", "{}"), ValueError, ["no `vision_config`"]),
+    "vision config of very many layers": (
+        edit_part(VISION, "vision_config", depth=MANY),
+        ValueError,
+        [VISION, "`depth`", str(MANY)],
+    ),
+    "vision config with negative heads": (
+        edit_part(VISION, "vision_config", num_heads=-1),
+        ValueError,
+        [VISION, "`num_heads`", "-1"],
+    ),
+    "vision config of a wrong type": (
+        edit_part(VISION, "vision_config", hidden_size="x"),
+        ValueError,
+        [VISION, "hidden_size"],
+    ),
+    "mean of a wrong type": (
+        edit_json(PREPROCESSOR, image_mean="x"),
+        ValueError,
+        [PREPROCESSOR, "`image_mean`", "'x'"],
+    ),
+    "deviation of two colours": (
+        edit_json(PREPROCESSOR, image_std=[0.5, 0.5]),
+        ValueError,
+        [PREPROCESSOR, "`image_std`", "[0.5, 0.5]"],
+    ),
+    "no deviation": (
+        edit_json(PREPROCESSOR, image_std=[0.5, 0.5, 0]),
+        ValueError,
+        [PREPROCESSOR, "`image_std`", "0]"],
+    ),
     "patch size of another tower": (
         edit_json("image_tokenizer/preprocessor_config.json", patch_size=8),
         ValueError,
@@ -207,7 +386,8 @@ def test_bad_checkpoint_is_named_and_leaves_nothing(released, tmp_path, case):
         convert_to_diffusers(released, tmp_path / "out" / "ours", progress=False)
     for word in words:
         assert word in str(info.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+    assert "\n" not in str(info.value)
+    assert not {path.name for path in tmp_path.iterdir()} - {"released", "outside.safetensors"}
 
 
 def test_bad_arguments(official_tiny, converted_dir, tmp_path):
@@ -225,6 +405,34 @@ def test_bad_arguments(official_tiny, converted_dir, tmp_path):
     with pytest.raises(ValueError, match="without a decoder"):
         convert_to_released(converted_dir / "model", tmp_path / "x", decoder="turbo")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (edit_json("vae/config.json", scaling_factor=-1.0), ["vae/config.json", "`scaling_factor`", "-1.0"]),
+        (edit_json("transformer/config.json", axes_lens=5), ["transformer/config.json", "`axes_lens`", "5"]),
+        (edit_json("model/config.json", text_config=5), ["model/config.json", "`text_config`", "5"]),
+        (edit_part("model/config.json", "text_config", hidden_size="x"), ["model/config.json", "hidden_size"]),
+        (edit_part("model/config.json", "text_config", num_experts=MANY, n_group=1, topk_group=1), ["`num_experts`"]),
+        (write_text("model/config.json", nested(99_999)), ["model/config.json", "nested"]),
+        (edit_json("processor/processor_config.json", image_processor=5), ["processor/processor_config.json"]),
+        (
+            edit_part("processor/processor_config.json", "image_processor", image_std=[1, 0, 1]),
+            ["processor/processor_config.json", "`image_std`", "1, 0, 1"],
+        ),
+        (write_text("processor/processor_config.json", "[]"), ["processor/processor_config.json", "list"]),
+    ],
+)
+def test_bad_pipeline_config(converted_dir, tmp_path, spoil, words):
+    folder = tmp_path / "ours"
+    shutil.copytree(converted_dir, folder)
+    spoil(folder)
+    with pytest.raises(ValueError) as info:
+        convert_to_released(folder, tmp_path / "back", progress=False)
+    assert all(word in str(info.value) for word in words), info.value
+    assert "\n" not in str(info.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_bad_pipeline_folder(converted_dir, tmp_path):

@@ -1,6 +1,10 @@
 """The converter writes all or nothing, checks what it wrote, and needs the memory of one shard, not of the model."""
 
 import json
+import os
+import re
+import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import diffusers_llada_uni  # noqa: F401 (registers)
 from llada_uni.conversion import output_plan, tensor_files
@@ -18,9 +22,12 @@ from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffuse
 from tests.conversion.conversion_common import (
     ROOT,
     SHARD,
+    SIGVQ,
     assert_equal,
     backbone_of,
     copy_released,
+    merged,
+    read_tensors,
 )
 
 
@@ -47,10 +54,11 @@ def test_writer_writes_what_safetensors_writes(tmp_path):
     refs = tensor_files.list_tensors(tmp_path / "theirs.safetensors")
     outputs = [tensor_files.OutputTensor(name, ref, ref.dtype) for name, ref in refs.items()]
     reported = []
-    tensor_files.write_safetensors(tmp_path / "ours.safetensors", outputs, reported.append)
+    path = tmp_path / "ours.safetensors"
+    tensor_files.write_safetensors(path, outputs, lambda output, tensor: reported.append(tensor.nbytes))
     assert sum(reported) == sum(tensor.nbytes for tensor in tensors.values())
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
-    tensor_files.verify_tensors(tmp_path / "ours.safetensors", outputs, reported.append)
+    tensor_files.verify_tensors(path, outputs, lambda *_: None)
 
 
 @pytest.mark.parametrize("file", ["model/model-00002-of-00003.safetensors", "vae/diffusion_pytorch_model.safetensors"])
@@ -92,9 +100,89 @@ def test_nothing_is_left_behind(official_tiny, tmp_path, monkeypatch, error, mom
 def test_full_disk_is_refused_before_any_work(official_tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(output_plan.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"0\.0 GB are needed .* only 0\.0 GB are free"):
+    with pytest.raises(OSError, match=r"\d,\d{3},\d{3} bytes are needed .* only 1,000,000 are free"):
         convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"), [(100, ".json"), (300_000, ".safetensors")], ids=["a small file", "tensors"]
+)
+def test_file_that_cannot_be_written_is_named(official_tiny, tmp_path, limit, file):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=re.escape(file)):
+            convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_dict_that_cannot_be_written_is_named(official_tiny, tmp_path):
+    refs = tensor_files.list_tensors(official_tiny / SIGVQ)
+    outputs = [tensor_files.OutputTensor(name, ref, ref.dtype) for name, ref in refs.items()]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"out\.pt"):
+            tensor_files.write_pickled(tmp_path / "out.pt", outputs, lambda *_: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_killed_conversion_is_told_and_cleaned_up(official_tiny, tmp_path, monkeypatch, caplog):
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(tensor_files, "verify_tensors", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.suffix == ".partial"
+    usage, was_there = shutil.disk_usage, []
+    monkeypatch.setattr(
+        output_plan.shutil, "disk_usage", lambda path: was_there.append(leftover.exists()) or usage(path)
+    )
+    convert_to_diffusers(official_tiny, tmp_path / "ours", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert was_there == [False]  # its room is free again when that is looked at
+    assert leftover.name in caplog.text and "killed" in caplog.text
+
+
+# Values
+
+
+def test_weights_that_are_not_finite_are_copied_with_a_warning(released, tmp_path, caplog):
+    tensors = load_file(released / SHARD)
+    tensors["lm_head.weight"][3, 4] = float("nan")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, released / SHARD)
+    folder = convert_to_diffusers(released, tmp_path / "ours", progress=False)
+    (record,) = caplog.records
+    assert "2 tensors" in record.message and "NaN" in record.message
+    assert "lm_head.weight" in record.message and "language_model.layers.0.mlp.up_proj.weight" in record.message
+    written = merged(read_tensors(folder / "model", released=False))["lm_head.weight"]
+    assert torch.equal(written.view(torch.int32), tensors["lm_head.weight"].view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "finite"),
+    [
+        ([1.0, -2.0], torch.bfloat16, True),
+        ([3e38, 3e38], torch.float32, True),  # whose sum is infinite
+        ([6e4, 6e4], torch.float16, True),
+        ([448.0] * 500, torch.float8_e4m3fn, True),
+        ([float("inf"), float("-inf")], torch.float32, False),
+        ([1.0, float("nan")], torch.bfloat16, False),
+        ([1.0, float("nan")], torch.float8_e4m3fn, False),
+        ([], torch.float32, True),
+    ],
+)
+def test_what_is_finite(values, dtype, finite):
+    assert tensor_files.is_finite(torch.tensor(values).to(dtype)) == finite
 
 
 # The command
@@ -128,6 +216,25 @@ def slowly(*args):
 tensor_files.write_safetensors = slowly
 sys.exit(script.main([{source!r}, {target!r}]))
 """
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: runpy.run_path(str(ROOT / "conversion" / "convert_llada_uni_checkpoint.py"), run_name="__main__"),
+        lambda: runpy.run_module("llada_uni.conversion.convert_llada_uni_checkpoint", run_name="__main__"),
+    ],
+    ids=["file", "module"],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_command_runs_as_a_file_and_as_a_module(run, official_tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert", str(official_tiny), str(tmp_path / "ours"), "--decoder", "turbo"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as info:
+        run()
+    signal.signal(signal.SIGTERM, before)
+    assert info.value.code == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'ours'}\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

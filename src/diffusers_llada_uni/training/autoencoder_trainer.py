@@ -4,35 +4,51 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
-from torch import nn
-from transformers import Trainer
+from diffusers.models import AutoencoderKL
 
 from transformers_llada_uni import LLaDAUniImageProcessor
-from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
-from transformers_llada_uni.training.model_card import TrainingCardMixin
+from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.training.base_trainer import check_settings
+from transformers_llada_uni.training.data.dataset_formats import stored_image
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from .autoencoder_config import LLaDAUniAutoencoderConfig
-from .component_saving import ComponentSavingMixin
-from .decoder_data import enlarged
+from .component_checks import check_class, check_datasets
+from .component_trainer import ComponentModule, ComponentTrainer
 
 
-class _Autoencoder(nn.Module):
-    """The autoencoder as a module whose forward is the pass that is trained, so that it works inside DDP."""
-
+class _Autoencoder(ComponentModule):
     def __init__(self, vae: AutoencoderKL):
         super().__init__()
         self.vae = vae
 
     def forward(self, pixels: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
         """The pixels again `(batch, 3, height, width)`, and each picture's divergence `(batch,)`."""
-        posterior = self.vae.encode(pixels).latent_dist
-        return self.vae.decode(posterior.sample(generators)).sample, posterior.kl()
+        posterior = self.vae.encode(pixels, return_dict=False)[0]
+        return self.vae.decode(posterior.sample(generators), return_dict=False)[0], posterior.kl()
 
 
-class LLaDAUniAutoencoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableTrainerMixin, Trainer):
+class _Collator:
+    """Images to `pixels` `(batch, 3, height, width)`, -1..1."""
+
+    def __init__(self, image_processor: LLaDAUniImageProcessor):
+        self.image_processor = image_processor
+        self.pixels_of = VaeImageProcessor(do_resize=False)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [self.image_processor.fetch_images(stored_image(row["image"])) for row in rows]
+        images = [self.image_processor.resize_and_crop(image, "editing", upscale=UPSCALE) for image in images]
+        sizes = sorted({image.size for image in images})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"`train_dataset`: a batch has images of {sizes} pixels; group them by size, or take one at a time "
+                "(`per_device_train_batch_size=1`)."
+            )
+        return {"pixels": self.pixels_of.preprocess(images)}
+
+
+class LLaDAUniAutoencoderTrainer(ComponentTrainer[_Autoencoder]):
     r"""
     transformers' [`~transformers.Trainer`] for diffusers' autoencoder (arXiv 1312.6114). With pixels x in -1..1 and
     latents z = mean + std * noise,
@@ -56,6 +72,7 @@ class LLaDAUniAutoencoderTrainer(TrainingCardMixin, ComponentSavingMixin, Resuma
     """
 
     _stage = "training of the autoencoder"
+    args: LLaDAUniAutoencoderConfig
 
     def __init__(
         self,
@@ -63,66 +80,41 @@ class LLaDAUniAutoencoderTrainer(TrainingCardMixin, ComponentSavingMixin, Resuma
         args: LLaDAUniAutoencoderConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | None = None,
-        image_processor: LLaDAUniImageProcessor | None = None,
+        *,
+        image_processor: LLaDAUniImageProcessor,
         **kwargs: Any,
     ):
-        args = LLaDAUniAutoencoderConfig("llada-uni-autoencoder") if args is None else args
-        for name, value, expected in (
-            ("vae", vae, AutoencoderKL),
-            ("args", args, LLaDAUniAutoencoderConfig),
-            ("image_processor", image_processor, LLaDAUniImageProcessor),
-        ):
-            if not isinstance(value, expected):
-                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(value).__name__}.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is None and name == "eval_dataset":
-                continue
-            if "image" not in (getattr(dataset, "column_names", None) or []):
-                raise ValueError(f"`{name}` must have a column `image`, got {dataset!r:.80}.")
-        self._image_processor = image_processor
-        self._pixels_of = VaeImageProcessor(do_resize=False)
+        args = check_settings(args, LLaDAUniAutoencoderConfig, "llada-uni-autoencoder")
+        check_class("vae", vae, AutoencoderKL)
+        check_class("image_processor", image_processor, LLaDAUniImageProcessor)
+        check_datasets(train_dataset, eval_dataset, ("image",))
         super().__init__(
-            model=_Autoencoder(vae.requires_grad_(True)),
-            args=args,
+            _Autoencoder(vae.requires_grad_(True)),
+            args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=self._collate,
+            data_collator=_Collator(image_processor),
             **kwargs,
         )
-        self.average_weights(args.ema_decay)
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = [self._image_processor.fetch_images(row["image"]) for row in rows]
-        pictures = [enlarged(picture, self._image_processor) for picture in pictures]
-        if len({picture.size for picture in pictures}) > 1:
-            raise ValueError(
-                f"`train_dataset`: a batch has pictures of {sorted({picture.size for picture in pictures})} pixels; "
-                "group them by size, or take one at a time (`per_device_train_batch_size=1`)."
-            )
-        return {"pixels": self._pixels_of.preprocess(pictures)}
 
     # Loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def loss(self, model: _Autoencoder, inputs: dict[str, Any]) -> torch.Tensor:
         pixels, args = inputs["pixels"], self.args
         found, divergence = model(pixels, step_generators(self, len(pixels)))
         error = found - pixels
         loss = args.absolute_error_weight * error.abs().mean() + args.squared_error_weight * error.square().mean()
-        loss = loss + args.kl_weight * divergence.mean()
-        return (loss, {}) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+        return loss + args.kl_weight * divergence.mean()
 
     # Saving
 
     @torch.no_grad()
     def components(self) -> dict[str, AutoencoderKL]:
         vae = self.trained_model().vae
-        total, squares, count = 0.0, 0.0, 0
+        total = squares = torch.zeros((), device=vae.device, dtype=torch.float64)
+        count = 0
         for inputs in self.get_train_dataloader():
-            latents = vae.encode(inputs["pixels"].to(vae.device, vae.dtype)).latent_dist.mode().double()
+            latents = vae.encode(inputs["pixels"].to(vae.device, vae.dtype), return_dict=False)[0].mode().double()
             total, squares, count = total + latents.sum(), squares + latents.square().sum(), count + latents.numel()
         mean = (total / count).item()
         deviation = (squares / count - mean**2).sqrt().item()

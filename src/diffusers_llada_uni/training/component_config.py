@@ -10,7 +10,7 @@ from transformers_llada_uni.input_checks import check_number
 @dataclass
 class ComponentTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] of a trainer with [`ComponentSavingMixin`], which knows `ema_decay`.
+    [`~transformers.TrainingArguments`] of a [`ComponentTrainer`], which knows `ema_decay`.
 
     Raises:
         ValueError: if `ema_decay` is no share.

@@ -54,8 +54,8 @@ class LLaDAUniDecoderConfig(ComponentTrainingArguments):
         check_number("condition_dropout", self.condition_dropout, 0, 1)
         if self.timestep_sampling not in SAMPLINGS:
             raise ValueError(f"`timestep_sampling` must be one of {SAMPLINGS}, got {self.timestep_sampling!r}.")
-        check_number("logit_std", self.logit_std, 0, exclude_low=True)
-        check_number("timestep_shift", self.timestep_shift, 0, exclude_low=True)
+        check_number("logit_std", self.logit_std, 0, exclude_minimum=True)
+        check_number("timestep_shift", self.timestep_shift, 0, exclude_minimum=True)
         super().__post_init__()
 
 

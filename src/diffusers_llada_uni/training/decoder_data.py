@@ -1,48 +1,45 @@
-"""Pictures to pairs of image codes and latents, once, before the decoder's training."""
+"""Images to pairs of image codes and latents, once, before the decoder's training."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.fingerprint import Hasher
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
-from transformers import PreTrainedModel
+from diffusers.models import AutoencoderKL
 from trl.data_utils import get_dataset_column_names
 
-from transformers_llada_uni import LLaDAUniImageProcessor
+from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniImageProcessor
+from transformers_llada_uni.fingerprints import fingerprint
+from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.training.data.dataset_formats import stored_image
 
 
-# The decoder draws at twice the resolution of the image tokenizer.
-UPSCALE = 2
 COLUMNS = ("codes", "grid", "latents")
 FEATURES = Features({"codes": List(Value("int32")), "grid": List(Value("int64")), "latents": List(Value("float32"))})
 
 
 def prepare_decoder_dataset(
     dataset: Dataset | IterableDataset,
-    model: PreTrainedModel,
+    model: LLaDAUniForConditionalGeneration,
     image_processor: LLaDAUniImageProcessor,
     vae: AutoencoderKL,
     batch_size: int = 8,
 ) -> Dataset | IterableDataset:
     """
     Rows with an `image` to `codes` (H * W), `grid` (H, W) and `latents` (channels * 4H * 4W), all flat: what the image
-    tokenizer sees of a picture, and what the decoder shall make of it. Sizes follow the rule of editing. A result for
-    the same data and weights is taken from the cache of `datasets`.
+    tokenizer sees of an image, and what the decoder shall make of it. Sizes follow the rule of editing. A result for
+    the same data, weights and settings is taken from the cache of `datasets`.
 
     Args:
         dataset: Rows with a column `image`; other columns are dropped.
         model ([`LLaDAUniForConditionalGeneration`]): Holds the image tokenizer.
-        image_processor ([`LLaDAUniImageProcessor`]): Sizes the pictures.
+        image_processor ([`LLaDAUniImageProcessor`]): Sizes the images.
         vae ([`~diffusers.AutoencoderKL`]): Makes the latents; the mean of its posterior is taken.
         batch_size (`int`, defaults to 8): Rows read at a time.
 
     Raises:
-        ValueError: if there is no column `image`, or a picture cannot be read; the row is named.
+        ValueError: if there is no column `image`, or an image cannot be read; the row is named.
         TypeError: if `model` has no image tokenizer.
     """
     columns = get_dataset_column_names(dataset)
@@ -57,16 +54,19 @@ def prepare_decoder_dataset(
     @torch.no_grad()
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows: dict[str, list] = {name: [] for name in COLUMNS}
-        for picture, index in zip(batch["image"], indices, strict=True):
+        for image, index in zip(batch["image"], indices, strict=True):
             try:
-                picture = image_processor.fetch_images(picture)
-                inputs = image_processor([[picture]], resize_mode="editing", return_tensors="pt").to(model.device)
+                image = image_processor.fetch_images(stored_image(image))
+                inputs = image_processor.preprocess([image], resize_mode="editing", return_tensors="pt")
             except (ValueError, TypeError, OSError) as error:
                 raise ValueError(f"Row {index}: `image` cannot be used: {error}") from error
-            (codes,) = model.get_image_codes(inputs["pixel_values"].to(model.dtype), inputs["image_grid_thw"])
-            target = pixels_of.preprocess(enlarged(picture, image_processor)).to(vae.device, vae.dtype)
-            latents = vae.encode(target).latent_dist.mode()
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+            patches = inputs["pixel_values"].to(model.device, model.dtype)
+            (codes,) = model.get_image_codes(patches, inputs["image_grid_thw"].to(model.device))
+            seen = image_processor.resize_and_crop(image, "editing", upscale=UPSCALE)
+            target = pixels_of.preprocess(seen).to(vae.device, vae.dtype)
+            latents = vae.encode(target, return_dict=False)[0].mode()
+            # Some autoencoders have no shift.
+            latents = (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]
             rows["codes"].append(codes.flatten().tolist())
             rows["grid"].append(list(codes.shape))
             rows["latents"].append(latents.flatten().float().cpu().numpy())
@@ -74,26 +74,9 @@ def prepare_decoder_dataset(
 
     settings: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True, "features": FEATURES}
     if isinstance(dataset, Dataset):
-        identity = [dataset._fingerprint, image_processor.to_json_string(), _digest(model.model.visual)]
-        identity += [_digest(model.model.vqmodel), _digest(vae)]
-        settings |= {"desc": "Encoding pictures", "new_fingerprint": Hasher.hash(identity)}
+        identity = (dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel, vae, UPSCALE)
+        settings |= {"desc": "Encoding images", "new_fingerprint": fingerprint(identity)}
     return dataset.map(encode, remove_columns=columns, **settings)
-
-
-def enlarged(picture: Image.Image, image_processor: LLaDAUniImageProcessor) -> Image.Image:
-    """The part of the picture that the image tokenizer sees, at the decoder's resolution."""
-    sizes = image_processor.get_resize_and_crop(picture.height, picture.width, "editing")
-    (height, width), (crop_height, crop_width) = ([UPSCALE * side for side in size] for size in sizes)
-    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return scaled.crop((left, top, left + crop_width, top + crop_height))
-
-
-def _digest(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:

@@ -1,13 +1,16 @@
 """What the decoder's trainers train: the embedder of image codes and the transformer behind it, as one module."""
 
 import torch
-from diffusers import ZImageTransformer2DModel
-from torch import nn
+from diffusers.models import ZImageTransformer2DModel
+
+from transformers_llada_uni.processing_llada_uni import UPSCALE
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
+from .component_checks import check_class
+from .component_trainer import ComponentModule
 
 
-class CodeDecoder(nn.Module):
+class DecoderModule(ComponentModule):
     """
     Velocity toward data of noisy latents, given image codes.
 
@@ -21,32 +24,24 @@ class CodeDecoder(nn.Module):
 
     def __init__(self, transformer: ZImageTransformer2DModel, semantic_embedder: LLaDAUniSemanticEmbedder):
         super().__init__()
-        for name, value, expected in (
-            ("transformer", transformer, ZImageTransformer2DModel),
-            ("semantic_embedder", semantic_embedder, LLaDAUniSemanticEmbedder),
-        ):
-            if not isinstance(value, expected):
-                raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(value).__name__}.")
-        width = semantic_embedder.config.out_dim or semantic_embedder.config.embedding_dim
-        if width != transformer.config.cap_feat_dim:
+        check_class("transformer", transformer, ZImageTransformer2DModel)
+        check_class("semantic_embedder", semantic_embedder, LLaDAUniSemanticEmbedder)
+        width = semantic_embedder.config["out_dim"] or semantic_embedder.config["embedding_dim"]
+        if width != transformer.config["cap_feat_dim"]:
             raise ValueError(
                 f"`semantic_embedder` makes features of width {width}, `transformer` takes "
-                f"{transformer.config.cap_feat_dim}: they are not of the same checkpoint."
+                f"{transformer.config['cap_feat_dim']}: they are not of the same checkpoint."
             )
         self.transformer = transformer
         self.semantic_embedder = semantic_embedder
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """As transformers' Trainer calls it."""
-        self.transformer.enable_gradient_checkpointing()
 
     def forward(
         self,
         latents: list[torch.Tensor],
         time: torch.Tensor,
-        codes: list[torch.LongTensor],
-        is_conditional: torch.BoolTensor,
-        upscale: int = 2,
+        codes: list[torch.Tensor],
+        is_conditional: torch.Tensor,
+        upscale: int = UPSCALE,
     ) -> list[torch.Tensor]:
         """
         Args:
@@ -62,15 +57,15 @@ class CodeDecoder(nn.Module):
         dtype = self.transformer.dtype
         features = []
         for grid, keeps in zip(codes, is_conditional.tolist(), strict=True):
-            feature = self.semantic_embedder(grid[None], upscale=upscale)[0]
+            feature = self.semantic_embedder(grid[None], upscale=upscale).sample[0]
             features.append((feature if keeps else feature * 0).to(dtype))
         config = self.transformer.config
         outputs = self.transformer(
             [latent.to(dtype).unsqueeze(1) for latent in latents],  # one frame
             time.to(dtype),
             features,
-            patch_size=config.all_patch_size[0],
-            f_patch_size=config.all_f_patch_size[0],
+            patch_size=config["all_patch_size"][0],
+            f_patch_size=config["all_f_patch_size"][0],
             return_dict=False,
         )[0]
         return [output.squeeze(1).float() for output in outputs]

@@ -4,23 +4,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from transformers import PreTrainedModel, Trainer
+from trl.data_utils import get_dataset_column_names
 
-from transformers_llada_uni import LLaDAUniProcessor
-from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
-from transformers_llada_uni.training.model_card import TrainingCardMixin
+from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniProcessor
+from transformers_llada_uni.training.base_trainer import check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
-from .component_saving import ComponentSavingMixin
+from .component_checks import check_datasets
+from .component_trainer import ComponentTrainer
 from .decoder_config import LLaDAUniDecoderConfig
 from .decoder_data import COLUMNS, collate, prepare_decoder_dataset
-from .decoder_model import CodeDecoder
+from .decoder_model import DecoderModule
 
 
-class LLaDAUniDecoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableTrainerMixin, Trainer):
+class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
     r"""
     transformers' [`~transformers.Trainer`] for the decoder. With latents x of a picture, noise e and a noise level
     sigma, the decoder sees (1 - sigma) x + sigma e at time 1 - sigma and learns the velocity toward data:
@@ -44,6 +45,7 @@ class LLaDAUniDecoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableT
     """
 
     _stage = "training of the decoder"
+    args: LLaDAUniDecoderConfig
 
     def __init__(
         self,
@@ -52,43 +54,37 @@ class LLaDAUniDecoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableT
         args: LLaDAUniDecoderConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | None = None,
-        model: PreTrainedModel | None = None,
+        model: LLaDAUniForConditionalGeneration | None = None,
         processing_class: LLaDAUniProcessor | None = None,
         vae: AutoencoderKL | None = None,
         **kwargs: Any,
     ):
-        args = LLaDAUniDecoderConfig("llada-uni-decoder") if args is None else args
-        if not isinstance(args, LLaDAUniDecoderConfig):
-            raise TypeError(f"`args` must be a LLaDAUniDecoderConfig, got {type(args).__name__}.")
-        if not train_dataset:
-            raise ValueError(f"`train_dataset` must hold pictures to train on, got {train_dataset!r}.")
-        self._encoders = {"model": model, "processing_class": processing_class, "vae": vae}
-        decoder = CodeDecoder(transformer, semantic_embedder)
+        args = check_settings(args, LLaDAUniDecoderConfig, "llada-uni-decoder")
+        check_datasets(train_dataset, eval_dataset, ())
+        decoder = DecoderModule(transformer, semantic_embedder)
         semantic_embedder.requires_grad_(args.train_semantic_embedder)
+
+        def prepare(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            if set(COLUMNS) <= set(get_dataset_column_names(dataset)):
+                return dataset
+            if model is None or processing_class is None or vae is None:
+                encoders = {"model": model, "processing_class": processing_class, "vae": vae}
+                missing = ", ".join(f"`{name}`" for name, value in encoders.items() if value is None)
+                raise ValueError(f"`train_dataset` holds pictures, which need {missing}.")
+            return prepare_decoder_dataset(dataset, model, processing_class.image_processor, vae)
+
         super().__init__(
-            model=decoder,
-            args=args,
-            train_dataset=self._prepare(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._prepare(eval_dataset),
+            decoder,
+            args,
+            train_dataset=prepare(train_dataset),
+            eval_dataset=None if eval_dataset is None else prepare(eval_dataset),
             data_collator=collate,
             **kwargs,
         )
-        self.average_weights(args.ema_decay)
-
-    def _prepare(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        if set(COLUMNS) <= set(dataset.column_names or []):
-            return dataset
-        missing = [name for name, value in self._encoders.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"`train_dataset` holds pictures, which need {', '.join(f'`{name}`' for name in missing)}."
-            )
-        image_processor = self._encoders["processing_class"].image_processor
-        return prepare_decoder_dataset(dataset, self._encoders["model"], image_processor, self._encoders["vae"])
 
     # Loss
 
-    def draw(self, latents: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor], torch.BoolTensor]:
+    def draw(self, latents: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """
         Of each picture the noise level sigma `(batch,)`, the noise in the shape of its latents, and whether its codes
         are shown `(batch,)`.
@@ -105,7 +101,7 @@ class LLaDAUniDecoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableT
             noises.append(torch.randn(latent.shape, generator=generator).to(device))
         return torch.cat(sigmas).to(device), noises, torch.cat(is_conditional).to(device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def loss(self, model: DecoderModule, inputs: dict[str, Any]) -> torch.Tensor:
         latents = inputs["latents"]
         sigmas, noises, is_conditional = self.draw(latents)
         noisy = [
@@ -116,14 +112,9 @@ class LLaDAUniDecoderTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableT
             (velocity - (latent - noise)).square().mean()
             for velocity, latent, noise in zip(velocities, latents, noises, strict=True)
         ]
-        loss = torch.stack(errors).mean()
-        return (loss, {}) if return_outputs else loss
+        return torch.stack(errors).mean()
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def components(self) -> dict[str, torch.nn.Module]:
+    def components(self) -> dict[str, ModelMixin]:
         decoder = self.trained_model()
         return {"transformer": decoder.transformer, "semantic_embedder": decoder.semantic_embedder}
 

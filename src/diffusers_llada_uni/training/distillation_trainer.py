@@ -5,22 +5,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-from transformers import Trainer
+from diffusers.models import ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from transformers_llada_uni.training.checkpointing import ResumableTrainerMixin
-from transformers_llada_uni.training.model_card import TrainingCardMixin
+from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.training.base_trainer import check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..code_decoding import decoder_sigmas, guided_velocity
+from ..decoders import DECODERS, SCHEDULER_SETTINGS
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
-from .component_saving import ComponentSavingMixin
-from .decoder_data import UPSCALE, collate
-from .decoder_model import CodeDecoder
+from .component_checks import check_class, check_datasets
+from .component_trainer import ComponentTrainer, Savable
+from .decoder_data import collate
+from .decoder_model import DecoderModule
 from .distillation_config import LLaDAUniDistillationConfig
 
 
-class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, ResumableTrainerMixin, Trainer):
+class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
     r"""
     Trains a student to say at once where the teacher's trajectory ends. From noise, the teacher walks its guided ODE
     to x_0. Its Euler steps are straight lines, so that the trajectory has a point x_sigma at every noise level sigma.
@@ -50,6 +52,7 @@ class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, Resum
     """
 
     _stage = "few-step distillation of the decoder"
+    args: LLaDAUniDistillationConfig
 
     def __init__(
         self,
@@ -62,36 +65,30 @@ class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, Resum
         eval_dataset: Dataset | IterableDataset | None = None,
         **kwargs: Any,
     ):
-        args = LLaDAUniDistillationConfig("llada-uni-decoder-turbo") if args is None else args
-        if not isinstance(args, LLaDAUniDistillationConfig):
-            raise TypeError(f"`args` must be a LLaDAUniDistillationConfig, got {type(args).__name__}.")
-        if not train_dataset:
-            raise ValueError(f"`train_dataset` must hold image codes to train on, got {train_dataset!r}.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None and not {"codes", "grid"} <= set(dataset.column_names or []):
-                raise ValueError(f"`{name}` must have the columns `codes` and `grid`, it has {dataset.column_names}.")
+        args = check_settings(args, LLaDAUniDistillationConfig, "llada-uni-decoder-turbo")
+        check_datasets(train_dataset, eval_dataset, ("codes", "grid"))
         if scheduler is None:
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
+            scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["normal"])
+        check_class("scheduler", scheduler, FlowMatchEulerDiscreteScheduler)
         scheduler.set_timesteps(sigmas=decoder_sigmas("normal", args.num_teacher_steps))
         self.teacher_sigmas = scheduler.sigmas.tolist()  # falling, 0 at the end
 
         student = copy.deepcopy(teacher) if student is None else student
-        self.teacher = CodeDecoder(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
+        self.teacher = DecoderModule(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
         super().__init__(
-            model=CodeDecoder(student.requires_grad_(True), semantic_embedder),
-            args=args,
+            DecoderModule(student.requires_grad_(True), semantic_embedder),
+            args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collate,
             **kwargs,
         )
         self.teacher.to(self.args.device)
-        self.average_weights(args.ema_decay)
 
     # Trajectories
 
     @torch.no_grad()
-    def trajectory(self, noise: list[torch.Tensor], codes: list[torch.LongTensor]) -> list[list[torch.Tensor]]:
+    def trajectory(self, noise: list[torch.Tensor], codes: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """
         The teacher's way from `noise`: at each of `teacher_sigmas` the latents of all rows, the last of which are the
         pictures.
@@ -119,7 +116,7 @@ class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, Resum
 
     # Loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def loss(self, model: DecoderModule, inputs: dict[str, Any]) -> torch.Tensor:
         args, codes = self.args, inputs["codes"]
         patch_size, channels = (self.teacher.transformer.config[name] for name in ("all_patch_size", "in_channels"))
         side = UPSCALE * patch_size[0]
@@ -149,16 +146,14 @@ class LLaDAUniDistillationTrainer(TrainingCardMixin, ComponentSavingMixin, Resum
         time = 1 - torch.tensor(sigmas, device=codes[0].device)
         velocities = model(noisy, time, shown, torch.ones_like(time, dtype=torch.bool), UPSCALE)
         errors = [(v - target).square().mean() for v, target in zip(velocities, targets, strict=True)]
-        loss = torch.stack(errors).mean()
-        return (loss, {}) if return_outputs else loss
+        return torch.stack(errors).mean()
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def components(self) -> dict[str, Any]:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True)
-        return {"transformer_turbo": self.trained_model().transformer, "scheduler_turbo": scheduler}
+    def components(self) -> dict[str, Savable]:
+        transformer, scheduler = DECODERS["turbo"]
+        return {
+            transformer: self.trained_model().transformer,
+            scheduler: FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["turbo"]),
+        }
 
 
 __all__ = ["LLaDAUniDistillationTrainer"]

@@ -1,0 +1,1 @@
+"""Tests of the decoder's trainers, on tiny models."""

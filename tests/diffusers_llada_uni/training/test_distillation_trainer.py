@@ -19,6 +19,7 @@ from tests.diffusers_llada_uni.training.decoder_common import (
     make_pipeline,
     picture_error,
 )
+from transformers_llada_uni.training.objective.noise import step_generators
 
 
 def make_trainer(output_dir, components=None, **settings):
@@ -89,8 +90,6 @@ def test_loss_equals_the_formula(tmp_path):
     allowed = {round(1 - sigma, 6) for steps in range(4, 9) for sigma in decoder_sigmas("turbo", steps)}
     assert {round(value, 6) for value in time.tolist()} <= allowed
     trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
-    from transformers_llada_uni.training.objective.noise import step_generators
-
     noise = [torch.randn(4, 4, 4, generator=generator) for generator in step_generators(trainer, 2)]
     points = trainer.trajectory(noise, inputs["codes"])
     errors = []
@@ -198,8 +197,9 @@ def test_bad_settings_are_refused(settings, name, tmp_path):
         LLaDAUniDistillationConfig(str(tmp_path), **settings)
 
 
-def test_bad_data_are_refused(tmp_path):
+def test_bad_arguments_are_refused(tmp_path):
     args = LLaDAUniDistillationConfig(str(tmp_path), **RUN)
-    for dataset in (None, Dataset.from_dict({"text": ["a"]})):
-        with pytest.raises(ValueError, match="`train_dataset`"):
-            LLaDAUniDistillationTrainer(*make_components(), args=args, train_dataset=dataset)
+    with pytest.raises(ValueError, match="`train_dataset` must have a column `codes` and a column `grid`"):
+        LLaDAUniDistillationTrainer(*make_components(), args=args, train_dataset=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(TypeError, match="`scheduler` must be a FlowMatchEulerDiscreteScheduler"):
+        LLaDAUniDistillationTrainer(*make_components(), 1, args=args, train_dataset=dataset_of_pictures(2))
