@@ -8,6 +8,8 @@ Importing the package makes `DiffusionPipeline.from_pretrained` find the pipelin
 from transformers_llada_uni import __version__ as __version__
 
 from . import pipeline_registration as pipeline_registration
+from .code_decoding import CodeDecoder as CodeDecoder
+from .code_generation import CodeGenerator as CodeGenerator
 from .embedded_checkpoints import embedded_checkpoint as embedded_checkpoint
 from .pipeline_llada_uni import LLaDAUniPipeline as LLaDAUniPipeline
 from .pipeline_output import LLaDAUniPipelineOutput as LLaDAUniPipelineOutput

@@ -1,55 +1,53 @@
 """Image codes -> latents -> pixels: the half of the pipeline that needs no language model."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from .decoder_compilation import compile_decoder, quantize_decoder
-from .input_checks import (
-    check_callback,
-    check_choice,
-    check_finite,
-    check_flag,
-    check_generator,
-    check_integer,
-    require_components,
-)
+from transformers_llada_uni.input_checks import check_choice, check_integer, check_number
+
+from .decoders import DECODERS, DEFAULT_GUIDANCE, DEFAULT_STEPS, loaded
+from .semantic_embedder import LLaDAUniSemanticEmbedder
 from .stepped_decoder import SteppedDecoder
 
 
-DECODERS = {"turbo": ("transformer_turbo", "scheduler_turbo"), "normal": ("transformer", "scheduler")}
-DEFAULT_STEPS = {"turbo": 8, "normal": 50}
-DEFAULT_GUIDANCE = {"turbo": 0.0, "normal": 1.0}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # ZImageTransformer2DModel pads the sequence of features to a multiple of this many (its SEQ_MULTI_OF).
 FEATURE_PADDING = 32
-# Of the pictures that the VAE decodes at once: more would be no faster, and its full-size channels take much memory.
+# Of the images that the VAE decodes at once: more would be no faster, and its full-size channels take much memory.
 MAX_PIXELS = 1024 * 1024
 
-Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
 Generator = torch.Generator | list[torch.Generator] | None
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+# Called with the step, its timestep and the tensors `latents` and `image_features`; what it returns under their names
+# takes their place, `guidance_scale` that of guidance, and a true `interrupt` skips the remaining steps.
+OnStepEnd = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CodeDecodingSettings:
-    """The arguments of [`CodeDecodingMixin.decode_codes`] that hold for all pictures."""
+    """What [`CodeDecoder.settle`] found good."""
 
-    decoder: str | None
-    num_inference_steps: int | None
-    decoder_guidance_scale: float | None
+    decoder: str
+    num_inference_steps: int
+    guidance_scale: float
     upscale: int
     output_type: str
-    callback_on_step_end: Callback | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise levels that steps start from, one for each step."""
+        return decoder_sigmas(self.decoder, self.num_inference_steps)
 
 
 def decoder_sigmas(decoder: str, num_inference_steps: int) -> list[float]:
@@ -78,300 +76,147 @@ def guided_velocity(with_features: torch.Tensor, without: torch.Tensor, guidance
     return torch.where(norm > limit, guided * (limit / norm), guided)
 
 
-class CodeDecodingMixin:
+def decoder_velocity(
+    decoder: SteppedDecoder | ZImageTransformer2DModel,
+    latents: torch.Tensor,
+    time: torch.Tensor,
+    image_features: torch.Tensor,
+    guidance_scale: float,
+) -> torch.Tensor:
     r"""
-    `decode_codes` for a `DiffusionPipeline` with the components `semantic_embedder`, `vae`, and one or both of the
-    decoders: `transformer` with `scheduler` ("normal", many steps) and `transformer_turbo` with `scheduler_turbo`
-    ("turbo", few steps).
+    Velocity toward data, float32, as `latents`.
+
+    Args:
+        decoder ([`ZImageTransformer2DModel`]): The transformer, or the one of several steps.
+        latents (`torch.Tensor` of shape `(batch, channels, h, w)`): Between noise and data.
+        time (`torch.Tensor` of shape `()`): 0 is noise, 1 data.
+        image_features (`torch.Tensor` of shape `(batch, patches, cap_feat_dim)`): What [`guided_velocity`] guides to.
+        guidance_scale (`float`): Its weight; 0 computes no unguided half.
+    """
+    inputs = latents.to(decoder.dtype).unsqueeze(2)  # (batch, channels, 1 frame, h, w)
+    if guidance_scale:
+        inputs = torch.cat([inputs, inputs])
+        image_features = torch.cat([image_features, torch.zeros_like(image_features)])
+    outputs = decoder(
+        list(inputs.unbind()),
+        time.expand(inputs.shape[0]),
+        list(image_features.unbind()),
+        patch_size=decoder.config["all_patch_size"][0],
+        f_patch_size=decoder.config["all_f_patch_size"][0],
+        return_dict=False,
+    )[0]
+    velocity = torch.stack(outputs).squeeze(2).float()
+    if not guidance_scale:
+        return velocity
+    with_features, without = velocity.chunk(2)
+    return guided_velocity(with_features, without, guidance_scale)
+
+
+class CodeDecoder:
+    r"""
+    Makes images of image codes. [`LLaDAUniPipeline`] uses it; it can stand elsewhere than what generates the codes.
+
+        decoder = CodeDecoder(pipe.semantic_embedder, pipe.vae, {"turbo": pipe.transformer_turbo},
+                              {"turbo": pipe.scheduler_turbo})
+        images = decoder.decode(codes, decoder.settle())
+
+    Args:
+        semantic_embedder ([`LLaDAUniSemanticEmbedder`]): Codes to the features the decoders take.
+        vae ([`AutoencoderKL`], *optional*): Latents to pixels; not needed for `output_type="latent"`.
+        transformers (`Mapping[str, ZImageTransformer2DModel]`): At least one; by their names `"turbo"` and `"normal"`.
+        schedulers (`Mapping[str, FlowMatchEulerDiscreteScheduler]`): By the same names. A scheduler keeps the state of
+            one decoding: threads need one each.
+        device (`torch.device`, *optional*): Where codes and noise are put; that of the embedder by default.
+
+    Raises:
+        ValueError: if there is no transformer. What else does not fit, [`settle`] refuses.
     """
 
-    _callback_tensor_inputs = ["latents", "image_features"]
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, down and across."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
-
-    @property
-    def loaded_decoders(self) -> list[str]:
-        """Names of the decoders that are loaded, the default one first."""
-        return [name for name, (transformer, _) in DECODERS.items() if getattr(self, transformer) is not None]
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last decoding."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
-        return self._interrupt
-
-    def compile_decoders(self, float8: bool = False, **kwargs: Any) -> None:
-        r"""
-        Makes the decoders that are loaded faster on a GPU: the next picture takes longer, all after it, of whatever
-        size, less.
-
-            pipe.compile_decoders(float8=True)
-
-        Call it after all that changes the decoder: `pipe.to`, loading a LoRA, setting an attention backend.
-
-        Args:
-            float8 (`bool`, defaults to `False`): Put the decoders' weights into float8 first, and what they are
-                multiplied with as it comes: half the memory and faster still, but pictures change a little. Needs
-                torchao, weights in bfloat16 and hardware that multiplies float8 (compute capability 8.9, 9.0 or
-                above). It cannot be undone, other than by loading the pipeline again.
-            **kwargs: Of `torch.compile`, for each of the decoders' main blocks; `dynamic=True` by default.
-
-        Raises:
-            ValueError: if no decoder is loaded, or is not for float8.
-            ImportError: if torchao is missing, for float8.
-        """
-        check_flag("float8", float8)
-        if not self.loaded_decoders:
-            raise ValueError("No decoder is loaded: the pipeline has neither `transformer` nor `transformer_turbo`.")
-        for transformer in {getattr(self, DECODERS[name][0]) for name in self.loaded_decoders}:
-            if float8:
-                quantize_decoder(transformer)
-            compile_decoder(transformer, **kwargs)
-
-    @torch.no_grad()
-    def decode_codes(
+    def __init__(
         self,
-        codes: torch.LongTensor,
+        semantic_embedder: LLaDAUniSemanticEmbedder,
+        vae: AutoencoderKL | None,
+        transformers: Mapping[str, ZImageTransformer2DModel],
+        schedulers: Mapping[str, FlowMatchEulerDiscreteScheduler],
+        device: torch.device | None = None,
+    ) -> None:
+        if not transformers:
+            raise ValueError("No decoder is loaded: there is neither `transformer` nor `transformer_turbo`.")
+        self.semantic_embedder, self.vae = semantic_embedder, vae
+        self.transformers, self.schedulers = transformers, schedulers
+        self.device = semantic_embedder.device if device is None else device
+
+    # Arguments are checked before any work, also that of what generates the codes.
+
+    def settle(
+        self,
         decoder: str | None = None,
         num_inference_steps: int | None = None,
-        decoder_guidance_scale: float | None = None,
+        guidance_scale: float | None = None,
         upscale: int = 2,
-        generator: Generator = None,
-        latents: torch.Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Images:
-        r"""
-        Turns grids of image codes into pictures.
-
-        Args:
-            codes (`torch.LongTensor` of shape `(batch, H, W)`): Image codes, 0..codebook_size-1.
-            decoder (`str`, *optional*): `"turbo"` or `"normal"`; turbo when it is loaded, by default.
-            num_inference_steps (`int`, *optional*): 8 for turbo, 50 for normal by default. For "normal" n counts the
-                points of the noise schedule as the release does, which makes n - 1 steps.
-            decoder_guidance_scale (`float`, *optional*): Weight of guidance against zero features, for "normal" only
-                (turbo was distilled without); 1.0 by default, 0 turns it off and halves the work.
-            upscale (`int`, defaults to 2): A code becomes 16 * upscale pixels down and across.
-            generator (`torch.Generator` or list of one per image, *optional*): Source of all noise.
-            latents (`torch.Tensor` of shape `(batch, 16, 2 * upscale * H, 2 * upscale * W)`, *optional*): The initial
-                noise.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep, tensors)` after
-                each step; may return tensors under the same names to replace them.
-            callback_on_step_end_tensor_inputs (`Sequence[str]`): Which tensors the callback gets; of `latents`
-                (float32) and `image_features`.
-
-        Returns:
-            A list of pictures, an array `(batch, height, width, 3)` or tensor `(batch, 3, height, width)` in 0..1, or
-            latents `(batch, 16, h, w)`.
+    ) -> CodeDecodingSettings:
+        """
+        Checks what does not depend on the codes, as [`LLaDAUniPipeline.decode_codes`] says; fills in defaults.
 
         Raises:
-            ValueError: if an argument is out of range or a component is not loaded; nothing has been computed then.
-            TypeError: if an argument is of the wrong type.
+            ValueError: if an argument is out of range, a component is missing, or the parts are not of one checkpoint.
+            TypeError: for a scheduler that does not sample flows at given noise levels.
         """
-        settings = self._check_decoding(
-            CodeDecodingSettings(
-                decoder,
-                num_inference_steps,
-                decoder_guidance_scale,
-                upscale,
-                output_type,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-            )
-        )
-        self._check_codes(codes)
-        check_generator(generator, codes.shape[0])
-        self._check_grid(codes.shape[1:], settings)
-        self._check_latents(latents, codes.shape[0], codes.shape[1:], settings)
-        images = self._decode(codes, settings, generator, latents)
-        self.maybe_free_model_hooks()
-        return images
-
-    def _decode_grids(
-        self,
-        codes: Sequence[torch.LongTensor],
-        settings: CodeDecodingSettings,
-        generator: Generator,
-        latents: torch.Tensor | None,
-    ) -> Images | list[np.ndarray] | list[torch.Tensor]:
-        """Decodes grids `(H, W)`, those of one size together. Arrays and tensors of several sizes come as a list."""
-        of_size: dict[tuple[int, ...], list[int]] = {}
-        for index, grid_codes in enumerate(codes):
-            of_size.setdefault(tuple(grid_codes.shape), []).append(index)
-        images: list[Any] = [None] * len(codes)
-        for indices in of_size.values():
-            batch = torch.stack([codes[index] for index in indices])
-            generators = [generator[index] for index in indices] if isinstance(generator, list) else generator
-            decoded = self._decode(batch, settings, generators, latents)
-            if len(of_size) == 1:
-                return decoded
-            for index, image in zip(indices, decoded, strict=True):
-                images[index] = image
-        return images
-
-    def _decode(
-        self,
-        codes: torch.LongTensor,
-        settings: CodeDecodingSettings,
-        generator: Generator,
-        latents: torch.Tensor | None,
-    ) -> Images:
-        """`decode_codes` after its checks."""
-        device = self._execution_device
-        transformer_name, scheduler_name = DECODERS[settings.decoder]
-        transformer: ZImageTransformer2DModel = getattr(self, transformer_name)
-        scheduler: FlowMatchEulerDiscreteScheduler = getattr(self, scheduler_name)
-
-        # 1. Codes to features: one for each patch of the latents
-        image_features = self.semantic_embedder(codes.to(device), upscale=settings.upscale).to(transformer.dtype)
-
-        # 2. Initial noise; latents stay in float32 through all steps
-        shape = self._latents_shape(codes.shape[0], codes.shape[1:], settings)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        else:
-            latents = latents.to(device, torch.float32)
-
-        # 3. Noise levels
-        scheduler.set_timesteps(sigmas=decoder_sigmas(settings.decoder, settings.num_inference_steps), device=device)
-        scheduler.set_begin_index(0)
-        self._num_timesteps = len(scheduler.timesteps)
-        self._interrupt = False
-
-        # 4. From noise to latents
-        decoder = SteppedDecoder(transformer)
-        latents = self._denoise(decoder, scheduler, latents, image_features, settings, generator)
-
-        # 5. Latents to pixels
-        if settings.output_type == "latent":
-            return latents
-        config = self.vae.config
-        latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
-        pixels_of_one = math.prod(latents.shape[2:]) * self.vae_scale_factor**2
-        parts = latents.split(max(1, MAX_PIXELS // pixels_of_one))
-        pixels = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
-        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor).postprocess(
-            pixels, output_type=settings.output_type
-        )
-
-    def _denoise(
-        self,
-        decoder: SteppedDecoder | ZImageTransformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        latents: torch.Tensor,
-        image_features: torch.Tensor,
-        settings: CodeDecodingSettings,
-        generator: Generator,
-    ) -> torch.Tensor:
-        """All steps from noise to latents `(batch, channels, h, w)`, float32."""
-        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            if self._interrupt:
-                continue
-            sigma = timestep / scheduler.config.num_train_timesteps
-            velocity = self._velocity(decoder, latents, 1 - sigma, image_features, settings.decoder_guidance_scale)
-            # The transformer points from noise to data, the scheduler wants the direction from data to noise.
-            latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
-            if settings.callback_on_step_end is not None:
-                tensors = {"latents": latents, "image_features": image_features}
-                given = {name: tensors[name] for name in settings.callback_on_step_end_tensor_inputs}
-                replaced = settings.callback_on_step_end(self, step, timestep, given) or {}
-                latents = replaced.get("latents", latents)
-                image_features = replaced.get("image_features", image_features)
-                if "image_features" in given or "image_features" in replaced:
-                    decoder.forget_condition()  # in place or by new ones, the features may have been changed
-        return latents
-
-    def _velocity(
-        self,
-        decoder: SteppedDecoder | ZImageTransformer2DModel,
-        latents: torch.Tensor,
-        time: torch.Tensor,
-        image_features: torch.Tensor,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        """Velocity toward data of latents `(batch, channels, h, w)` at `time` (0 noise, 1 data), float32."""
-        inputs = latents.to(decoder.dtype).unsqueeze(2)  # (batch, channels, 1 frame, h, w)
-        if guidance_scale:
-            inputs = torch.cat([inputs, inputs])
-            image_features = torch.cat([image_features, torch.zeros_like(image_features)])
-        outputs = decoder(
-            list(inputs.unbind()),
-            time.expand(inputs.shape[0]),
-            list(image_features.unbind()),
-            patch_size=decoder.config.all_patch_size[0],
-            f_patch_size=decoder.config.all_f_patch_size[0],
-            return_dict=False,
-        )[0]
-        velocity = torch.stack(outputs).squeeze(2).float()
-        return guided_velocity(*velocity.chunk(2), guidance_scale) if guidance_scale else velocity
-
-    def _latents_shape(
-        self, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
-    ) -> tuple[int, int, int, int]:
-        """One feature belongs to one patch of the latents, so the grid and the patch give the size."""
-        config = getattr(self, DECODERS[settings.decoder][0]).config
-        side = settings.upscale * config.all_patch_size[0]
-        return batch_size, config.in_channels, side * grid[0], side * grid[1]
-
-    def _check_decoding(self, settings: CodeDecodingSettings) -> CodeDecodingSettings:
-        """Checks what does not depend on the codes; returns the settings with defaults filled in."""
-        loaded = self.loaded_decoders
-        if not loaded:
-            raise ValueError("No decoder is loaded: the pipeline has neither `transformer` nor `transformer_turbo`.")
-        decoder = loaded[0] if settings.decoder is None else settings.decoder
+        names = [name for name in DECODERS if name in self.transformers]
+        decoder = names[0] if decoder is None else decoder
         check_choice("decoder", decoder, list(DECODERS))
-        if decoder not in loaded:
-            raise ValueError(f"`decoder` is {decoder!r}, but only {loaded[0]!r} is loaded.")
-        require_components(self, ["semantic_embedder", DECODERS[decoder][1]], "decode image codes")
-        check_choice("output_type", settings.output_type, OUTPUT_TYPES)
-        if settings.output_type != "latent":
-            require_components(self, ["vae"], "turn latents into pixels")
-        check_choice("upscale", settings.upscale, (1, 2))
-        check_callback(
-            settings.callback_on_step_end, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
-
-        steps, guidance = settings.num_inference_steps, settings.decoder_guidance_scale
-        steps = DEFAULT_STEPS[decoder] if steps is None else steps
+        if decoder not in names:
+            raise ValueError(f"`decoder` is {decoder!r}, but only {names[0]!r} is loaded.")
+        self._check_components(decoder)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        if output_type != "latent":
+            loaded("vae", self.vae)
+        check_choice("upscale", upscale, (1, 2))
+        steps = DEFAULT_STEPS[decoder] if num_inference_steps is None else num_inference_steps
         check_integer("num_inference_steps", steps, minimum=2 if decoder == "normal" else 1)
-        guidance = DEFAULT_GUIDANCE[decoder] if guidance is None else guidance
-        check_finite("decoder_guidance_scale", guidance, minimum=0.0)
-        if decoder == "turbo" and guidance:
+        guidance_scale = DEFAULT_GUIDANCE[decoder] if guidance_scale is None else guidance_scale
+        check_number("decoder_guidance_scale", guidance_scale, 0.0)
+        if decoder == "turbo" and guidance_scale:
             raise ValueError(
-                f"`decoder_guidance_scale` must be 0 for the decoder 'turbo', distilled without it, got {guidance}."
+                f"`decoder_guidance_scale` must be 0 for the decoder 'turbo', distilled without it, got "
+                f"{guidance_scale}."
             )
-        transformer, embedder = getattr(self, DECODERS[decoder][0]), self.semantic_embedder
-        feature_dim = embedder.config.out_dim or embedder.config.embedding_dim
-        if feature_dim != transformer.config.cap_feat_dim:
+        return CodeDecodingSettings(decoder, steps, float(guidance_scale), upscale, output_type)
+
+    def _check_components(self, decoder: str) -> None:
+        _, name = DECODERS[decoder]
+        scheduler = loaded(name, self.schedulers.get(decoder))
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise TypeError(
+                f"`{name}` must be a FlowMatchEulerDiscreteScheduler, as the decoder predicts the velocity of a flow, "
+                f"got {type(scheduler).__name__}."
+            )
+        if scheduler.config["use_dynamic_shifting"]:
+            raise ValueError(f"`{name}` has `use_dynamic_shifting=True`; the decoders are sampled at a fixed `shift`.")
+        embedder, config = self.semantic_embedder.config, self.transformers[decoder].config
+        feature_dim = embedder["out_dim"] or embedder["embedding_dim"]
+        if feature_dim != config["cap_feat_dim"]:
             raise ValueError(
                 f"`semantic_embedder` makes features of width {feature_dim}, but the decoder {decoder!r} takes "
-                f"{transformer.config.cap_feat_dim} (`cap_feat_dim`): they are not of the same checkpoint."
+                f"{config['cap_feat_dim']} (`cap_feat_dim`): they are not of the same checkpoint."
             )
-        return replace(settings, decoder=decoder, num_inference_steps=steps, decoder_guidance_scale=float(guidance))
 
-    def _check_codes(self, codes: torch.LongTensor) -> None:
+    def check_codes(self, codes: Any) -> None:
+        """Image codes `(batch, H, W)`."""
         if not isinstance(codes, torch.Tensor):
             raise TypeError(f"`codes` must be a tensor of shape (batch, H, W), got {type(codes).__name__}.")
         if codes.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"`codes` must hold integers, got {codes.dtype}.")
         if codes.ndim != 3 or not codes.numel():
             raise ValueError(f"`codes` must have the shape (batch, H, W), none of them 0, got {tuple(codes.shape)}.")
-        low, high, size = codes.min().item(), codes.max().item(), self.semantic_embedder.config.codebook_size
+        low, high, size = codes.min().item(), codes.max().item(), self.semantic_embedder.config["codebook_size"]
         if low < 0 or high >= size:
             raise ValueError(f"`codes` must lie in 0..{size - 1}, got {low if low < 0 else high}.")
 
-    def _check_grid(self, grid: Sequence[int], settings: CodeDecodingSettings) -> None:
+    def check_grid(self, grid: Sequence[int], settings: CodeDecodingSettings) -> None:
         """The decoder has rotary positions for so many features, rows and columns; past them is an index error."""
-        lengths = getattr(self, DECODERS[settings.decoder][0]).config.axes_lens
+        lengths = self.transformers[settings.decoder].config["axes_lens"]
         rows, columns = settings.upscale * grid[0], settings.upscale * grid[1]
         # Features take positions 1..padded of the first axis, the latents position padded + 1.
         padded = -(-rows * columns // FEATURE_PADDING) * FEATURE_PADDING
@@ -382,9 +227,10 @@ class CodeDecodingMixin:
                 f"{needed}, but `axes_lens` in its config is {list(lengths)}."
             )
 
-    def _check_latents(
-        self, latents: torch.Tensor | None, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
+    def check_latents(
+        self, latents: Any, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
     ) -> None:
+        """Initial noise, or `None`."""
         if latents is None:
             return
         if not isinstance(latents, torch.Tensor):
@@ -392,3 +238,79 @@ class CodeDecodingMixin:
         expected = self._latents_shape(batch_size, grid, settings)
         if tuple(latents.shape) != expected:
             raise ValueError(f"`latents` must have the shape {expected}, got {tuple(latents.shape)}.")
+
+    @torch.no_grad()
+    def decode(
+        self,
+        codes: torch.Tensor,
+        settings: CodeDecodingSettings,
+        generator: Generator = None,
+        latents: torch.Tensor | None = None,
+        on_step_end: OnStepEnd | None = None,
+    ) -> Images:
+        r"""
+        Codes `(batch, H, W)` to images, see [`LLaDAUniPipeline.decode_codes`]. The checks above are the caller's.
+
+        1. Codes to features, one for each patch of the latents.
+        2. Initial noise; latents stay in float32 through all steps.
+        3. From noise to latents, step by step.
+        4. Latents to pixels.
+        """
+        transformer, scheduler = self.transformers[settings.decoder], self.schedulers[settings.decoder]
+
+        # 1. Codes to features, one for each patch of the latents.
+        image_features = self.semantic_embedder(codes.to(self.device), settings.upscale, return_dict=False)[0]
+        image_features = image_features.to(transformer.dtype)
+
+        # 2. Initial noise; latents stay in float32 through all steps.
+        if latents is None:
+            shape = self._latents_shape(codes.shape[0], codes.shape[1:], settings)
+            latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        else:
+            latents = latents.to(self.device, torch.float32)
+
+        # 3. From noise to latents, step by step.
+        scheduler.set_timesteps(sigmas=settings.sigmas, device=self.device)
+        scheduler.set_begin_index(0)
+        decoder, guidance_scale = SteppedDecoder(transformer), settings.guidance_scale
+        for step, timestep in enumerate(scheduler.timesteps):
+            time = 1 - timestep / scheduler.config["num_train_timesteps"]
+            velocity = decoder_velocity(decoder, latents, time, image_features, guidance_scale)
+            # The transformer points from noise to data, the scheduler wants the direction from data to noise.
+            arguments: Any = {"generator": generator, "return_dict": False}  # it takes lists of generators, too
+            latents = scheduler.step(-velocity, timestep, latents, **arguments)[0]  # type: ignore[arg-type]  # any float
+            if on_step_end is None:
+                continue
+            changes = on_step_end(step, timestep, {"latents": latents, "image_features": image_features})
+            latents = changes.get("latents", latents)
+            if "image_features" in changes:
+                image_features = changes["image_features"]
+                decoder.forget_condition()
+            guidance_scale = changes.get("guidance_scale", guidance_scale)
+            if changes.get("interrupt"):
+                break
+
+        # 4. Latents to pixels.
+        return latents if settings.output_type == "latent" else self._to_images(latents, settings.output_type)
+
+    def _to_images(self, latents: torch.Tensor, output_type: str) -> Images:
+        vae = loaded("vae", self.vae)
+        config, scale = vae.config, vae_scale_factor(vae)
+        latents = (latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)).to(vae.dtype)
+        pixels_of_one = math.prod(latents.shape[2:]) * scale**2
+        parts = latents.split(max(1, MAX_PIXELS // pixels_of_one))
+        pixels = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
+        return VaeImageProcessor(vae_scale_factor=scale).postprocess(pixels, output_type=output_type)
+
+    def _latents_shape(
+        self, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
+    ) -> tuple[int, int, int, int]:
+        """One feature belongs to one patch of the latents, so the grid and the patch give the size."""
+        config = self.transformers[settings.decoder].config
+        side = settings.upscale * config["all_patch_size"][0]
+        return batch_size, config["in_channels"], side * grid[0], side * grid[1]
+
+
+def vae_scale_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent, down and across."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)

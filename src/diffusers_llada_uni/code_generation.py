@@ -1,9 +1,9 @@
-"""Prompts and pictures -> image codes: the half of the pipeline that is the language model's."""
+"""Prompts and images -> image codes: the half of the pipeline that is the language model's."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
@@ -11,24 +11,24 @@ import torch
 from accelerate.hooks import CpuOffload
 from transformers.image_processing_utils import BatchFeature
 
-from transformers_llada_uni import BlockDiffusionGenerationConfig
-
-from .input_checks import (
-    check_finite,
-    check_flag,
-    check_integer,
-    check_settings,
-    check_side,
-    require_components,
+from transformers_llada_uni import (
+    BlockDiffusionGenerationConfig,
+    LLaDAUniForConditionalGeneration,
+    LLaDAUniProcessor,
 )
-from .picture_inputs import touched_codes
+from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
+from transformers_llada_uni.input_checks import check_integer, check_number
+from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.prompts import UNCONDITION
+
+from .image_inputs import touched_codes
 
 
 Generator = torch.Generator | list[torch.Generator] | None
 
 DEFAULT_MAX_THINKING_TOKENS = 1024
 DEFAULT_GUIDANCE_SCALE = 2.0
-# Codes that are generated at once, those of 64 pictures of 1024 x 1024. By then each expert gets so many tokens that a
+# Codes that are generated at once, those of 64 images of 1024 x 1024. By then each expert gets so many tokens that a
 # larger batch is hardly faster, and keys and values take 5 GB: 41 kB of bfloat16 for each code and branch of guidance.
 MAX_CODES = 65_536
 # Tokens of `<|image|>`, height, width and `<boi>` before the codes.
@@ -37,200 +37,258 @@ HEADER_LENGTH = 4
 
 @dataclass
 class CodeGenerationSettings:
-    """How the language model generates image codes; fields as in the pipeline's call."""
+    """
+    How the language model generates image codes; fields as in the pipeline's call.
 
-    guidance_scale: float | None
-    image_guidance_scale: float
-    guidance_rescale: float
-    num_steps_per_block: int
-    generation_kwargs: dict[str, Any] | None
+    Raises:
+        ValueError, TypeError: for a value out of its range, by its name.
+    """
+
+    guidance_scale: float = DEFAULT_GUIDANCE_SCALE
+    image_guidance_scale: float = 0.0
+    guidance_rescale: float = 0.7
+    num_steps_per_block: int = 8
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_number("guidance_scale", self.guidance_scale, 0.0)
+        check_number("image_guidance_scale", self.image_guidance_scale, 0.0)
+        check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        check_integer("num_steps_per_block", self.num_steps_per_block, minimum=1)
+        check_generation_kwargs("generation_kwargs", self.generation_kwargs)
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """The three scales, as the model's methods take them."""
+        names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class PromptGroup:
-    """Prompts for pictures of one grid, which the language model takes as one batch: at most [`MAX_CODES`]."""
+    """Prompts for images of one grid, which the language model takes as one batch: at most [`MAX_CODES`]."""
 
     rows: list[int]
     inputs: BatchFeature
     grid: tuple[int, int]
-    touched: torch.BoolTensor | None = None  # (rows, H * W), the codes to make anew
-    num_pictures: list[int] | None = None  # of each row
+    touched: torch.Tensor | None = None  # (rows, H * W), true for the codes to make anew
+    first_images: list[int] = field(default_factory=list)  # of each row, the place of its first among all images
 
 
-@contextmanager
-def _sizes_at(upscale: int) -> Iterator[None]:
-    """Errors of the processor name sizes at `upscale` 2; at another they must say so."""
-    try:
-        yield
-    except ValueError as error:
-        if upscale == 2:
-            raise
-        raise ValueError(f"{error} (Sizes in this message are at `upscale` 2; at {upscale} they are half.)") from error
+class CodeGenerator:
+    r"""
+    Makes image codes of prompts. [`LLaDAUniPipeline`] uses it; it can stand elsewhere than what decodes the codes.
 
+        coder = CodeGenerator(pipe.model, pipe.processor)
+        (group,) = coder.write_prompts(["a red apple"], coder.grid_of(1024, 1024))
+        codes = coder.generate(group, CodeGenerationSettings())  # (1, 32, 32)
 
-def _batches(rows: list[int], grid: tuple[int, int]) -> list[list[int]]:
-    """The rows in their order, those that are generated at once together."""
-    size = max(1, MAX_CODES // math.prod(grid))
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
+    Args:
+        model ([`LLaDAUniForConditionalGeneration`]): The language model.
+        processor ([`LLaDAUniProcessor`]): Words and images to its inputs.
+        device (`torch.device`, *optional*): Where the inputs are put; that of the model by default.
+    """
 
-
-class CodeGenerationMixin:
-    """What a `DiffusionPipeline` with the components `model` and `processor` needs to generate image codes."""
-
-    def _check_generation(self, settings: CodeGenerationSettings) -> None:
-        require_components(self, ["model", "processor"], "generate image codes")
-        if settings.guidance_scale is not None:
-            check_finite("guidance_scale", settings.guidance_scale, minimum=0.0)
-        check_finite("image_guidance_scale", settings.image_guidance_scale, minimum=0.0)
-        check_finite("guidance_rescale", settings.guidance_rescale, minimum=0.0, maximum=1.0)
-        check_integer("num_steps_per_block", settings.num_steps_per_block, minimum=1)
-        check_settings("generation_kwargs", settings.generation_kwargs, BlockDiffusionGenerationConfig)
-
-    def _check_task(
+    def __init__(
         self,
-        image: Any,
-        mask_image: Any,
-        size: tuple[int | None, int | None],
-        thinking: bool,
-        image_guidance_scale: float,
-        thinking_kwargs: dict[str, Any] | None,
+        model: LLaDAUniForConditionalGeneration,
+        processor: LLaDAUniProcessor,
+        device: torch.device | None = None,
     ) -> None:
-        """Arguments that must fit each other."""
-        check_flag("thinking", thinking)
-        check_settings("thinking_kwargs", thinking_kwargs, BlockDiffusionGenerationConfig)
-        if thinking_kwargs and not thinking:
-            raise ValueError("`thinking_kwargs` are given, but `thinking` is False.")
-        if image is None and mask_image is not None:
-            raise ValueError("`mask_image` needs the `image` it belongs to.")
-        if image is None and image_guidance_scale:
-            raise ValueError("`image_guidance_scale` needs an `image` to be guided by.")
-        if image is not None and thinking:
-            raise ValueError("`thinking` is for text-to-image; it cannot be combined with `image`.")
-        if image is not None and (size[0] is None) != (size[1] is None):
-            raise ValueError("`height` and `width` must be given together with `image`, or neither.")
-        if mask_image is not None and size != (None, None):
-            raise ValueError("`height` and `width` cannot be given with `mask_image`: the codes around the mask stay.")
+        self.model, self.processor = model, processor
+        self.device = model.device if device is None else device
 
-    def _grid(self, height: int | None, width: int | None, upscale: int) -> tuple[int, int]:
-        """The grid (H, W) of codes of a picture of so many pixels."""
+    # 1. Prompts
+
+    def grid_of(self, height: int | None, width: int | None, upscale: int = UPSCALE) -> tuple[int, int]:
+        """The grid (H, W) of codes of an image of so many pixels, the checkpoint's own size where they are `None`."""
         side = self.processor.image_processor.patch_size * upscale
         default = self.processor.default_side
-        rows = check_side("height", default if height is None else height, multiple=side) // side
-        columns = check_side("width", default if width is None else width, multiple=side) // side
+        rows = _check_side("height", default if height is None else height, multiple=side) // side
+        columns = _check_side("width", default if width is None else width, multiple=side) // side
         return rows, columns
 
-    def _write_prompts(
-        self, texts: list[str], grid: tuple[int, int], thinking: bool, upscale: int
-    ) -> list[PromptGroup]:
-        """Prompts of text-to-image; with thinking they end where the thoughts begin."""
-        # The processor speaks of pixels at twice the resolution of the image tokenizer.
-        side = 2 * self.processor.image_processor.patch_size
-        task = "thinking" if thinking else "text_to_image"
-        groups = []
-        for rows in _batches(list(range(len(texts))), grid):
-            with _sizes_at(upscale):
-                inputs = self.processor(
-                    text=[texts[row] for row in rows], task=task, height=side * grid[0], width=side * grid[1]
-                )
-            groups.append(PromptGroup(rows, inputs, grid))
-        return groups
-
-    def _write_edit_prompts(
+    def write_prompts(
         self,
         texts: list[str],
-        pictures: list[list[PIL.Image.Image]],
-        masks: list[PIL.Image.Image] | None,
-        grid: tuple[int, int] | None,
-        upscale: int,
+        grid: tuple[int, int],
+        thinking: bool = False,
+        upscale: int = UPSCALE,
+        negative_texts: list[str] | None = None,
     ) -> list[PromptGroup]:
-        """Prompts of editing, those whose codes have the same grid together: the source's, if `grid` is None."""
+        """
+        Prompts of text-to-image; with thinking they end where the thoughts begin.
+
+        Args:
+            texts: What to draw.
+            grid: Height and width of all images, in codes.
+            thinking: Whether the model is to [`think`] first.
+            upscale: That of the decoder, for messages about sizes.
+            negative_texts: For each what guidance leads away from; the empty string for the model's own "no text".
+        """
+        groups = []
+        task = "thinking" if thinking else "text_to_image"
+        for rows in _batches(list(range(len(texts))), grid):
+            with _sizes_at(upscale):
+                inputs = self.processor(text=[texts[row] for row in rows], task=task, **self._size(grid))
+            group = PromptGroup(rows, inputs, grid)
+            if negative_texts is not None:
+                # With thinking, `think` makes what guidance needs of a prompt whose thoughts are known.
+                arguments: dict[str, Any] = {"task": task, "thinking_text": [""] * len(rows) if thinking else None}
+                self._set_negative(group, [negative_texts[row] for row in rows], **arguments, **self._size(grid))
+            groups.append(group)
+        return groups
+
+    def write_edit_prompts(
+        self,
+        texts: list[str],
+        images: list[list[PIL.Image.Image]],
+        masks: list[PIL.Image.Image] | None = None,
+        grid: tuple[int, int] | None = None,
+        upscale: int = UPSCALE,
+        negative_texts: list[str] | None = None,
+    ) -> list[PromptGroup]:
+        """
+        Prompts of editing, those whose codes have the same grid together: the source's, if `grid` is `None`.
+
+        Args:
+            texts, grid, upscale, negative_texts: As in [`write_prompts`].
+            images: For each text its source, and references.
+            masks: For each text a mask of its source, white where it is to be made anew.
+        """
         image_processor = self.processor.image_processor
-        side = 2 * image_processor.patch_size
-        size = {} if grid is None else {"height": side * grid[0], "width": side * grid[1]}
+        size: dict[str, Any] = {} if grid is None else self._size(grid)
         of_grid: dict[tuple[int, int], list[int]] = {}
-        for row, (source, *_) in enumerate(pictures):
+        for row, (source, *_) in enumerate(images):
             row_grid = grid or image_processor.get_grid(source.height, source.width, "editing")
             of_grid.setdefault(row_grid, []).append(row)
         groups = []
         batches = [(of, batch) for of, rows in of_grid.items() for batch in _batches(rows, of)]
         for group_grid, rows in batches:
+            arguments: dict[str, Any] = {"images": [images[row] for row in rows], "task": "editing", **size}
             with _sizes_at(upscale):
-                inputs = self.processor(
-                    images=[pictures[row] for row in rows], text=[texts[row] for row in rows], task="editing", **size
-                )
-            group = PromptGroup(rows, inputs, group_grid, num_pictures=[len(pictures[row]) for row in rows])
+                inputs = self.processor(text=[texts[row] for row in rows], **arguments)
+            group = PromptGroup(rows, inputs, group_grid)
+            group.first_images = [sum(len(images[other]) for other in rows[:index]) for index in range(len(rows))]
             if masks is not None:
                 touched = [touched_codes(masks[row], image_processor).flatten() for row in rows]
                 group.touched = torch.stack(touched)
+            if negative_texts is not None:
+                self._set_negative(group, [negative_texts[row] for row in rows], **arguments)
             groups.append(group)
         return groups
 
-    def _think(
-        self, group: PromptGroup, generator: Generator, thinking_kwargs: dict[str, Any]
-    ) -> tuple[list[str], BatchFeature]:
-        """Lets the model write until it opens a picture; returns its thoughts, and prompts with them and a header."""
-        inputs = group.inputs.to(self._execution_device)
-        thinking_kwargs = {"max_new_tokens": DEFAULT_MAX_THINKING_TOKENS, **thinking_kwargs}
+    def _set_negative(self, group: PromptGroup, negative_texts: list[str], **arguments: Any) -> None:
+        """Puts the prompts of other words in the place of those without words, which guidance leads away from."""
+        if any(negative_texts):
+            negative = self.processor(text=[text or UNCONDITION for text in negative_texts], **arguments)
+            for name in ("input_ids", "attention_mask"):
+                group.inputs[f"negative_{name}"] = negative[name]
+
+    def _size(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """The processor speaks of pixels at twice the resolution of the image tokenizer."""
+        side = UPSCALE * self.processor.image_processor.patch_size
+        return {"height": side * grid[0], "width": side * grid[1]}
+
+    # 2. Thoughts
+
+    def think(
+        self,
+        group: PromptGroup,
+        thinking_kwargs: dict[str, Any] | None = None,
+        generator: Generator = None,
+        show_progress_bar: bool = False,
+    ) -> list[str]:
+        """
+        Lets the model write until it opens an image; puts its thoughts, and a header, behind the group's prompts.
+
+        Args:
+            group: Of [`write_prompts`] with `thinking=True`.
+            thinking_kwargs: Fields of [`BlockDiffusionGenerationConfig`]; `max_new_tokens` is 1024 by default.
+
+        Returns:
+            The thoughts, one for each prompt.
+
+        Raises:
+            ValueError: if the prompt and the image leave no room.
+        """
+        inputs = group.inputs.to(self.device)
+        settings = {"max_new_tokens": DEFAULT_MAX_THINKING_TOKENS, **(thinking_kwargs or {})}
         limit = self.model.config.get_text_config().max_position_embeddings
         room = limit - inputs["input_ids"].shape[1] - HEADER_LENGTH - math.prod(group.grid)
         if room < 1:
             raise ValueError(
                 f"`prompt` leaves no room to think: {inputs['input_ids'].shape[1]} tokens and {math.prod(group.grid)} "
-                f"image codes of the model's {limit} positions; shorten it, or ask for a smaller picture."
+                f"image codes of the model's {limit} positions; shorten it, or ask for a smaller image."
             )
-        thinking_kwargs["max_new_tokens"] = min(thinking_kwargs["max_new_tokens"], room)
-        ends = thinking_kwargs.pop("eos_token_id", None) or self.model.generation_config.eos_token_id
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+        ends = settings.pop("eos_token_id", None) or self.model.generation_config.eos_token_id
         ends = [*(ends if isinstance(ends, (list, tuple)) else [ends]), self.model.config.begin_of_image_token_id]
-        ids = self.model.generate(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            eos_token_id=ends,
-            generator=generator,
-            show_progress_bar=self._shows_progress,
-            **thinking_kwargs,
+        ids = sequences_of(
+            self.model.generate(
+                inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                eos_token_id=ends,
+                generator=generator,
+                show_progress_bar=show_progress_bar,
+                **settings,
+            )
         )
-        side = 2 * self.processor.image_processor.patch_size
-        prompts = self.processor.add_image_header(
-            ids, inputs["attention_mask"], height=side * group.grid[0], width=side * group.grid[1]
-        )
+        prompts = self.processor.add_image_header(ids, inputs["attention_mask"], **self._size(group.grid))
         thoughts = []
-        for row, mask, prompt_length in zip(
-            prompts["input_ids"], prompts["attention_mask"], inputs["attention_mask"].sum(dim=-1).tolist(), strict=True
-        ):
+        lengths = inputs["attention_mask"].sum(dim=-1).tolist()
+        rows = zip(prompts["input_ids"], prompts["attention_mask"], lengths, strict=True)
+        for row, mask, prompt_length in rows:
             thought = row[mask.bool()][prompt_length:-HEADER_LENGTH]
             thoughts.append(self.processor.post_process_image_text_to_text(thought[None])[0].strip())
-        return thoughts, prompts
+        negative = {name: value for name, value in inputs.items() if name.startswith("negative_")}
+        group.inputs = BatchFeature({**prompts, **negative})
+        return thoughts
 
-    def _generate_codes(
-        self, group: PromptGroup, settings: CodeGenerationSettings, generator: Generator
-    ) -> torch.LongTensor:
-        """Codes `(rows, H, W)` of a group's pictures."""
-        inputs = group.inputs.to(self._execution_device)
-        known = {}
+    # 3. Codes
+
+    def generate(
+        self,
+        group: PromptGroup,
+        settings: CodeGenerationSettings,
+        generator: Generator = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            group: Prompts, with thoughts if the model thinks.
+            settings: How to generate.
+            generator: One for all rows, or one for each.
+            callback: Called after every block with the codes done and all, of a row.
+
+        Returns:
+            Codes `(rows, H, W)` of the group's images.
+        """
+        inputs = group.inputs.to(self.device)
+        known: dict[str, Any] = {}
         if group.touched is not None:
             codes = self.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
-            firsts = [sum(group.num_pictures[:row]) for row in range(len(group.rows))]
-            known["image_codes"] = torch.stack([codes[first].flatten() for first in firsts])
+            known["image_codes"] = torch.stack([codes[first].flatten() for first in group.first_images])
             known["image_codes_mask"] = group.touched.to(known["image_codes"].device)
-        inputs = {name: value for name, value in inputs.items() if name != "grid"}
-        codes = self.model.generate_image_codes(
-            **inputs,
-            **known,
-            grid=group.grid,
-            guidance_scale=settings.guidance_scale,
-            image_guidance_scale=settings.image_guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
-            generator=generator,
-            show_progress_bar=self._shows_progress,
-            **{"num_steps_per_block": settings.num_steps_per_block, **settings.generation_kwargs},
+        generated = sequences_of(
+            self.model.generate_image_codes(
+                **{name: value for name, value in inputs.items() if name != "grid"},
+                **known,
+                grid=group.grid,
+                generator=generator,
+                callback=callback,
+                **{
+                    **settings.guidance,
+                    "num_steps_per_block": settings.num_steps_per_block,
+                    **settings.generation_kwargs,
+                },
+            )
         )
-        return codes.view(-1, *group.grid)
+        return generated.view(-1, *group.grid)
 
-    @property
-    def _shows_progress(self) -> bool:
-        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+    # A pipeline's model may wait on another device.
 
-    def _bring_in_model(self) -> None:
+    def bring_in_model(self) -> None:
         """
         Puts the language model on the execution device under `enable_model_cpu_offload`: its hook waits for
         `forward`, but the model is entered by its `generate` methods.
@@ -239,12 +297,51 @@ class CodeGenerationMixin:
         if isinstance(hook, CpuOffload):
             hook.pre_forward(self.model)
 
-    def _let_go_of_model(self) -> None:
+    def let_go_of_model(self) -> None:
         """Frees what the language model keeps on a card that it has to leave for the decoder."""
         if isinstance(getattr(self.model, "_hf_hook", None), CpuOffload):
             self.model.release_cuda_graphs()
 
-    @staticmethod
-    def _of_rows(generator: Generator, rows: Sequence[int], images_per_row: int) -> Generator:
-        """The generators of some rows: of the images that share a row's codes, the first one's."""
-        return [generator[row * images_per_row] for row in rows] if isinstance(generator, list) else generator
+
+def sequences_of(generated: torch.Tensor | BlockDiffusionOutput) -> torch.Tensor:
+    """What a `generate` method returns, whether or not with counts."""
+    return generated["sequences"] if isinstance(generated, BlockDiffusionOutput) else generated
+
+
+def check_generation_kwargs(name: str, settings: Any) -> None:
+    """A dict of fields of [`BlockDiffusionGenerationConfig`], which refuses unknown names and values itself."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"`{name}` must be a dict, got {type(settings).__name__}.")
+    try:
+        # Whether settings of sampling are of use, `generate` says, which knows the model's own.
+        BlockDiffusionGenerationConfig(**{"do_sample": True, **settings})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"`{name}`: {error}") from error
+
+
+def _check_side(name: str, value: Any, multiple: int) -> int:
+    """A side of the image, in pixels."""
+    check_integer(name, value, minimum=1)
+    if value % multiple:
+        nearest = max(1, math.floor(value / multiple + 0.5)) * multiple
+        raise ValueError(f"`{name}` must be a multiple of {multiple}, got {value}; the nearest is {nearest}.")
+    return value
+
+
+@contextmanager
+def _sizes_at(upscale: int) -> Iterator[None]:
+    """Errors of the processor name sizes at `upscale` 2; at another they must say so."""
+    try:
+        yield
+    except ValueError as error:
+        if upscale == UPSCALE:
+            raise
+        raise ValueError(
+            f"{error} (Sizes in this message are at `upscale` {UPSCALE}; at {upscale} they are half.)"
+        ) from error
+
+
+def _batches(rows: list[int], grid: tuple[int, int]) -> list[list[int]]:
+    """The rows in their order, those that are generated at once together."""
+    size = max(1, MAX_CODES // math.prod(grid))
+    return [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -1,12 +1,11 @@
-"""A decoder that is faster after a first picture that takes longer: fused by `torch.compile`, in float8 if wanted."""
+"""A decoder that is faster after a first image that takes longer: fused by `torch.compile`, in float8 if wanted."""
 
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel, ZSingleStreamAttnProcessor
 from diffusers.quantizers import DiffusersAutoQuantizer
 
 
@@ -55,9 +54,9 @@ def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 def compile_decoder(transformer: ZImageTransformer2DModel, **kwargs: Any) -> None:
     r"""
-    Compiles the main blocks, each by itself: they share what is compiled, and so do pictures of all sizes. diffusers'
+    Compiles the main blocks, each by itself: they share what is compiled, and so do images of all sizes. diffusers'
     `compile_repeated_blocks` compiles the refiners too, which are a thirtieth of the work, and one by one for lengths,
-    strides and rows: after some sizes of pictures it is at dynamo's limit, where `fullgraph=True` fails.
+    strides and rows: after some sizes of images it is at dynamo's limit, where `fullgraph=True` fails.
 
     Nothing is compiled before the first call; and anew at the first of several rows, after a LoRA, for another dtype.
 
@@ -65,11 +64,13 @@ def compile_decoder(transformer: ZImageTransformer2DModel, **kwargs: Any) -> Non
         **kwargs: Of `torch.compile`; `dynamic` is `True` by default.
     """
     for block in transformer.layers:
-        processor = block.attention.processor
+        attention = block.get_submodule("attention")
+        assert isinstance(attention, Attention)
+        processor = attention.processor
         if type(processor) is ZSingleStreamAttnProcessor:
             in_real_numbers = RealRotaryAttnProcessor()
             vars(in_real_numbers).update(vars(processor))  # the attention backend, if one was set
-            block.attention.set_processor(in_real_numbers)
+            attention.set_processor(in_real_numbers)
         block.compile(**{"dynamic": True, **kwargs})
 
 
@@ -88,7 +89,7 @@ def quantize_decoder(transformer: ZImageTransformer2DModel) -> None:
         ValueError: if the weights are not in bfloat16, or the hardware has no products in float8; nothing has been
             changed then.
     """
-    from diffusers import TorchAoConfig
+    from diffusers.quantizers.quantization_config import TorchAoConfig
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, FqnToConfig, PerRow, quantize_
     from torchao.utils import TorchAOBaseTensor
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from torch import nn
 
 from .module_sharing import shallow_copy

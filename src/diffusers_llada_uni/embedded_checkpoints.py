@@ -12,7 +12,7 @@ def embedded_checkpoint(name: str = "emoji") -> Path:
 
     Args:
         name (`str`, defaults to `"emoji"`): `"emoji"` is a LLaDA-Uni of 19 million parameters that draws, names and
-            edits emoji of 64 x 64 pixels; see `model_cards/emoji/README.md`.
+            edits emoji of 64 x 64 pixels; see its `README.md`.
 
     Raises:
         ValueError: if there is no such checkpoint.

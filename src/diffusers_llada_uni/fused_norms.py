@@ -21,9 +21,10 @@ class _FusedRMSNorm(nn.Module):
         self.norm = norm
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != self.norm.weight.dtype:
+        weight = self.norm.weight
+        if weight is None or hidden_states.dtype != weight.dtype:
             return self.norm(hidden_states)
-        return F.rms_norm(hidden_states, self.norm.dim, self.norm.weight, self.norm.eps)
+        return F.rms_norm(hidden_states, self.norm.dim, weight, self.norm.eps)
 
 
 def with_fused_norms(module: Module) -> Module:
@@ -39,9 +40,15 @@ def with_fused_norms(module: Module) -> Module:
     """
     if is_replaced(module) or module._compiled_call_impl is not None:
         return module
-    if type(module) is RMSNorm:
-        fits = module.weight is not None and module.weight.dtype.itemsize == 2 and module.bias is None
-        return _FusedRMSNorm(module) if fits and not hasattr(module, "_hf_hook") else module
-    fused = {name: with_fused_norms(child) for name, child in module.named_children()}
+    fused = {name: _fused(child) for name, child in module.named_children()}
     changed = {name: child for name, child in fused.items() if child is not module._modules[name]}
     return shallow_copy(module, **changed) if changed else module
+
+
+def _fused(module: nn.Module) -> nn.Module:
+    """A norm of diffusers as the fused one, if it fits; everything else as [`with_fused_norms`] leaves it."""
+    if not isinstance(module, RMSNorm):
+        return with_fused_norms(module)
+    fits = module.weight is not None and module.weight.dtype.itemsize == 2 and module.bias is None
+    is_changed = is_replaced(module) or module._compiled_call_impl is not None or hasattr(module, "_hf_hook")
+    return _FusedRMSNorm(module) if fits and not is_changed else module

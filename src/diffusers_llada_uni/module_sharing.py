@@ -29,10 +29,10 @@ class _HookOf:
         self.module = module
 
     def pre_forward(self, copied: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
-        return self.module._hf_hook.pre_forward(self.module, *args, **kwargs)
+        return vars(self.module)["_hf_hook"].pre_forward(self.module, *args, **kwargs)
 
     def post_forward(self, copied: nn.Module, output: Any) -> Any:
-        return self.module._hf_hook.post_forward(self.module, output)
+        return vars(self.module)["_hf_hook"].post_forward(self.module, output)
 
 
 def shallow_copy(module: Module, /, **children: nn.Module) -> Module:
@@ -49,12 +49,12 @@ def shallow_copy(module: Module, /, **children: nn.Module) -> Module:
     for name in ("forward", "_old_forward", "_hf_hook", "_diffusers_hook"):
         vars(copied).pop(name, None)  # these know the other module
     if hasattr(module, "_hf_hook"):
-        hook = copied._hf_hook = _HookOf(module)
-        copied._old_forward = types.MethodType(type(module).forward, copied)
+        hook, old_forward = _HookOf(module), types.MethodType(type(module).forward, copied)
+        vars(copied).update(_hf_hook=hook, _old_forward=old_forward)
 
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = hook.pre_forward(copied, *args, **kwargs)
-            return hook.post_forward(copied, copied._old_forward(*args, **kwargs))
+            return hook.post_forward(copied, old_forward(*args, **kwargs))
 
         copied.forward = forward
     return copied

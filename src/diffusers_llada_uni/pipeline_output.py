@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 
 
 @dataclass
@@ -14,16 +14,16 @@ class LLaDAUniPipelineOutput(BaseOutput):
     Output of [`LLaDAUniPipeline`]. The images of one prompt stand together: prompt 0 image 0, prompt 0 image 1, ...
 
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): By `output_type`: pictures; an array
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): By `output_type`: images; an array
             `(n, height, width, 3)` in 0..1; a tensor `(n, 3, height, width)` in 0..1; or latents `(n, 16, h, w)`.
-            Pictures of different sizes (a batch of edits) come as a list of such arrays or tensors without `n`.
+            Images of different sizes (a batch of edits) come as a list of such arrays or tensors without `n`.
         codes (`list[torch.LongTensor]`): The image codes `(H, W)` each image was decoded from; `decode_codes` takes
             them again, for another seed or decoder.
         thoughts (`list[str]`, *optional*): What the model wrote before each image when called with `thinking=True`.
     """
 
     images: list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
-    codes: list[torch.LongTensor]
+    codes: list[torch.Tensor]
     thoughts: list[str] | None = None
 
 

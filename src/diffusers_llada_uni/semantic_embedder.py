@@ -3,11 +3,12 @@
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import FeedForward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # diffusers looks for the base class in this module
 from torch import nn
 
 
-class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):
+class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as all models of diffusers
     r"""
     Codebook embedding followed by Linear, SiLU, Linear (the release's `image_tokenizer/sigvq_embedding.pt`).
 
@@ -23,7 +24,7 @@ class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
-    _no_split_modules = ["FeedForward"]
+    _no_split_modules = ["FeedForward"]  # type: ignore[assignment]  # diffusers' default is None
 
     @register_to_config
     def __init__(
@@ -42,15 +43,19 @@ class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):
             activation_fn="linear-silu",
         )
 
-    def forward(self, codes: torch.LongTensor, upscale: int = 2) -> torch.Tensor:
+    def forward(
+        self, codes: torch.Tensor, upscale: int = 2, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         r"""
         Args:
             codes (`torch.LongTensor` of shape `(batch, H, W)`): Image codes, 0..codebook_size-1.
             upscale (`int`, defaults to 2): How many times each code is repeated down and across (nearest-neighbour
                 upsampling of the grid).
+            return_dict (`bool`, defaults to `True`): Return an output with the field `sample`, else a tuple.
 
         Returns:
-            `torch.Tensor` of shape `(batch, upscale * H * upscale * W, out_dim)`: features in raster order.
+            `sample`, a `torch.Tensor` of shape `(batch, upscale * H * upscale * W, out_dim)`: features in raster
+            order.
 
         Raises:
             ValueError: if `codes` is not a batch of grids of integers, or `upscale` is less than 1.
@@ -65,7 +70,8 @@ class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):
         # The embedder looks at each code alone, so upsampling its output is the same and `upscale` squared cheaper.
         features = self.prior_projector(self.prior_token_embedding(codes))  # (batch, H, W, out_dim)
         features = features.repeat_interleave(upscale, dim=1).repeat_interleave(upscale, dim=2)
-        return features.flatten(1, 2)
+        features = features.flatten(1, 2)
+        return Transformer2DModelOutput(sample=features) if return_dict else (features,)
 
 
 __all__ = ["LLaDAUniSemanticEmbedder"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.utils.torch_utils import is_compiled_module
 
 from .decoder_condition import forget_condition, with_remembered_condition
@@ -11,8 +11,8 @@ from .fused_norms import with_fused_norms
 from .module_sharing import is_hooked, is_replaced
 
 
-# Features and patches of latents that the decoder takes at once: those of two rows of 1024 x 1024 pixels, which are a
-# picture and its unguided half. A GPU is busy with less; more would only take memory.
+# Features and patches of latents that the decoder takes at once: those of two rows of 1024 x 1024 pixels, which are an
+# image and its unguided half. A GPU is busy with less; more would only take memory.
 MAX_TOKENS = 16_384
 
 
@@ -33,6 +33,7 @@ class SteppedDecoder:
         self.config, self.dtype = transformer.config, transformer.dtype
         self._transformer = transformer
         self._copies: dict[int, ZImageTransformer2DModel] = {}  # by the first row that they take
+        self._num_rows: int | None = None
 
     def __call__(
         self, latents: list[torch.Tensor], time: torch.Tensor, features: list[torch.Tensor], **kwargs: Any
@@ -47,8 +48,11 @@ class SteppedDecoder:
         Returns:
             A tuple of one list, of each row the velocity toward data, as `latents`.
         """
+        if len(latents) != self._num_rows:  # guidance was turned on or off between steps
+            self._num_rows = len(latents)
+            self.forget_condition()
         rows_at_once = max(1, MAX_TOKENS // (2 * len(features[0])))
-        velocities = []
+        velocities: list[torch.Tensor] = []
         for first in range(0, len(latents), rows_at_once):
             if first not in self._copies:
                 self._copies[first] = self._copy(features[0].device)

@@ -20,22 +20,23 @@ def embedder(released):
 def test_released_features(official_tiny, embedder):
     expected = load_file(official_tiny / "expected" / "decoder.safetensors")
     codes = expected["token_ids"].view(1, *expected["grid"].tolist())
-    torch.testing.assert_close(embedder(codes)[0], expected["features"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedder(codes).sample[0], expected["features"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("upscale", [1, 2, 3])
 def test_upscaling_repeats_codes(embedder, upscale):
     codes = torch.randint(256, (2, 3, 5), generator=torch.Generator().manual_seed(0))
     repeated = codes.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2)
-    features = embedder(codes, upscale=upscale)
+    features = embedder(codes, upscale=upscale).sample
     assert features.shape == (2, upscale**2 * 15, 64)
-    torch.testing.assert_close(features, embedder(repeated, upscale=1))
+    torch.testing.assert_close(features, embedder(repeated, upscale=1, return_dict=False)[0])
 
 
 def test_each_row_has_its_own_features(embedder):
     codes = torch.arange(24).view(2, 3, 4)
-    torch.testing.assert_close(embedder(codes)[1:], embedder(codes[1:]))
-    assert not torch.allclose(embedder(codes)[0], embedder(codes)[1])
+    features = embedder(codes).sample
+    torch.testing.assert_close(features[1:], embedder(codes[1:]).sample)
+    assert not torch.allclose(features[0], features[1])
 
 
 def test_widths():
@@ -48,7 +49,7 @@ def test_widths():
         "prior_projector.net.2.weight": (8, 6),
         "prior_projector.net.2.bias": (8,),
     }
-    assert model(torch.zeros(1, 2, 2, dtype=torch.long)).shape == (1, 16, 8)
+    assert model(torch.zeros(1, 2, 2, dtype=torch.long)).sample.shape == (1, 16, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +60,7 @@ def test_save_and_load(embedder, released, tmp_path, dtype):
     assert loaded.dtype == dtype and loaded.config.codebook_size == 256
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, released[name].to(dtype))
-    assert loaded(torch.zeros(1, 2, 2, dtype=torch.long)).dtype == dtype
+    assert loaded(torch.zeros(1, 2, 2, dtype=torch.long)).sample.dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -78,5 +79,5 @@ def test_bad_input(embedder, codes, upscale, words):
 
 def test_trains(embedder):
     embedder.requires_grad_(True)
-    embedder(torch.zeros(1, 2, 2, dtype=torch.long)).square().mean().backward()
+    embedder(torch.zeros(1, 2, 2, dtype=torch.long)).sample.square().mean().backward()
     assert all(parameter.grad is not None for parameter in embedder.parameters())

@@ -1,0 +1,102 @@
+"""The images and masks a caller gives: one list of images per prompt, and which codes a mask touches."""
+
+from typing import Any
+
+import PIL.Image
+import torch
+
+from transformers_llada_uni import LLaDAUniImageProcessor
+
+
+def images_per_prompt(
+    image: Any, num_prompts: int, is_batch: bool, image_processor: LLaDAUniImageProcessor
+) -> list[list[PIL.Image.Image]]:
+    r"""
+    Args:
+        image: For one prompt an image, or a list of images (the first is the source, the others are references).
+            For a list of prompts an image that serves all, or a list with one image or list of images for each.
+            An image is anything [`LLaDAUniImageProcessor.fetch_images`] reads.
+        num_prompts: How many prompts there are.
+        is_batch: Whether the prompts were given as a list.
+        image_processor: Reads the images.
+
+    Returns:
+        For each prompt its images, at least one; upright and RGB.
+
+    Raises:
+        TypeError: for what is no image. ValueError: for empty lists, a list of another length than the prompts', or
+            an image that cannot be read.
+    """
+    if not isinstance(image, (list, tuple)):
+        return [_read("image", image, image_processor)] * num_prompts
+    entries = image if is_batch else [image]
+    if len(entries) != num_prompts:
+        raise ValueError(f"`image` has {len(entries)} entries for {num_prompts} prompts; give one for each.")
+    return [_read("image", entry, image_processor) for entry in entries]
+
+
+def masks_per_prompt(
+    mask_image: Any, images: list[list[PIL.Image.Image]], image_processor: LLaDAUniImageProcessor
+) -> list[PIL.Image.Image]:
+    r"""
+    Args:
+        mask_image: One mask for all prompts, or a list with one for each. A mask is an image, or an array or tensor
+            `(height, width)`, of the size of its source image; at least half of full brightness means "regenerate".
+        images: For each prompt its images; the mask belongs to the first.
+        image_processor: Reads the masks.
+
+    Returns:
+        For each prompt its mask, black and white (mode "L", 0 or 255).
+
+    Raises:
+        TypeError: for what is no mask. ValueError: for a mask of another size than its image, or one without white.
+    """
+    given = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image] * len(images)
+    if len(given) != len(images):
+        raise ValueError(f"`mask_image` has {len(given)} entries for {len(images)} prompts; give one for each.")
+    masks = []
+    for entry, row in zip(given, images, strict=True):
+        mask, size = _read("mask_image", entry, image_processor)[0], row[0].size
+        if mask.size != size:
+            raise ValueError(
+                f"`mask_image` must have the size of its image, {size[0]} x {size[1]} (width x height), got "
+                f"{mask.size[0]} x {mask.size[1]}."
+            )
+        mask = mask.convert("L").point(lambda value: 255 if value > 127 else 0)
+        if mask.getextrema()[1] == 0:
+            raise ValueError("`mask_image` must be white where the image is to be made anew; it is black everywhere.")
+        masks.append(mask)
+    return masks
+
+
+def touched_codes(mask: PIL.Image.Image, image_processor: LLaDAUniImageProcessor) -> torch.Tensor:
+    r"""
+    Which codes a mask touches. The mask is scaled and cropped as its image is, so the two stay aligned.
+
+    Args:
+        mask (`PIL.Image.Image`): Black and white, of the size of the source image.
+        image_processor ([`LLaDAUniImageProcessor`]): The processor of the images.
+
+    Returns:
+        `torch.BoolTensor` of shape `(H, W)`: True where the code's patch has any white.
+    """
+    # A box filter looks at every pixel of the mask but never beyond the pixels that a pixel stands for.
+    mask = image_processor.resize_and_crop(mask, "editing", resample=PIL.Image.Resampling.BOX)
+    pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
+    side = image_processor.patch_size
+    return pixels.unflatten(0, (-1, side)).unflatten(2, (-1, side)).amax(dim=(1, 3)) > 0
+
+
+def _read(name: str, images: Any, image_processor: LLaDAUniImageProcessor) -> list[PIL.Image.Image]:
+    """The images of one prompt; errors speak of the argument `name`."""
+    try:
+        images = image_processor.fetch_images(images)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(str(error).replace("`images`", f"`{name}`")) from error
+    images = images if isinstance(images, list) else [images]
+    if not images:
+        raise ValueError(f"`{name}` must hold at least one image for each prompt, got an empty list.")
+    if any(isinstance(image, list) for image in images):
+        raise ValueError(f"`{name}` is nested too deep: a prompt has one list of images.")
+    return images
