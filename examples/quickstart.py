@@ -9,7 +9,6 @@ The emoji model knows 3,786 emoji of 64 x 64 pixels and little else.
 """
 
 import argparse
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +30,7 @@ def load_pipeline(checkpoint: Path, output_dir: Path) -> DiffusionPipeline:
     if not (checkpoint / "model_index.json").exists():
         converted = output_dir / "checkpoint"
         if not converted.exists():
-            sys.path.insert(0, str(ROOT))  # the converter belongs to the repository, not to the installed packages
-            from conversion.convert_llada_uni_checkpoint import convert_to_diffusers
+            from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers
 
             convert_to_diffusers(checkpoint, converted)
         checkpoint = converted

@@ -118,7 +118,7 @@ def test_checkpoint_is_small_safe_and_complete(pipe):
     folder = embedded_checkpoint("emoji")
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 50 * 2**20
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja", ".md", ".png"}
     assert pipe.loaded_decoders == ["turbo", "normal"]
     config = pipe.model.config.text_config
     assert config.num_experts >= 16 and config.n_group > config.topk_group and config.num_shared_experts

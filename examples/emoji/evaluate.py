@@ -4,8 +4,8 @@ What the emoji model can do, measured.
     python examples/emoji/evaluate.py emoji-datasource-twitter-16.0.0.tgz            # the shipped model
     python examples/emoji/evaluate.py emoji-datasource-twitter-16.0.0.tgz --model runs/emoji/model --share 0.1
 
-Prints a table; `--card model_cards/emoji/README.md` also writes it there, between the lines that mark its place. A
-picture counts as right if, of all 3,786 emoji, the nearest one (L2 in 32 x 32 RGB) is the one asked for.
+Prints a table; `--card FILE` also writes it there, between the lines that mark its place. A picture counts as right
+if, of all 3,786 emoji, the nearest one (L2 in 32 x 32 RGB) is the one asked for.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 One picture of what the emoji model does: prompts with what was drawn, edits before and after, a story. Nothing is
 picked: the prompts stand below, the seed is 0, failures stay.
 
-    python examples/emoji/picture_sheet.py emoji-datasource-twitter-16.0.0.tgz model_cards/emoji/sheet.png
+    python examples/emoji/picture_sheet.py emoji-datasource-twitter-16.0.0.tgz sheet.png
 """
 
 import argparse

@@ -2,7 +2,7 @@
 Curves of the training: losses, use of the codebook, loads of the experts.
 
     pip install matplotlib
-    python examples/emoji/plot_training.py runs/emoji model_cards/emoji
+    python examples/emoji/plot_training.py runs/emoji src/diffusers_llada_uni/checkpoints/emoji
 
 Reads `trainer_state.json` of each stage's last checkpoint; writes `training.png`, and `training.json` with every
 fifth logged value.

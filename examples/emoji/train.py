@@ -43,7 +43,7 @@ def steps(package: Path) -> dict[str, list[str]]:
     return {
         "prepare_data": script("prepare_data", package, RUNS / "data"),
         "build_model": script("build_model", RUNS / "data" / "corpus.txt", MODEL),
-        "tokenizer": stage("tokenizer", "tokenizer"),
+        "tokenizer": stage("image_tokenizer", "tokenizer"),
         "put_tokenizer": put("tokenizer"),
         "prepare_tasks": script("prepare_tasks", package, MODEL, RUNS / "tasks"),
         "autoencoder": stage("autoencoder", "autoencoder"),

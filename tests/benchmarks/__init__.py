@@ -1,0 +1,1 @@
+"""Tests that the benchmarks run, at a tiny size. They assert no times."""
