@@ -145,7 +145,8 @@ def image_decoder(
     from diffusers_llada_uni import LLaDAUniPipeline
 
     # Codes are decoded without the language model, most of the weights, which the trainer holds.
-    pipe = LLaDAUniPipeline.from_pretrained(_path(model_args), revision=model_args.model_revision, model=None).to(device)
+    pipe = LLaDAUniPipeline.from_pretrained(_path(model_args), revision=model_args.model_revision, model=None)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return lambda grids: [pipe.decode_codes(codes[None].to(device))[0] for codes in grids]
 

@@ -1,9 +1,11 @@
 """
 Every file of `examples/training/` as a reader runs it: in a process of its own, two steps on the embedded checkpoint,
-with nothing but paths and steps put in on the command line. What was trained is then loaded in another process.
+with nothing but paths and steps put in on the command line. The processes are forked from one that has done the
+imports, which take longer than the steps. What was trained is then loaded in a process that has done none.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -16,7 +18,7 @@ from PIL import Image as PILImage
 from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
 from diffusers_llada_uni import embedded_checkpoint
-from llada_uni.cli import STAGES
+from llada_uni.cli import STAGES, main
 
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "training"
@@ -29,31 +31,36 @@ ROWS = {
 }
 REWARD = "def correctness(completions, **kwargs):\n    return [float(row % 2) for row in range(len(completions))]\n"
 WRITTEN = {
-    "sft": "adapter_model.safetensors",
-    "dpo": "adapter_model.safetensors",
-    "grpo": "adapter_model.safetensors",
-    "image_tokenizer": "image_tokenizer/image_tokenizer.safetensors",
-    "autoencoder": "vae/diffusion_pytorch_model.safetensors",
-    "decoder": "transformer/diffusion_pytorch_model.safetensors",
-    "distill": "transformer_turbo/diffusion_pytorch_model.safetensors",
+    "sft": ["adapter_model.safetensors"],
+    "dpo": ["adapter_model.safetensors"],
+    "grpo": ["adapter_model.safetensors"],
+    "image_tokenizer": ["image_tokenizer/image_tokenizer.safetensors"],
+    "autoencoder": ["vae/diffusion_pytorch_model.safetensors"],
+    "decoder": ["transformer/diffusion_pytorch_model.safetensors", "semantic_embedder/config.json"],
+    "distill": ["transformer_turbo/diffusion_pytorch_model.safetensors", "scheduler_turbo/scheduler_config.json"],
 }
+METRIC = {"dpo": "rewards/margins", "grpo": "rewards/correctness/mean"}
 
 
-def python(tmp_path, *arguments):
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout, result.stderr
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Where fresh processes come from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["llada_uni.training_stages"])
+        yield context
+
+
+def run(folder, words):
+    """In a new process: the command, its words on the screen in a file."""
+    os.chdir(folder)
+    screen = os.open("screen.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    sys.exit(main(words))
 
 
 def data_for(stage, tmp_path) -> str:
@@ -81,7 +88,7 @@ def test_every_stage_has_an_example():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_example_runs_as_it_is_printed(stage, tmp_path):
+def test_an_example_runs_as_it_is_printed(stage, processes, tmp_path):
     config = EXAMPLES / f"{stage}.yaml"
     assert config.read_text().startswith(f"# llada-uni train {stage} --config examples/training/{stage}.yaml\n")
     (tmp_path / "my_rewards.py").write_text(REWARD)
@@ -89,13 +96,24 @@ def test_an_example_runs_as_it_is_printed(stage, tmp_path):
     options |= {"max_steps": 2, "output_dir": "out"}
     if stage == "image_tokenizer":
         options["text_model_name_or_path"] = text_model_for(tmp_path)
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    _, said = python(tmp_path, "-m", "llada_uni.cli", "train", stage, "--config", str(config), *words)
+    words = ["train", stage, "--config", str(config)]
+    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    process = processes.Process(target=run, args=(tmp_path, words))
+    process.start()
+    process.join()
+    said = (tmp_path / "screen.txt").read_text()
+    assert process.exitcode == 0, said[-3000:]
 
-    assert (tmp_path / "out" / WRITTEN[stage]).exists()
-    assert "2 optimiser steps" in (tmp_path / "out" / "README.md").read_text()
+    assert all((tmp_path / "out" / file).exists() for file in WRITTEN[stage])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "2 optimiser steps" in card and METRIC.get(stage, "train_loss") in card
     # Nothing that a reader cannot change
-    assert "FutureWarning" not in said and "pin_memory" not in said and "Could not find a config file" not in said
+    assert (
+        "Saved to out" in said
+        and "FutureWarning" not in said
+        and "pin_memory" not in said
+        and "Could not find a config file" not in said
+    )
     if stage == "sft":
         assert_adapter_can_be_loaded(tmp_path)
 
@@ -113,4 +131,5 @@ def assert_adapter_can_be_loaded(tmp_path):
         "assert all((tensor == others[name].to(tensor)).all() for name, tensor in own.items() if 'lora' in name)\n"
         "print(type(processor).__name__)\n"
     )
-    assert python(tmp_path, "-c", code + compare)[0] == "LLaDAUniProcessor\n"
+    command = [sys.executable, "-c", code + compare]
+    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout == b"LLaDAUniProcessor\n"

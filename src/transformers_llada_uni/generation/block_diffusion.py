@@ -173,7 +173,7 @@ class BlockDiffusionGenerationMixin:
             config.max_new_tokens = config.max_length - input_ids.shape[1]
             if config.max_new_tokens < 0:
                 raise ValueError(
-                    f"`max_length` is {config.max_length}, but `input_ids` have {input_ids.shape[1]} columns already."
+                    f"`max_length` is {config.max_length}, but `input_ids` have {input_ids.shape[1]} tokens already."
                 )
         self._check_length("max_new_tokens", prompts, config.max_new_tokens)
         copies = config.num_return_sequences

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..input_checks import check_generator, check_integer, check_tensor
+from ..input_checks import check_generator, check_integer, check_tensor, refuse_settings
 from .block_diffusion import BlockDiffusionGenerationMixin, as_list
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
@@ -76,10 +76,13 @@ class ContinuousBatch:
         generation_config: BlockDiffusionGenerationConfig | None = None,
         **kwargs: Any,
     ):
+        refuse_settings("ContinuousBatch", kwargs, {"max_length": "max_new_tokens", "num_return_sequences": "add"})
         self.model = model
         self.config = model._settle_generation_config(generation_config, kwargs)
         if not self.config.use_cache or self.config.cache_implementation == "sprint":
             raise ValueError("`use_cache` must be on and `cache_implementation` be exact: rows share what is cached.")
+        if self.config.use_cuda_graphs:
+            raise ValueError("`use_cuda_graphs=True` cannot be had: rows come and go, and no two steps are alike.")
         self.rows: list[TextRow] = []
         self._waiting: list[TextRow] = []
         self._running: _Running | None = None

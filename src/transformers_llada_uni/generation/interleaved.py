@@ -81,9 +81,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             )
         check_integer("max_images", max_images, minimum=1)
         check_integer("num_image_steps_per_block", num_image_steps_per_block, minimum=1)
-        guidance_scale = guidance_scale_of(config, negative_input_ids)
-        image_guidance_scale = config.image_guidance_scale
-        is_guided = guidance_scale != 1.0 or image_guidance_scale != 0
+        is_guided = guidance_scale_of(config, negative_input_ids) != 1.0 or config.image_guidance_scale != 0
         for name, ids, mask in (
             ("negative_input_ids", negative_input_ids, negative_attention_mask),
             ("uncondition_ids", uncondition_ids, None),
@@ -148,8 +146,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             codes = self.generate_image_codes(
                 sequence[None],
                 image_grid,
-                guidance_scale=guidance_scale,
-                image_guidance_scale=0.0 if last_image_end is None else image_guidance_scale,
+                image_guidance_scale=0.0 if last_image_end is None else config.image_guidance_scale,
                 num_steps_per_block=num_image_steps_per_block,
                 **negatives,
                 **settings,

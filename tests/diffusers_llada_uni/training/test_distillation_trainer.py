@@ -101,28 +101,28 @@ def test_loss_equals_the_formula(tmp_path):
 
 
 def test_few_steps_do_what_many_did(tmp_path):
-    """Within a tenth of the teacher's error, for a twelfth of its passes or fewer."""
+    """Pictures as good as the teacher's for a fifth of its passes or fewer, and at one step nearly the same ones."""
     transformer, semantic_embedder = components = make_components()
     LLaDAUniDecoderTrainer(
         transformer,
         semantic_embedder,
         LLaDAUniDecoderConfig(
-            str(tmp_path / "teacher"), max_steps=600, per_device_train_batch_size=16, learning_rate=5e-3, **RUN
+            str(tmp_path / "teacher"), max_steps=300, per_device_train_batch_size=16, learning_rate=5e-3, **RUN
         ),
         train_dataset=dataset_of_pictures(256),
     ).train()
     trainer = make_trainer(
         tmp_path / "student",
         components,
-        max_steps=160,
-        num_teacher_steps=12,
-        per_device_train_batch_size=16,
+        max_steps=60,
+        num_teacher_steps=6,
+        per_device_train_batch_size=8,
         learning_rate=1e-3,
     )
     held_out = dataset_of_pictures(32, seed=6)
     before = trainer.evaluate(held_out)["eval_loss"]
     trainer.train()
-    assert trainer.evaluate(held_out)["eval_loss"] < 0.7 * before
+    assert trainer.evaluate(held_out)["eval_loss"] < 0.6 * before
     trainer.save_model()
     student = type(transformer).from_pretrained(tmp_path / "student" / "transformer_turbo")
     pipe = make_pipeline(transformer, semantic_embedder, student)
@@ -133,16 +133,22 @@ def test_few_steps_do_what_many_did(tmp_path):
 
     transformer.register_forward_pre_hook(count("normal", 2))  # guidance makes two rows of one
     student.register_forward_pre_hook(count("turbo", 1))
-    teacher_error = picture_error(pipe, "normal", 50)
-    assert passes["normal"] == 98
+    teacher_error = picture_error(pipe, "normal", 24)
+    assert passes["normal"] == 46
     for num_inference_steps in (4, 6, 8):
         passes["turbo"] = 0
         error = picture_error(pipe, "turbo", num_inference_steps)
         assert passes["turbo"] == num_inference_steps < passes["normal"] / 5
-        assert error < 1.1 * teacher_error
-    # At one step, where a decoder that was not distilled shows the mean of all pictures
-    undistilled = make_pipeline(transformer, semantic_embedder)
-    assert picture_error(pipe, "turbo", 1) < 0.9 * picture_error(undistilled, "turbo", 1)
+        assert error < teacher_error
+
+    def end(pipe, *settings):
+        codes = torch.arange(64).view(64, 1, 1) % 2
+        noise = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+        return pipe.decode_codes(codes, *settings, latents=noise, output_type="latent")
+
+    wanted = end(pipe, "normal", 24)
+    undistilled = end(make_pipeline(transformer, semantic_embedder), "turbo", 1)
+    assert (end(pipe, "turbo", 1) - wanted).square().mean() < 0.6 * (undistilled - wanted).square().mean()
 
 
 def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):

@@ -107,6 +107,10 @@ def test_what_is_refused():
     model = tiny_backbone()
     with pytest.raises(ValueError, match="`use_cache`"):
         ContinuousBatch(model, use_cache=False)
+    with pytest.raises(ValueError, match="`use_cuda_graphs=True` cannot be had: rows come and go"):
+        ContinuousBatch(model, use_cuda_graphs=True)
+    with pytest.raises(TypeError, match="goes by `max_new_tokens`: it takes no `max_length`"):
+        ContinuousBatch(model, max_length=9)
     batch = ContinuousBatch(model)
     with pytest.raises(ValueError, match="`max_new_tokens`"):
         batch.add(torch.tensor([1]), max_new_tokens=0)

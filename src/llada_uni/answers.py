@@ -1,0 +1,116 @@
+"""Conversations to ids, and ids to the text of an answer while they come."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
+
+
+if TYPE_CHECKING:
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+
+class PromptTooLong(ValueError):
+    """A conversation of too many tokens."""
+
+
+@torch.no_grad()
+def write_prompt(
+    pipe: "LLaDAUniPipeline", messages: list[dict[str, Any]], max_tokens: int | None = None
+) -> torch.Tensor:
+    """
+    A conversation as ids `(length,)`, images in it as their codes.
+
+    Args:
+        pipe: With `model` and `processor`.
+        messages: See the pipeline's `chat`.
+        max_tokens: Most tokens. Default: no limit here.
+
+    Raises:
+        PromptTooLong: if there are more; no image has been encoded then.
+        ValueError, TypeError: if they are no conversation.
+    """
+    model, processor = pipe.code_generator.model, pipe.code_generator.processor
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    ).to(model.device)
+    ids = inputs["input_ids"]
+    if max_tokens is not None and ids.shape[1] > max_tokens:
+        raise PromptTooLong(f"`messages` are {ids.shape[1]} tokens; at most {max_tokens} are taken.")
+    images = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+    return model._place_images({"input_ids": ids}, *images)["input_ids"][0]
+
+
+class Answer:
+    """
+    The text of an answer while its tokens come, cut at the first stop string.
+
+    Args:
+        tokenizer: Of the model.
+        stop_strings: What ends the answer, and is left out.
+
+    Attributes:
+        text: So far.
+        is_stopped: Whether a stop string has come.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()):
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.text, self.is_stopped = "", False
+
+    def take(self, tokens: list[int], is_finished: bool) -> str:
+        """
+        Args:
+            tokens: All tokens so far.
+            is_finished: Whether no more will come.
+
+        Returns:
+            The text that is new, and will not change.
+        """
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        for stop in self.stop_strings:
+            if (place := text.find(stop)) >= 0:
+                text, self.is_stopped = text[:place], True
+        if not (is_finished or self.is_stopped):
+            # A character whose bytes have not all come, and what may be the beginning of a stop string, wait.
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            held = max((_overlap(text, stop) for stop in self.stop_strings), default=0)
+            text = text[: len(text) - held]
+        new = text[len(self.text) :]
+        self.text = text
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many last characters of `text` begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream_answer(
+    pipe: "LLaDAUniPipeline",
+    messages: list[dict[str, Any]],
+    max_new_tokens: int,
+    seed: int | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """
+    The pieces of an answer, block by block; who takes no more of them ends it.
+
+    Args:
+        pipe, messages: As above.
+        max_new_tokens: Most tokens; fewer where the model's positions end.
+        seed: Makes sampled text repeatable.
+        **settings: Further fields of `BlockDiffusionGenerationConfig`.
+    """
+    ids = write_prompt(pipe, messages)
+    model = pipe.code_generator.model
+    room = model.config.get_text_config().max_position_embeddings - len(ids)
+    batch = ContinuousBatch(model, **settings)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    row = batch.add(ids, max(min(max_new_tokens, room), 1), generator)
+    answer = Answer(pipe.code_generator.processor.tokenizer)
+    while batch.rows:
+        batch.step()
+        yield answer.take(row.tokens, row.is_finished)

@@ -1,0 +1,98 @@
+"""`encode` and `decode`: images to codes, and codes to images."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import PIL.Image
+import torch
+
+from .images import open_image
+from .manifest import Manifest
+
+
+if TYPE_CHECKING:
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+
+@torch.no_grad()
+def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[str, Any]]:
+    """
+    For each image `{"image", "grid", "codes"}`: its path, height and width in codes, and the codes row by row.
+
+    Args:
+        pipe: With `model` and `processor`.
+        paths: Of the images.
+    """
+    model, processor = pipe.code_generator.model, pipe.code_generator.processor
+    for path in paths:
+        inputs = processor.image_processor(images=[open_image(path)], return_tensors="pt").to(model.device)
+        (codes,) = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+        yield {"image": path, "grid": list(codes.shape), "codes": codes.flatten().tolist()}
+
+
+def read_codes(path: str) -> list[dict[str, Any]]:
+    """
+    What `encode` has written: lines of JSON with `grid` and `codes`.
+
+    Raises:
+        ValueError: naming the file and the line, if they are none.
+    """
+    entries = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                grid, codes = entry["grid"], entry["codes"]
+                is_whole = len(codes) == grid[0] * grid[1] and all(type(code) is int for code in codes)
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(f"{path}, line {number} must hold `grid` and `codes`.") from error
+            if not is_whole:
+                raise ValueError(f"{path}, line {number}: `codes` must be {grid[0]} x {grid[1]} integers.")
+            entries.append(entry)
+    if not entries:
+        raise ValueError(f"{path} holds no codes.")
+    return entries
+
+
+def decode_codes(
+    pipe: "LLaDAUniPipeline",
+    model_name: str,
+    entries: list[dict[str, Any]],
+    manifest: Manifest,
+    seed: int,
+    num_inference_steps: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """
+    The manifest's entry of each image, made now or before.
+
+    Args:
+        pipe: The pipeline.
+        model_name: Part of what an image follows from.
+        entries: Of [`read_codes`].
+        manifest: Takes the images.
+        seed: Of the decoder's noise.
+        num_inference_steps: Of the decoder.
+    """
+    for entry in entries:
+        name = Path(str(entry.get("image", "codes"))).stem
+        asked = {
+            "prompt": name,
+            "codes": entry["codes"],
+            "grid": entry["grid"],
+            "seed": seed,
+            "model": model_name,
+            "settings": {"num_inference_steps": num_inference_steps},
+        }
+        done = manifest.find(asked)
+        if done is None:
+            began = time.perf_counter()
+            codes = torch.tensor(entry["codes"]).view(1, *entry["grid"])
+            generator = torch.Generator().manual_seed(seed)
+            images = pipe.decode_codes(codes, num_inference_steps=num_inference_steps, generator=generator)
+            done = manifest.add(asked, cast(list[PIL.Image.Image], images)[0], time.perf_counter() - began)
+        yield done

@@ -1,0 +1,97 @@
+"""What a command is asked to do, once or many times: from its arguments, a file, or standard input."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    Attributes:
+        prompt: Text.
+        images: Paths of its images.
+        mask: Path of its mask.
+        seed: Of its randomness; `None` where the command's holds.
+    """
+
+    prompt: str
+    images: tuple[str, ...] = ()
+    mask: str | None = None
+    seed: int | None = None
+
+
+COLUMNS = ("prompt", "image", "mask", "seed")
+
+
+def read_requests(path: str) -> list[Request]:
+    """
+    Requests of a file: lines of text, or rows of JSONL, CSV or parquet with the columns `prompt` and, as far as a
+    command takes them, `image` (a path or a list of them), `mask` and `seed`. Paths are seen from the file's folder.
+
+    Args:
+        path: A file; `-` is standard input, as text or JSONL.
+
+    Raises:
+        ValueError: naming the file and the row, if a row cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    folder = Path(path).parent if path != "-" else Path()
+    requests = [_request(row, f"{path}, row {number}", folder) for number, row in enumerate(_rows(path), 1)]
+    if not requests:
+        raise ValueError(f"{path} holds no prompts.")
+    return requests
+
+
+def _rows(path: str) -> Iterator[Any]:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+        return
+    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    if suffix in (".csv", ".tsv"):
+        yield from csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",")
+        return
+    lines = [line for line in text.splitlines() if line.strip()]
+    is_json = suffix in (".jsonl", ".ndjson") or (path == "-" and lines and lines[0].lstrip().startswith("{"))
+    for number, line in enumerate(lines, 1):
+        if not is_json:
+            yield line
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number} is no JSON: {error}.") from error
+
+
+def _request(row: Any, where: str, folder: Path) -> Request:
+    if isinstance(row, str):
+        row = {"prompt": row.strip()}
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object with a `prompt`, got {row!r}.")
+    row = {name: value for name, value in row.items() if value not in (None, "", [])}
+    if unknown := sorted(set(map(str, row)) - set(COLUMNS)):
+        raise ValueError(f"{where} has `{unknown[0]}`; known are {', '.join(COLUMNS)}.")
+    prompt, images, seed = row.get("prompt"), row.get("image", []), row.get("seed")
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where} has no `prompt`.")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: `image` must be a path or a list of paths, got {images!r}.")
+    mask = row.get("mask")
+    if mask is not None and not isinstance(mask, str):
+        raise ValueError(f"{where}: `mask` must be a path, got {mask!r}.")
+    if seed is not None:
+        try:
+            seed = int(seed)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: `seed` must be an integer, got {seed!r}.") from error
+    return Request(
+        prompt, tuple(str(folder / image) for image in images), None if mask is None else str(folder / mask), seed
+    )

@@ -1,0 +1,36 @@
+"""`train`: a stage, by its own options."""
+
+from collections.abc import Callable, Sequence
+
+
+STAGES = {
+    "sft": "the language model, from text, conversations, captions and edits",
+    "dpo": "the language model, from preferences",
+    "grpo": "the language model, from rewards",
+    "image_tokenizer": "images to codes",
+    "autoencoder": "latents to pixels",
+    "decoder": "codes to latents",
+    "distill": "the decoder, to few steps",
+}
+
+
+def prepare(stage: str, options: Sequence[str]) -> Callable[[], None]:
+    """
+    Reads the options and makes the trainer.
+
+    Args:
+        stage: One of `STAGES`.
+        options: As typed.
+
+    Returns:
+        What trains. Errors of it are no mistakes of who has typed the options.
+    """
+    from transformers_llada_uni.optional_dependencies import require_extra
+
+    require_extra("train", "datasets", "peft", "trl")
+    from ..stage_options import StageParser
+    from ..training_stages import finish, stages
+
+    classes, build = stages()[stage]
+    trainer, script_args = build(*StageParser(stage, classes).parse(options))
+    return lambda: finish(trainer, script_args)

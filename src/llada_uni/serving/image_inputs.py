@@ -1,0 +1,113 @@
+"""Images that requests carry, and those they name."""
+
+import base64
+import binascii
+import io
+import ipaddress
+import socket
+import urllib.parse
+import warnings
+
+import httpx
+import PIL.Image
+from PIL import ImageOps
+
+from .errors import RequestError
+from .settings import ServerSettings
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FETCH_SECONDS = 10.0
+
+
+def read_image(content: bytes, param: str, settings: ServerSettings) -> PIL.Image.Image:
+    """
+    An image from a file's bytes, turned upright as its camera says.
+
+    Raises:
+        RequestError: if it is none, damaged, or larger than `max_input_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height > settings.max_input_pixels:
+                raise RequestError(
+                    f"`{param}` is {image.width} x {image.height} pixels; at most {settings.max_input_pixels} are "
+                    "taken.",
+                    param,
+                )
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except RequestError:
+        raise
+    except Exception as error:  # PIL raises whatever its decoders raise
+        raise RequestError(f"`{param}` is no image that can be read: {error}", param) from error
+
+
+def read_data_url(url: str, param: str, settings: ServerSettings) -> PIL.Image.Image:
+    """
+    An image from a `data:image/...;base64,...` URL.
+
+    Raises:
+        RequestError: if it is none.
+    """
+    header, comma, encoded = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise RequestError(f"`{param}` must be a data URL in base64, such as `data:image/png;base64,...`.", param)
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise RequestError(f"`{param}` is no base64: {error}.", param) from error
+    return read_image(content, param, settings)
+
+
+def _check_address(host: str, port: int, param: str) -> None:
+    """Refuses hosts whose name leads into a private network, whoever has allowed the name."""
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        if not ipaddress.ip_address(address[0]).is_global:
+            raise RequestError(f"`{param}`: {host} is not a public address.", param)
+
+
+def fetch_image(url: str, param: str, settings: ServerSettings) -> PIL.Image.Image:
+    """
+    An image from a host that is allowed; redirects are not followed.
+
+    Raises:
+        RequestError: if the host is not allowed or leads into a private network, or there is no image.
+    """
+    parts = urllib.parse.urlsplit(url)
+    host = (parts.hostname or "").lower()
+    if parts.scheme not in ("http", "https"):
+        raise RequestError(f"`{param}` must be a data URL, or one of http or https.", param)
+    if host not in settings.allowed_image_hosts:
+        raise RequestError(
+            f"`{param}`: this server fetches no images from {host or 'there'}; send them as data URLs.", param
+        )
+    try:
+        _check_address(host, parts.port or (443 if parts.scheme == "https" else 80), param)
+        content = bytearray()
+        with httpx.stream("GET", url, timeout=FETCH_SECONDS, follow_redirects=False) as response:
+            if response.status_code != 200:
+                raise RequestError(f"`{param}`: {host} answers {response.status_code}.", param)
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > settings.max_body_bytes:
+                    raise RequestError(f"`{param}` is longer than {settings.max_body_bytes} bytes.", param)
+    except (OSError, httpx.HTTPError, ValueError) as error:
+        raise RequestError(f"`{param}` cannot be fetched: {error}", param) from error
+    return read_image(bytes(content), param, settings)
+
+
+def image_of_url(url: str, param: str, settings: ServerSettings) -> PIL.Image.Image:
+    """The image that a URL holds or leads to."""
+    if url[:5].lower() == "data:":
+        return read_data_url(url, param, settings)
+    return fetch_image(url, param, settings)
+
+
+def encode_image(image: PIL.Image.Image, output_format: str = "png") -> str:
+    """Base64 of a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=output_format)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,144 @@
+"""`/v1/images/generations` and `/v1/images/edits`."""
+
+import asyncio
+import random
+import re
+import time
+from typing import Any, Literal
+
+import PIL.Image
+from fastapi import APIRouter, Request
+from pydantic import Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from .chat import Strict
+from .engine import Engine
+from .errors import RequestError
+from .image_inputs import encode_image, read_image
+from .jobs import ImageJob
+from .settings import ServerSettings
+
+
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+
+
+class ImageRequest(Strict):
+    """OpenAI's request, as far as this model has what it asks for, and settings of the pipeline's call."""
+
+    model: str | None = None
+    prompt: str = Field(min_length=1, max_length=32_000)
+    n: int = Field(1, ge=1)
+    size: str = "auto"
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    num_steps_per_block: int | None = Field(None, ge=1, le=1024)
+    user: str | None = None
+
+    def job(self, settings: ServerSettings, images: list[PIL.Image.Image], mask: PIL.Image.Image | None) -> ImageJob:
+        """
+        Raises:
+            RequestError: for a size or a number of images that this server does not make.
+        """
+        if self.model not in (None, settings.model_name):
+            raise RequestError(
+                f"There is no model {self.model!r} here, but {settings.model_name!r}.", "model", 404, "model_not_found"
+            )
+        if self.n > settings.max_images:
+            raise RequestError(f"`n` may be {settings.max_images} at most, got {self.n}.", "n")
+        call: dict[str, Any] = {}
+        if self.size != "auto":
+            match = SIZE.fullmatch(self.size)
+            if match is None:
+                raise RequestError(f"`size` must be 'auto' or 'WIDTHxHEIGHT', got {self.size!r}.", "size")
+            call["width"], call["height"] = int(match[1]), int(match[2])
+            if max(call.values()) > settings.max_side:
+                raise RequestError(f"`size` may be {settings.max_side} at most on each side.", "size")
+        for name in ("guidance_scale", "num_inference_steps", "num_steps_per_block"):
+            if getattr(self, name) is not None:
+                call[name] = getattr(self, name)
+        # Several images of one prompt would be the same one, but for the decoder's noise, were their codes not drawn.
+        if self.n > 1 or self.seed is not None:
+            call["generation_kwargs"] = {"do_sample": True}
+        first = random.getrandbits(62) if self.seed is None else self.seed
+        return ImageJob(self.prompt, [first + index for index in range(self.n)], images, mask, settings=call)
+
+
+def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
+    router = APIRouter()
+
+    async def answer(body: ImageRequest, images: list[PIL.Image.Image], mask: PIL.Image.Image | None) -> Any:
+        job = body.job(settings, images, mask)
+        engine.submit(job)
+        try:
+            made = await asyncio.wrap_future(job.result)
+        except (ValueError, TypeError) as error:  # the pipeline refuses by the argument's name
+            raise RequestError(str(error), "prompt") from error
+        finally:
+            job.cancel()
+        encoded = await asyncio.to_thread(lambda: [encode_image(image, body.output_format) for image in made])
+        return {
+            "created": int(time.time()),
+            "data": [{"b64_json": content} for content in encoded],
+            "output_format": body.output_format,
+        }
+
+    @router.post("/v1/images/generations")
+    async def generations(body: ImageRequest) -> Any:
+        return await answer(body, [], None)
+
+    @router.post("/v1/images/edits")
+    async def edits(request: Request) -> Any:
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise RequestError("Edits are sent as multipart/form-data, with the files `image` and `mask`.")
+        async with request.form(max_files=settings.max_images + 1, max_fields=64) as form:
+            fields: dict[str, Any] = {}
+            files: list[tuple[str, bytes]] = []
+            mask_file: bytes | None = None
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    fields[name] = value
+                elif name in ("image", "image[]"):
+                    files.append((name, await value.read()))
+                elif name == "mask":
+                    mask_file = await value.read()
+                else:
+                    raise RequestError(f"`{name}` is not known to this server.", name, code="unknown_parameter")
+        if not files:
+            raise RequestError("`image` is missing: the file to edit.", "image")
+        if len(files) > settings.max_images:
+            raise RequestError(f"`image` may come {settings.max_images} times at most.", "image")
+        try:
+            body = ImageRequest.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            param = ".".join(map(str, first["loc"])) or None
+            if first["type"] == "extra_forbidden":
+                message, code = f"`{param}` is not known to this server.", "unknown_parameter"
+            else:
+                message, code = f"`{param}`: {first['msg']}.", None
+            raise RequestError(message, param, code=code) from error
+
+        def read() -> tuple[list[PIL.Image.Image], PIL.Image.Image | None]:
+            images = [read_image(content, name, settings) for name, content in files]
+            mask = None if mask_file is None else _mask(read_image(mask_file, "mask", settings), images[0].size)
+            return images, mask
+
+        images, mask = await asyncio.to_thread(read)
+        return await answer(body, images, mask)
+
+    return router
+
+
+def _mask(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """
+    White where the image is to be made anew: for OpenAI's clients that is where the mask is transparent; of a mask
+    without transparency, where it is white.
+    """
+    if image.size != size:
+        raise RequestError(f"`mask` is {image.size}, but `image` is {size}: they must be of one size.", "mask")
+    if "A" in image.getbands() or "transparency" in image.info:
+        return image.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
+    return image.convert("L")

@@ -1,0 +1,1 @@
+"""What the commands read and write. Options are tested in `tests/llada_uni/test_cli.py`."""

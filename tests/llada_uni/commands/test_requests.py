@@ -1,0 +1,78 @@
+"""Files of prompts, as people write them."""
+
+import io
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llada_uni.commands.requests import Request, read_requests
+
+
+ROWS = [
+    {"prompt": "a red apple", "seed": 3},
+    {"prompt": "make it green", "image": "apple.png"},
+    {"prompt": "both", "image": ["a.png", "b.png"], "mask": "m.png"},
+]
+
+
+def wanted(folder) -> list[Request]:
+    return [
+        Request("a red apple", seed=3),
+        Request("make it green", (f"{folder}/apple.png",)),
+        Request("both", (f"{folder}/a.png", f"{folder}/b.png"), f"{folder}/m.png"),
+    ]
+
+
+def test_lines_of_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red apple\n\n  eine Kätzchen, 'so'  \n", encoding="utf-8")
+    assert read_requests(str(path)) == [Request("a red apple"), Request("eine Kätzchen, 'so'")]
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read_requests(str(path)) == wanted(tmp_path)
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text('prompt,image,seed\n"a, red\napple",,3\nmake it green,apple.png,\n')
+    assert read_requests(str(path)) == [Request("a, red\napple", seed=3), wanted(tmp_path)[1]]
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    rows = [{"prompt": "a red apple", "image": None, "seed": 3}, {"prompt": "x", "image": ["a.png"], "seed": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read_requests(str(path)) == [Request("a red apple", seed=3), Request("x", (f"{tmp_path}/a.png",))]
+
+
+@pytest.mark.parametrize("text", ["a cat\na dog\n", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n'])
+def test_standard_input(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert read_requests("-") == [Request("a cat"), Request("a dog")]
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("p.txt", "\n\n", "p.txt holds no prompts"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "p.jsonl, row 2 is no JSON"),
+        ("p.jsonl", '{"text": "a"}\n', "p.jsonl, row 1 has `text`; known are prompt"),
+        ("p.jsonl", '{"seed": 1}\n', "p.jsonl, row 1 has no `prompt`"),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl, row 1 has no `prompt`"),
+        ("p.jsonl", "[1]\n", "p.jsonl, row 1 must be an object"),
+        ("p.jsonl", '{"prompt": "a", "seed": "x"}\n', "p.jsonl, row 1: `seed`"),
+        ("p.jsonl", '{"prompt": "a", "image": [3]}\n', "p.jsonl, row 1: `image`"),
+        ("p.jsonl", '{"prompt": "a", "mask": 3}\n', "p.jsonl, row 1: `mask`"),
+        ("p.csv", "caption\na cat\n", "p.csv, row 1 has `caption`"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, name, text, words):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_requests(str(path))

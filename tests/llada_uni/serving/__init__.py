@@ -1,0 +1,1 @@
+"""The server, asked by real clients. No model is tested here."""

@@ -1,0 +1,179 @@
+"""What a server refuses, each with the status and the field; and that it serves on."""
+
+import base64
+import io
+import json
+
+import httpx
+import PIL.Image
+import pytest
+
+from llada_uni.serving.settings import ServerSettings
+from tests.llada_uni.serving.conftest import Server
+
+
+LIMIT = 300_000  # bytes of a body
+
+
+def png(width: int = 8, height: int = 8, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new(mode, (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def chat(**fields: object) -> dict:
+    return {"model": "emoji", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, **fields}
+
+
+def with_image(url: object) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return chat(messages=[{"role": "user", "content": parts}])
+
+
+@pytest.fixture(scope="module")
+def strict(pipe):
+    settings = ServerSettings(
+        "emoji", max_new_tokens=32, max_prompt_tokens=120, max_images=2, max_side=128, max_input_pixels=10_000,
+        max_body_bytes=LIMIT, allowed_image_hosts=frozenset({"localhost"}),
+    )  # fmt: skip
+    server = Server(pipe, settings)
+    yield server
+    server.stop()
+
+
+CHATS = {
+    "no json": (b"{", 400, None),
+    "not an object": (b"[]", 400, None),
+    "no messages": ({"model": "emoji"}, 400, "messages"),
+    "empty messages": (chat(messages=[]), 400, "messages"),
+    "messages of text": (chat(messages="hello"), 400, "messages"),
+    "no role": (chat(messages=[{"content": "hello"}]), 400, "messages.0.role"),
+    "unknown role": (chat(messages=[{"role": "tool", "content": "hello"}]), 400, "messages.0.role"),
+    "no content": (chat(messages=[{"role": "user"}]), 400, "messages.0.content"),
+    "null content": (chat(messages=[{"role": "user", "content": None}]), 400, "messages.0.content"),
+    "unknown part": (
+        chat(messages=[{"role": "user", "content": [{"type": "input_audio"}]}]),
+        400,
+        "messages.0.content",
+    ),
+    "other model": (chat(model="gpt-5"), 404, "model"),
+    "no model": ({"messages": chat()["messages"]}, 400, "model"),
+    "model of another type": (chat(model=3), 400, "model"),
+    "temperature of text": (chat(temperature="hot"), 400, "temperature"),
+    "negative temperature": (chat(temperature=-1), 400, "temperature"),
+    "infinite temperature": (json.dumps(chat(temperature=float("inf"))).encode(), 400, "temperature"),
+    "top_p of 2": (chat(top_p=2), 400, "top_p"),
+    "top_k of 0": (chat(top_k=0), 400, "top_k"),
+    "no tokens": (chat(max_tokens=0), 400, "max_tokens"),
+    "too many tokens": (chat(max_tokens=33), 400, "max_tokens"),
+    "two answers": (chat(n=2), 400, "n"),
+    "negative seed": (chat(seed=-1), 400, "seed"),
+    "seed of text": (chat(seed="one"), 400, "seed"),
+    "tools": (chat(tools=[{"type": "function"}]), 400, "tools"),
+    "logprobs": (chat(logprobs=True), 400, "logprobs"),
+    "response format": (chat(response_format={"type": "json_object"}), 400, "response_format"),
+    "unknown field": (chat(colour="red"), 400, "colour"),
+    "threshold of 2": (chat(threshold=2), 400, "threshold"),
+    "no steps": (chat(num_steps_per_block=0), 400, "num_steps_per_block"),
+    "stop of numbers": (chat(stop=[1]), 400, "stop"),
+    "stream of text": (chat(stream="perhaps"), 400, "stream"),
+    "long prompt": (chat(messages=[{"role": "user", "content": "hello " * 400}]), 400, "messages"),
+    "long body": (chat(messages=[{"role": "user", "content": "x" * LIMIT}]), 413, None),
+    "deep json": (b"[" * 100_000, 400, None),
+    "image of http": (with_image("http://example.com/a.png"), 400, "messages.0.content.0.image_url"),
+    "image of a private host": (with_image("http://localhost:1/a.png"), 400, "messages.0.content.0.image_url"),
+    "image of a file": (with_image("file:///etc/passwd"), 400, "messages.0.content.0.image_url"),
+    "image of nothing": (with_image("data:image/png;base64,"), 400, "messages.0.content.0.image_url"),
+    "image not in base64": (with_image("data:image/png;base64,%%%"), 400, "messages.0.content.0.image_url"),
+    "image without base64": (with_image("data:image/png,abc"), 400, "messages.0.content.0.image_url"),
+    "image of text": (with_image(data_url(b"hello")), 400, "messages.0.content.0.image_url"),
+    "image cut off": (with_image(data_url(png(90, 90)[:-30])), 400, "messages.0.content.0.image_url"),
+    "image too large": (with_image(data_url(png(101, 100))), 400, "messages.0.content.0.image_url"),
+    "url of a number": (with_image(3), 400, "messages.0.content"),
+    "too many images": (
+        chat(messages=[{"role": "user", "content": with_image(data_url(png()))["messages"][0]["content"][:1] * 3}]),
+        400,
+        "messages",
+    ),
+}
+DRAWINGS = {
+    "no prompt": ({}, 400, "prompt"),
+    "empty prompt": ({"prompt": ""}, 400, "prompt"),
+    "blank prompt": ({"prompt": "  "}, 400, "prompt"),
+    "prompt of a list": ({"prompt": ["a cat"]}, 400, "prompt"),
+    "too many images": ({"prompt": "a cat", "n": 3}, 400, "n"),
+    "no image": ({"prompt": "a cat", "n": 0}, 400, "n"),
+    "size of text": ({"prompt": "a cat", "size": "large"}, 400, "size"),
+    "too large": ({"prompt": "a cat", "size": "256x64"}, 400, "size"),
+    "size of no multiple": ({"prompt": "a cat", "size": "65x64"}, 400, None),
+    "size of nothing": ({"prompt": "a cat", "size": "0x0"}, 400, None),
+    "by url": ({"prompt": "a cat", "response_format": "url"}, 400, "response_format"),
+    "unknown format": ({"prompt": "a cat", "output_format": "svg"}, 400, "output_format"),
+    "unknown field": ({"prompt": "a cat", "style": "vivid"}, 400, "style"),
+    "other model": ({"prompt": "a cat", "model": "dall-e-3"}, 404, "model"),
+    "guidance of text": ({"prompt": "a cat", "guidance_scale": "much"}, 400, "guidance_scale"),
+    "endless steps": ({"prompt": "a cat", "num_inference_steps": 10**9}, 400, "num_inference_steps"),
+}
+
+
+def post(server: Server, path: str, body: object) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(f"{server.url}{path}", content=content, headers={"content-type": "application/json"}, timeout=60)
+
+
+def check(response: httpx.Response, status: int, param: str | None) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["message"] and error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_bad_conversations(strict, case):
+    body, status, param = CHATS[case]
+    check(post(strict, "/v1/chat/completions", body), status, param)
+
+
+@pytest.mark.parametrize("case", DRAWINGS)
+def test_bad_drawings(strict, case):
+    body, status, param = DRAWINGS[case]
+    check(post(strict, "/v1/images/generations", body), status, param)
+
+
+def edit(server: Server, fields: dict, files: list) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/images/edits", data=fields, files=files, timeout=60)
+
+
+def test_bad_edits(strict):
+    image, prompt = ("image", ("a.png", png(64, 64))), {"prompt": "make it red"}
+    check(post(strict, "/v1/images/edits", {"prompt": "make it red"}), 400, None)
+    check(edit(strict, prompt, [("mask", ("m.png", png(64, 64)))]), 400, "image")
+    check(edit(strict, prompt, [("image", ("a.png", b"hello"))]), 400, "image")
+    check(edit(strict, prompt, [image, ("mask", ("m.png", png(32, 64)))]), 400, "mask")
+    check(edit(strict, prompt, [image, ("mask", ("m.png", b"hello"))]), 400, "mask")
+    check(edit(strict, prompt, [image] * 3), 400, "image")
+    check(edit(strict, prompt, [image, ("picture", ("a.png", png()))]), 400, "picture")
+    check(edit(strict, {}, [image]), 400, "prompt")
+    check(edit(strict, {**prompt, "n": "many"}, [image]), 400, "n")
+    check(edit(strict, {**prompt, "background": "auto"}, [image]), 400, "background")
+    check(edit(strict, prompt, [("image", ("a.png", b"x" * LIMIT))]), 413, None)
+
+
+def test_unknown_paths_and_methods(strict):
+    check(httpx.get(f"{strict.url}/v1/nothing"), 404, None)
+    check(httpx.get(f"{strict.url}/v1/chat/completions"), 405, None)
+    check(httpx.get(f"{strict.url}/v1/models/other"), 404, "model")
+
+
+def test_serves_on_and_counts(strict):
+    assert httpx.get(f"{strict.url}/health").json() == {"status": "ok"}
+    response = post(strict, "/v1/chat/completions", chat())
+    assert response.status_code == 200
+    metrics = httpx.get(f"{strict.url}/metrics").text
+    assert 'llada_uni_requests_total{route="/v1/chat/completions",status="200"} 1.0' in metrics
+    assert "llada_uni_texts_waiting 0.0" in metrics

@@ -1,0 +1,158 @@
+"""Many clients at once: nothing lost, nothing mixed up, nobody starved."""
+
+import base64
+import io
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+from openai import APIStatusError, RateLimitError
+
+from llada_uni.serving.engine import Engine
+from llada_uni.serving.jobs import EngineStopped, TextJob
+from llada_uni.serving.settings import ServerSettings
+from tests.llada_uni.serving.conftest import Server
+
+
+def say(client, text, **settings) -> str:
+    messages = [{"role": "user", "content": text}]
+    answer = client.chat.completions.create(model="emoji", messages=messages, max_tokens=24, **settings)
+    return answer.choices[0].message.content
+
+
+def test_answers_of_64_clients_are_those_of_one(server, client, pipe):
+    texts = [f"What is number {index}?" for index in range(64)]
+    expected = [pipe.chat([{"role": "user", "content": text}], max_new_tokens=24) for text in texts]
+    with ThreadPoolExecutor(64) as clients:
+        assert list(clients.map(lambda text: say(client, text), texts)) == expected
+    with ThreadPoolExecutor(16) as clients:
+        sampled = list(clients.map(lambda seed: say(client, texts[0], temperature=2, seed=seed), range(16)))
+    assert sampled == [say(client, texts[0], temperature=2, seed=seed) for seed in range(16)]
+    assert len(set(sampled)) > 1
+
+
+def pixels(encoded: str) -> np.ndarray:
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(encoded))))
+
+
+def test_images_of_many_clients_are_those_of_one(server, client):
+    def draw(seed):
+        prompt = ["red apple", "cat face"][seed % 2]
+        return client.images.generate(model="emoji", prompt=prompt, extra_body={"seed": seed}).data[0].b64_json
+
+    with ThreadPoolExecutor(6) as clients:
+        together = list(clients.map(draw, range(6)))
+    for seed, image in enumerate(together):
+        # Rows of a batch differ from one alone by rounding.
+        difference = np.abs(pixels(image).astype(int) - pixels(draw(seed)).astype(int))
+        assert difference.max() <= 2, seed
+
+
+def test_a_full_queue_turns_away(pipe):
+    server = Server(pipe, ServerSettings("emoji", max_new_tokens=900), max_rows=1, max_waiting=1)
+    try:
+        client = server.client()
+        with ThreadPoolExecutor(8) as clients:
+
+            def ask(index):
+                try:
+                    return say(client, f"What is number {index}?")
+                except RateLimitError as error:
+                    return error
+
+            answers = list(clients.map(ask, range(8)))
+        refused = [answer for answer in answers if isinstance(answer, RateLimitError)]
+        assert refused and len(refused) < 8
+        assert all(error.response.headers["retry-after"] == "2" for error in refused)
+        assert say(client, "What is this?")  # and serves on
+    finally:
+        server.stop()
+
+
+def test_a_client_that_hangs_up_frees_its_row(pipe):
+    server = Server(pipe, ServerSettings("emoji", max_new_tokens=900), max_rows=1)
+    try:
+        client = server.client()
+        messages = [{"role": "user", "content": "What is this?"}]
+        stream = client.chat.completions.create(
+            model="emoji", messages=messages, stream=True, temperature=10, max_tokens=900
+        )
+        next(iter(stream))
+        stream.close()
+        assert say(client, "What is this?") is not None  # the only row is free again
+        deadline = time.monotonic() + 10
+        while server.engine.num_texts_running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.engine.num_texts_running == 0
+    finally:
+        server.stop()
+
+
+def test_an_api_key(pipe):
+    server = Server(pipe, ServerSettings("emoji", api_key="secret", max_new_tokens=8))
+    try:
+        assert [model.id for model in server.client("secret").models.list()] == ["emoji"]
+        for key in ("wrong", "secret2"):
+            with pytest.raises(APIStatusError) as refused:
+                server.client(key).models.list()
+            assert refused.value.status_code == 401
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_a_stopped_engine_does_what_it_has(pipe):
+    engine = Engine(pipe, max_rows=2)
+    ids = pipe.processor.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=True, return_tensors="pt", return_dict=True
+    )["input_ids"][0]
+    jobs = [TextJob(ids, 8) for _ in range(6)]
+    for job in jobs:
+        engine.submit(job)
+    engine.start()
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    results = [job.result.result(timeout=60) for job in jobs]
+    stopping.join(60)
+    assert not stopping.is_alive() and all(result == results[0] for result in results)
+    with pytest.raises(EngineStopped):
+        engine.submit(TextJob(ids, 8))
+
+
+def _accepted(metrics: str) -> float:
+    """Requests for text that the engine has, or has answered."""
+    wanted = ("llada_uni_texts_waiting ", "llada_uni_texts_running ", 'llada_uni_requests_total{route="/v1/chat')
+    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(wanted))
+
+
+def test_sigterm_loses_no_request(tmp_path):
+    command = [sys.executable, "-m", "llada_uni.cli", "serve", "--port", "0", "--max-new-tokens", "64"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        line = ""
+        while "running on" not in line:
+            line = process.stderr.readline()
+            assert line, "the server has not started"
+        url = line.split("running on ")[1].split()[0]
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        body = {"model": "emoji", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 64}
+        with ThreadPoolExecutor(8) as clients:
+            answers = [
+                clients.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(8)
+            ]
+            while _accepted(httpx.get(f"{url}/metrics").text) < 8:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            statuses = [answer.result().status_code for answer in answers]
+        assert statuses == [200] * 8
+        assert process.wait(30) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()

@@ -1,0 +1,149 @@
+"""The command, as a stranger types it."""
+
+import json
+import subprocess
+import sys
+
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from llada_uni.cli import app
+
+
+@pytest.fixture
+def run(pipe, monkeypatch, tmp_path):
+    """Runs the command in this process, with a pipeline that is loaded once for all tests."""
+    loads = []
+
+    def load(name, device=None, dtype="auto"):
+        loads.append(name)
+        return pipe
+
+    monkeypatch.setattr("llada_uni.models.load_pipeline", load)
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+
+    def run(*arguments, input=None, code=0):
+        result = runner.invoke(app, list(arguments), input=input)
+        assert result.exit_code == code, (result.output, result.exception)
+        assert len(loads) <= 1 or code == 0
+        return result
+
+    run.loads = loads
+    return run
+
+
+def pixels(path) -> bytes:
+    return PIL.Image.open(path).tobytes()
+
+
+def test_draw_once(run, tmp_path):
+    assert "images/a-red-apple.png" in run("draw", "a red apple").stdout
+    assert PIL.Image.open(tmp_path / "images" / "a-red-apple.png").size == (64, 64)
+    before = (tmp_path / "images" / "manifest.jsonl").read_text()
+    assert "was there" in run("draw", "a red apple").stdout
+    assert (tmp_path / "images" / "manifest.jsonl").read_text() == before
+
+
+def test_draw_a_file_of_prompts(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    result = run("draw", "--prompts", "prompts.txt", "-n", "2", "--json", "-o", "out", "--batch-size", "3")
+    entries = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(entry["prompt"], entry["seed"]) for entry in entries] == [
+        ("a cat", 0), ("a cat", 1), ("a dog", 0), ("a dog", 1),
+    ]  # fmt: skip
+    assert len({pixels(tmp_path / "out" / entry["file"]) for entry in entries}) == 4
+    assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_interrupted_run_goes_on(run, pipe, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
+    call, prompts = type(pipe).__call__, []
+
+    def interrupted(self, prompt, **settings):
+        prompts.append(prompt)
+        if prompt == ["a dog"] and len(prompts) == 2:
+            raise KeyboardInterrupt
+        return call(self, prompt, **settings)
+
+    monkeypatch.setattr(type(pipe), "__call__", interrupted)
+    run("draw", "-p", "prompts.txt", "--batch-size", "1", code=130)
+    result = run("draw", "-p", "prompts.txt", "--batch-size", "1")
+    assert prompts == [["a cat"], ["a dog"], ["a dog"], ["a cow"]] and "was there" in result.stdout
+
+
+def test_edit_fill_encode_decode_ask(run, tmp_path):
+    run("draw", "a red apple", "-o", ".")
+    run("edit", "make it green", "-i", "a-red-apple.png")
+    mask = PIL.Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    run("fill", "a red apple", "-i", "a-red-apple.png", "--mask", "mask.png")
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        "manifest.jsonl", "make-it-green.png", "a-red-apple.png",
+    }  # fmt: skip
+    codes = run("encode", "a-red-apple.png").stdout
+    entry = json.loads(codes)
+    assert len(entry["codes"]) == entry["grid"][0] * entry["grid"][1]
+    (tmp_path / "codes.jsonl").write_text(codes)
+    assert "decoded/a-red-apple.png" in run("decode", "codes.jsonl", "-o", "decoded").stdout
+    answer = json.loads(run("ask", "What is this?", "-i", "a-red-apple.png", "--json").stdout)
+    assert answer["answer"] == run("ask", "What is this?", "-i", "a-red-apple.png").stdout.rstrip("\n") != ""
+
+
+def test_chat(run, pipe):
+    expected = pipe.chat([{"role": "user", "content": "hello"}], max_new_tokens=16)
+    result = run(
+        "chat", "--max-new-tokens", "16", input="hello\n/new\n\nhello\n/image nothing.png\n/what\n/quit\nhello\n"
+    )
+    said = result.stdout.splitlines()
+    assert said[:2] == [expected, expected]
+    assert "nothing.png" in said[2] and "/image PATH" in said[3] and len(said) == 4
+
+
+@pytest.mark.parametrize("page", ["md", "html"])
+def test_story(run, tmp_path, page):
+    path = run("story", "Tell a story about a cat.", "-f", page, "--max-images", "1").stdout.strip()
+    text = (tmp_path / path).read_text()
+    images = list((tmp_path / "story").glob("*.png"))
+    assert all(image.name in text for image in images) and "Tell a story about a cat." in text
+    assert "exists already" in run("story", "another", code=2).stderr
+
+
+def test_info(run):
+    described = json.loads(run("info", "--json").stdout)
+    assert described["components"]["model"]["class"] == "LLaDAUniForConditionalGeneration"
+    assert described["components"]["model"]["parameters"] > 9e6
+    assert any("main memory" in line for line in described["advice"])
+    assert "vae" in run("info").stdout and not run.loads
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["draw"], "Give a prompt"),
+        (["draw", "a", "-p", "b.txt"], "Give a prompt"),
+        (["draw", "a", "--size", "large"], "`size`"),
+        (["draw", "a", "-m", "no/such/folder"], "`model` 'no/such/folder'"),
+        (["draw", "-p", "none.txt"], "none.txt"),
+        (["edit", "make it red"], "`image` is missing"),
+        (["edit", "make it red", "-i", "none.png"], "no file none.png"),
+        (["fill", "a cat", "-i", "none.png"], "`mask` is missing"),
+        (["ask"], "Give a question"),
+        (["ask", "what?", "-i", "none.png"], "no file none.png"),
+        (["decode", "none.jsonl"], "none.jsonl"),
+        (["info", "none"], "`model` 'none'"),
+        (["consolidate", "none", "out"], "`checkpoint`"),
+    ],
+)
+def test_a_mistake_is_a_sentence(run, arguments, words):
+    result = run(*arguments, code=2)
+    assert words in result.stderr and "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not run.loads
+
+
+def test_help_comes_at_once():
+    code = "import sys; from llada_uni.cli import app; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
