@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -120,11 +121,11 @@ def building(config: Mapping[str, Any], num_tensors: int) -> Iterator[None]:
     for name, value in config.items():
         if COUNTS.search(name) and isinstance(value, int) and value > num_tensors:
             raise ValueError(f"`{name}` is {value}, but the files hold only {num_tensors} tensors")
-    left = most_tensors(num_tensors)
+    left, thread = most_tensors(num_tensors), get_ident()
 
     def count(*_: Any) -> None:
         nonlocal left
-        left -= 1
+        left -= get_ident() == thread  # the hook sees what other threads build, too
         if left < 0:
             raise ValueError(f"it describes many more tensors than the {num_tensors} that the files hold")
 

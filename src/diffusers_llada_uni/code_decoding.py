@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_choice, check_integer, check_number
 
 from .decoders import DECODERS, DEFAULT_GUIDANCE, DEFAULT_STEPS, loaded
@@ -27,7 +28,6 @@ FEATURE_PADDING = 32
 # Of the images that the VAE decodes at once: more would be no faster, and its full-size channels take much memory.
 MAX_PIXELS = 1024 * 1024
 
-Generator = torch.Generator | list[torch.Generator] | None
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 # Called with the step, its timestep and the tensors `latents` and `image_features`; what it returns under their names
 # takes their place, `guidance_scale` that of guidance, and a true `interrupt` skips the remaining steps.
@@ -244,7 +244,7 @@ class CodeDecoder:
         self,
         codes: torch.Tensor,
         settings: CodeDecodingSettings,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         on_step_end: OnStepEnd | None = None,
     ) -> Images:

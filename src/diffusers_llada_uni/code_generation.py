@@ -17,14 +17,13 @@ from transformers_llada_uni import (
     LLaDAUniProcessor,
 )
 from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
+from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_integer, check_number
 from transformers_llada_uni.processing_llada_uni import UPSCALE
 from transformers_llada_uni.prompts import UNCONDITION
 
 from .image_inputs import touched_codes
 
-
-Generator = torch.Generator | list[torch.Generator] | None
 
 DEFAULT_MAX_THINKING_TOKENS = 1024
 DEFAULT_GUIDANCE_SCALE = 2.0
@@ -196,7 +195,7 @@ class CodeGenerator:
         self,
         group: PromptGroup,
         thinking_kwargs: dict[str, Any] | None = None,
-        generator: Generator = None,
+        generator: Generators = None,
         show_progress_bar: bool = False,
     ) -> list[str]:
         """
@@ -251,7 +250,7 @@ class CodeGenerator:
         self,
         group: PromptGroup,
         settings: CodeGenerationSettings,
-        generator: Generator = None,
+        generator: Generators = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
         """

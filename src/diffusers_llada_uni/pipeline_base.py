@@ -14,11 +14,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from tqdm import tqdm
 
 # DiffusionPipeline.from_pretrained finds the components' classes only in modules that are imported already.
+from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_flag, check_number
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
 
-from .code_decoding import CodeDecoder, CodeDecodingSettings, Generator, vae_scale_factor
+from .code_decoding import CodeDecoder, CodeDecodingSettings, vae_scale_factor
 from .code_generation import CodeGenerator
 from .decoder_compilation import compile_decoder, quantize_decoder
 from .decoders import DECODERS, loaded
@@ -173,7 +174,7 @@ class LLaDAUniPipelineBase(LLaDAUniLoraLoaderMixin, DiffusionPipeline):
         self,
         codes: Sequence[torch.Tensor],
         settings: CodeDecodingSettings,
-        generator: Generator,
+        generator: Generators,
         latents: torch.Tensor | None,
         callback: Callback | None,
         tensor_inputs: Sequence[str],

@@ -7,9 +7,10 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import PIL.Image
 import torch
 
+from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_generator, check_integer, refuse_settings
 
-from .code_decoding import Generator, Images
+from .code_decoding import Images
 from .code_generation import (
     DEFAULT_GUIDANCE_SCALE,
     CodeGenerationSettings,
@@ -38,7 +39,7 @@ class CallSettings(TypedDict, total=False):
     decoder: str | None
     decoder_guidance_scale: float | None
     upscale: int
-    generator: Generator
+    generator: Generators
     latents: torch.Tensor | None
     output_type: str
     callback_on_step_end: Callback | None
@@ -107,7 +108,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         decoder: str | None = None,
         decoder_guidance_scale: float | None = None,
         upscale: int = 2,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -257,7 +258,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
         upscale: int = 2,
-        generator: Generator = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,

@@ -18,13 +18,13 @@ class PromptTooLong(ValueError):
 
 @torch.no_grad()
 def write_prompt(
-    pipe: "LLaDAUniPipeline", messages: list[dict[str, Any]], max_tokens: int | None = None
+    model: Any, processor: Any, messages: list[dict[str, Any]], max_tokens: int | None = None
 ) -> torch.Tensor:
     """
     A conversation as ids `(length,)`, images in it as their codes.
 
     Args:
-        pipe: With `model` and `processor`.
+        model, processor: Of the pipeline.
         messages: See the pipeline's `chat`.
         max_tokens: Most tokens. Default: no limit here.
 
@@ -32,7 +32,6 @@ def write_prompt(
         PromptTooLong: if there are more; no image has been encoded then.
         ValueError, TypeError: if they are no conversation.
     """
-    model, processor = pipe.code_generator.model, pipe.code_generator.processor
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     ).to(model.device)
@@ -70,9 +69,8 @@ class Answer:
             The text that is new, and will not change.
         """
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        for stop in self.stop_strings:
-            if (place := text.find(stop)) >= 0:
-                text, self.is_stopped = text[:place], True
+        if places := [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]:
+            text, self.is_stopped = text[: min(places)], True
         if not (is_finished or self.is_stopped):
             # A character whose bytes have not all come, and what may be the beginning of a stop string, wait.
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -104,13 +102,13 @@ def stream_answer(
         seed: Makes sampled text repeatable.
         **settings: Further fields of `BlockDiffusionGenerationConfig`.
     """
-    ids = write_prompt(pipe, messages)
-    model = pipe.code_generator.model
+    model, processor = pipe.code_generator.model, pipe.code_generator.processor
+    ids = write_prompt(model, processor, messages)
     room = model.config.get_text_config().max_position_embeddings - len(ids)
     batch = ContinuousBatch(model, **settings)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     row = batch.add(ids, max(min(max_new_tokens, room), 1), generator)
-    answer = Answer(pipe.code_generator.processor.tokenizer)
+    answer = Answer(processor.tokenizer)
     while batch.rows:
         batch.step()
         yield answer.take(row.tokens, row.is_finished)

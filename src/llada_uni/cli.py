@@ -3,6 +3,7 @@ The command `llada-uni`: its options, and what they are called. What they do is 
 are imported once a command runs, so that `--help` comes at once.
 """
 
+import io
 import json
 import os
 import sys
@@ -40,7 +41,7 @@ class PageFormat(StrEnum):
 Model = Annotated[str, typer.Option("--model", "-m", help="A folder, a Hub repository, or `emoji`.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu. Default: the best there is.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all randomness.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder for results and their manifest.")]
 PromptsFile = Annotated[
     str | None, typer.Option("--prompts", "-p", help="A file of prompts: text, JSONL, CSV, parquet; - is stdin.")
@@ -113,7 +114,7 @@ def _size(size: str | None) -> dict[str, int]:
     if size is None:
         return {}
     width, cross, height = size.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
+    if not (cross and width.isdecimal() and height.isdecimal()):
         raise ValueError(f"`size` must be WIDTHxHEIGHT, got {size!r}.")
     return {"width": int(width), "height": int(height)}
 
@@ -134,6 +135,8 @@ def _make(
 
     if (prompt is None) == (prompts is None):
         raise ValueError("Give a prompt, or `--prompts` with a file of them.")
+    if prompts is not None and (images or mask):
+        raise ValueError("`--image` and `--mask` are for one prompt; with `--prompts` its file names them.")
     requests = [Request(prompt or "", tuple(images), mask)] if prompts is None else read_requests(prompts)
     for number, request in enumerate(requests, 1):
         where = "" if prompts is None else f"{prompts}, row {number}: "
@@ -141,11 +144,8 @@ def _make(
             raise ValueError(f"{where}`image` is {'missing' if plan['wants_image'] else 'for `edit` and `fill`'}.")
         if (request.mask is not None) != plan["wants_mask"]:
             raise ValueError(f"{where}`mask` is {'missing' if plan['wants_mask'] else 'for `fill`'}.")
-        for path in (*request.images, *([request.mask] if request.mask else [])):
-            if not Path(path).is_file():
-                raise ValueError(f"{where}there is no file {path}.")
 
-    from .commands.images import make_images
+    from .commands.images import make_images, open_image
     from .commands.manifest import Manifest
     from .models import resolve_model
 
@@ -156,13 +156,17 @@ def _make(
             seconds = f"{entry['seconds']:.1f} s" if is_new else "was there"
             typer.echo(f"{output / entry['file']}  ({seconds})")
 
+    for request in requests:  # all are looked at before the first is made
+        sizes = [open_image(path).size for path in request.images]
+        if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
+            raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
     name = resolve_model(model[0])
-    pipe = _load(*model)
+    manifest = Manifest(output)
     make_images(
-        pipe,
+        _load(*model),
         name,
         requests,
-        Manifest(output),
+        manifest,
         {key: value for key, value in settings.items() if value is not None},
         plan["seed"],
         plan["num_images"],
@@ -294,6 +298,10 @@ def ask(
         if (question is None) == (prompts is None):
             raise ValueError("Give a question, or `--prompts` with a file of them.")
         requests = [Request(question or "", tuple(image or ()))] if prompts is None else read_requests(prompts)
+        if any(request.mask is not None for request in requests):
+            raise ValueError("`mask` is for `fill`.")
+        if prompts is not None and image:
+            raise ValueError("`--image` is for one question; with `--prompts` the file names the images.")
 
         from .answers import stream_answer
         from .commands.images import open_image
@@ -304,7 +312,8 @@ def ask(
         ]
         pipe = _load(model, device, dtype)
         for request, messages in zip(requests, conversations, strict=True):
-            pieces = stream_answer(pipe, messages, max_new_tokens, seed, **_sampling(temperature))
+            answer_seed = seed if request.seed is None else request.seed
+            pieces = stream_answer(pipe, messages, max_new_tokens, answer_seed, **_sampling(temperature))
             if as_json:
                 entry = {"prompt": request.prompt, "image": list(request.images), "answer": "".join(pieces)}
                 typer.echo(json.dumps(entry, ensure_ascii=False))
@@ -364,9 +373,11 @@ def story(
         import torch
 
         from .commands.images import open_image
+        from .commands.manifest import make_folder
         from .commands.story import write_story
 
         images = [open_image(path) for path in image or []]
+        make_folder(output.parent)
         pipe = _load(model, device, dtype)
         generator = torch.Generator().manual_seed(seed)
         settings: dict[str, Any] = {"image": images or None, "generator": generator, **_size(size)}
@@ -409,9 +420,9 @@ def decode(
         from .commands.manifest import Manifest
         from .models import resolve_model
 
-        entries, name = read_codes(codes), resolve_model(model)
+        entries, name, manifest = read_codes(codes), resolve_model(model), Manifest(output)
         pipe = _load(model, device, dtype)
-        for entry in decode_codes(pipe, name, entries, Manifest(output), seed, steps):
+        for entry in decode_codes(pipe, name, entries, manifest, seed, steps):
             typer.echo(json.dumps(entry) if as_json else output / entry["file"])
 
 
@@ -463,12 +474,14 @@ def serve(
     with _told_in_a_line():
         from .commands.serve import run_server
 
+        if api_key == "":
+            raise ValueError("`api_key` must not be empty.")
         run_server(
             _load(model, device, dtype),
             host,
             port,
             {"max_rows": max_rows, "max_images": max_batch_images, "max_waiting": max_waiting},
-            model_name=name or Path(model).name,
+            model_name=name or Path(model).resolve().name,
             api_key=api_key,
             max_new_tokens=max_new_tokens,
             max_side=max_side,
@@ -533,6 +546,9 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: with 2 for a mistake, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt that the terminal cannot show is no failure
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(arguments, prog_name="llada-uni")
     except SystemExit as end:

@@ -73,6 +73,16 @@ def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> 
     """
     path = resolve_model(name)
     device = device or best_device()
+    _check_device(device)
     from diffusers_llada_uni import LLaDAUniPipeline
 
     return LLaDAUniPipeline.from_pretrained(path, dtype=dtype_of(dtype, device)).to(device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whatever a build of torch raises
+        raise ValueError(f"`device` {device!r} cannot be had here: {str(error).splitlines()[0]}") from error

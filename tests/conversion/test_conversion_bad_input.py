@@ -5,12 +5,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import diffusers_llada_uni  # noqa: F401 (registers)
+from llada_uni.conversion.config_files import building
 from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers, convert_to_released
 from tests.conversion.conversion_common import (
     IMAGE_TOKENIZER,
@@ -388,6 +390,11 @@ def test_bad_checkpoint_is_named_and_leaves_nothing(released, tmp_path, case):
         assert word in str(info.value)
     assert "\n" not in str(info.value)
     assert not {path.name for path in tmp_path.iterdir()} - {"released", "outside.safetensors"}
+
+
+def test_what_other_threads_build_meanwhile_does_not_count():
+    with building({}, num_tensors=0), ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: [torch.nn.Linear(1, 1) for _ in range(1000)]).result()
 
 
 def test_bad_arguments(official_tiny, converted_dir, tmp_path):

@@ -19,6 +19,8 @@ FEW = {"num_inference_steps": 2, "num_steps_per_block": 2, "output_type": "laten
 def pipelines(converted_dir):
     first = LLaDAUniPipeline.from_pretrained(converted_dir)
     first.processor.image_processor.editing_max_pixels = 4 * 32 * 32
+    first.processor.image_processor.min_pixels = 32 * 32
+    first.processor.image_processor.max_pixels = 64 * 64
     pipelines = [first]
     for _ in range(NUM_THREADS - 1):
         schedulers = {

@@ -9,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from llada_uni.cli import app
+from llada_uni.commands.images import open_image
+from llada_uni.models import load_pipeline
 
 
 @pytest.fixture
@@ -92,6 +94,38 @@ def test_edit_fill_encode_decode_ask(run, tmp_path):
     assert answer["answer"] == run("ask", "What is this?", "-i", "a-red-apple.png").stdout.rstrip("\n") != ""
 
 
+def test_an_image_that_has_changed_is_edited_anew(run, tmp_path):
+    source = tmp_path / "source.png"
+    PIL.Image.new("RGB", (64, 64), "red").save(source)
+    assert "was there" not in run("edit", "make it green", "-i", "source.png").stdout
+    assert "was there" in run("edit", "make it green", "-i", "source.png").stdout
+    PIL.Image.new("RGB", (64, 64), "blue").save(source)
+    assert "make-it-green-2.png" in run("edit", "make it green", "-i", "source.png").stdout
+
+
+def test_questions_have_seeds_of_their_own(run, tmp_path):
+    rows = [{"prompt": "What is this?", "seed": seed} for seed in (1, 2, 1)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run("ask", "-p", "rows.jsonl", "--temperature", "3", "--max-new-tokens", "16", "--json")
+    answers = [json.loads(line)["answer"] for line in result.stdout.splitlines()]
+    assert answers[0] == answers[2] != answers[1]
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    image, exif = PIL.Image.new("RGB", (6, 4)), PIL.Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(str(tmp_path / "photo.jpg")).size == (4, 6)
+
+
+def test_a_conversation_that_has_become_too_long(run):
+    said = run("chat", "--max-new-tokens", "4", input="word " * 2000 + "\nhello\n").stdout.splitlines()
+    assert (
+        "positions" in said[0]
+        and said[1:] == run("chat", "--max-new-tokens", "4", input="hello\n").stdout.split("\n")[:-1]
+    )
+
+
 def test_chat(run, pipe):
     expected = pipe.chat([{"role": "user", "content": "hello"}], max_new_tokens=16)
     result = run(
@@ -126,7 +160,19 @@ def test_info(run):
         (["draw", "a", "-p", "b.txt"], "Give a prompt"),
         (["draw", "a", "--size", "large"], "`size`"),
         (["draw", "a", "-m", "no/such/folder"], "`model` 'no/such/folder'"),
+        (["draw", "a", "--size", "²x²"], "`size`"),
+        (["draw", "a", "-o", "/dev/null"], "/dev/null"),
         (["draw", "-p", "none.txt"], "none.txt"),
+        (["edit", "make it red", "-i", "broken.png"], "broken.png is no image"),
+        (["edit", "-p", "rows.jsonl", "-i", "small.png"], "`--image` and `--mask` are for one prompt"),
+        (["fill", "a", "-i", "small.png", "--mask", "large.png"], "must be as large as the image, 4 x 4"),
+        (["ask", "-p", "rows.jsonl"], "`mask` is for `fill`"),
+        (["ask", "-p", "rows.jsonl", "-i", "small.png"], "`--image` is for one question"),
+        (["story", "a", "-o", "/dev/null/story"], "/dev/null"),
+        (["decode", "broken.png"], "broken.png, line 1"),
+        (["decode", "negative.jsonl"], "negative.jsonl, line 1"),
+        (["info", "model"], "model.safetensors is damaged"),
+        (["serve", "--api-key", ""], "`api_key`"),
         (["edit", "make it red"], "`image` is missing"),
         (["edit", "make it red", "-i", "none.png"], "no file none.png"),
         (["fill", "a cat", "-i", "none.png"], "`mask` is missing"),
@@ -137,10 +183,24 @@ def test_info(run):
         (["consolidate", "none", "out"], "`checkpoint`"),
     ],
 )
-def test_a_mistake_is_a_sentence(run, arguments, words):
+def test_a_mistake_is_a_sentence(run, tmp_path, arguments, words):
+    (tmp_path / "broken.png").write_bytes(b"\xff\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "image": "small.png", "mask": "small.png"}\n')
+    (tmp_path / "negative.jsonl").write_text('{"grid": [-1, -2], "codes": [0, 0]}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"half")
+    for name, side in (("small.png", 4), ("large.png", 8)):
+        PIL.Image.new("RGB", (side, side)).save(tmp_path / name)
     result = run(*arguments, code=2)
     assert words in result.stderr and "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
     assert not run.loads
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"`device` '{device}' cannot be had here"):
+        load_pipeline("emoji", device)
 
 
 def test_help_comes_at_once():

@@ -46,7 +46,6 @@ METRIC = {"dpo": "rewards/margins", "grpo": "rewards/correctness/mean"}
 def processes(tmp_path_factory):
     """Where fresh processes come from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         context = multiprocessing.get_context("forkserver")
@@ -107,13 +106,9 @@ def test_an_example_runs_as_it_is_printed(stage, processes, tmp_path):
     assert all((tmp_path / "out" / file).exists() for file in WRITTEN[stage])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "2 optimiser steps" in card and METRIC.get(stage, "train_loss") in card
-    # Nothing that a reader cannot change
-    assert (
-        "Saved to out" in said
-        and "FutureWarning" not in said
-        and "pin_memory" not in said
-        and "Could not find a config file" not in said
-    )
+    assert "Saved to out" in said
+    for words in ("FutureWarning", "pin_memory", "Could not find a config file"):  # which a reader cannot change
+        assert words not in said
     if stage == "sft":
         assert_adapter_can_be_loaded(tmp_path)
 

@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
+from diffusers_llada_uni import LLaDAUniPipeline
 from llada_uni.cli import main
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer, lora_config
@@ -109,6 +110,8 @@ def test_generated_images_reach_a_reward_that_asks_for_them(converted_dir, tmp_p
         "    assert all(image.size == (64, 64) for image in generated_images)\n"
         "    return [float(image.resize((1, 1)).getpixel((0, 0))[0]) for image in generated_images]\n"
     )
+    pipes, load = [], LLaDAUniPipeline.from_pretrained
+    monkeypatch.setattr(LLaDAUniPipeline, "from_pretrained", lambda *a, **k: pipes.append(load(*a, **k)) or pipes[0])
     monkeypatch.chdir(tmp_path)
     output = run(
         "grpo",
@@ -120,6 +123,7 @@ def test_generated_images_reach_a_reward_that_asks_for_them(converted_dir, tmp_p
         num_steps_per_block=2,
     )
     assert "rewards/redness/mean" in (output / "README.md").read_text()
+    assert pipes[0].model is None  # the trainer has it
 
 
 def refused(capsys, *arguments):

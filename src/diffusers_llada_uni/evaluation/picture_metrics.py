@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
+from transformers_llada_uni.input_checks import check_integer
+
 
 class CLIPScore:
     """
@@ -96,8 +98,7 @@ class FrechetDistance:
     def __init__(self, extract_features: Callable[[list[Image.Image]], torch.Tensor], batch_size: int = 16):
         if not callable(extract_features):
             raise TypeError(f"`extract_features` must be callable, got {type(extract_features).__name__}.")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        check_integer("batch_size", batch_size, 1)
         self.extract_features, self.batch_size = extract_features, batch_size
 
     def __call__(self, pictures: Sequence[Image.Image], reference_pictures: Sequence[Image.Image]) -> float:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from transformers_llada_uni.input_checks import check_number
+from transformers_llada_uni.input_checks import check_choice, check_number
 
 from .component_config import ComponentTrainingArguments
 
@@ -52,8 +52,7 @@ class LLaDAUniDecoderConfig(ComponentTrainingArguments):
 
     def __post_init__(self):
         check_number("condition_dropout", self.condition_dropout, 0, 1)
-        if self.timestep_sampling not in SAMPLINGS:
-            raise ValueError(f"`timestep_sampling` must be one of {SAMPLINGS}, got {self.timestep_sampling!r}.")
+        check_choice("timestep_sampling", self.timestep_sampling, SAMPLINGS)
         check_number("logit_std", self.logit_std, 0, exclude_minimum=True)
         check_number("timestep_shift", self.timestep_shift, 0, exclude_minimum=True)
         super().__post_init__()

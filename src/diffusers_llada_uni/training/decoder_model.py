@@ -41,15 +41,13 @@ class DecoderModule(ComponentModule):
         time: torch.Tensor,
         codes: list[torch.Tensor],
         is_conditional: torch.Tensor,
-        upscale: int = UPSCALE,
     ) -> list[torch.Tensor]:
         """
         Args:
-            latents: Noisy latents, each `(channels, 2 * upscale * H, 2 * upscale * W)`; sizes may differ.
+            latents: Noisy latents, each `(channels, 4 * H, 4 * W)`; sizes may differ.
             time: `(batch,)`, 0 for noise to 1 for data.
             codes: Image codes, each `(H, W)`.
             is_conditional: `(batch,)`; where false, the features are zero, as in guidance.
-            upscale: Features per code, down and across.
 
         Returns:
             Velocities in the shapes of `latents`, float32.
@@ -57,7 +55,7 @@ class DecoderModule(ComponentModule):
         dtype = self.transformer.dtype
         features = []
         for grid, keeps in zip(codes, is_conditional.tolist(), strict=True):
-            feature = self.semantic_embedder(grid[None], upscale=upscale).sample[0]
+            feature = self.semantic_embedder(grid[None], UPSCALE).sample[0]
             features.append((feature if keeps else feature * 0).to(dtype))
         config = self.transformer.config
         outputs = self.transformer(

@@ -100,7 +100,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
         points = [noise]
         for sigma, following in zip(self.teacher_sigmas, self.teacher_sigmas[1:], strict=False):
             time = torch.full((branches * batch_size,), 1 - sigma, device=device)
-            velocities = self.teacher(points[-1] * branches, time, codes * branches, is_conditional, UPSCALE)
+            velocities = self.teacher(points[-1] * branches, time, codes * branches, is_conditional)
             if guidance_scale:
                 pairs = zip(velocities[:batch_size], velocities[batch_size:], strict=True)
                 velocities = [guided_velocity(p[None], q[None], guidance_scale)[0] for p, q in pairs]
@@ -144,7 +144,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
 
         # 3. The student's velocities
         time = 1 - torch.tensor(sigmas, device=codes[0].device)
-        velocities = model(noisy, time, shown, torch.ones_like(time, dtype=torch.bool), UPSCALE)
+        velocities = model(noisy, time, shown, torch.ones_like(time, dtype=torch.bool))
         errors = [(v - target).square().mean() for v, target in zip(velocities, targets, strict=True)]
         return torch.stack(errors).mean()
 

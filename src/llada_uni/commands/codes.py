@@ -41,18 +41,19 @@ def read_codes(path: str) -> list[dict[str, Any]]:
         ValueError: naming the file and the line, if they are none.
     """
     entries = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
                 grid, codes = entry["grid"], entry["codes"]
-                is_whole = len(codes) == grid[0] * grid[1] and all(type(code) is int for code in codes)
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                height, width = grid
+                are_integers = all(type(value) is int for value in (height, width, *codes))
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} must hold `grid` and `codes`.") from error
-            if not is_whole:
-                raise ValueError(f"{path}, line {number}: `codes` must be {grid[0]} x {grid[1]} integers.")
+            if not are_integers or min(height, width) < 1 or len(codes) != height * width:
+                raise ValueError(f"{path}, line {number}: `codes` must be {height} x {width} integers.")
             entries.append(entry)
     if not entries:
         raise ValueError(f"{path} holds no codes.")

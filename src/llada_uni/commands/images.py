@@ -1,11 +1,14 @@
 """`draw`, `edit` and `fill`: prompts to files."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
+from PIL import ImageOps
 
 from .manifest import Manifest
 from .requests import Request
@@ -17,13 +20,14 @@ if TYPE_CHECKING:
 
 def open_image(path: str, name: str = "image") -> PIL.Image.Image:
     """
+    An image, turned upright as its camera says.
+
     Raises:
         ValueError: naming the file, if it is no image.
     """
     try:
         with PIL.Image.open(path) as image:
-            image.load()
-            return image.copy()
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"`{name}`: there is no file {path}.") from error
     except Exception as error:  # PIL raises whatever its decoders raise
@@ -59,9 +63,9 @@ def make_images(
     for request, image_seed in _with_seeds(requests, seed, num_images):
         asked = {"prompt": request.prompt, "seed": image_seed, "model": model_name, "settings": settings}
         if request.images:
-            asked["images"] = list(request.images)
+            asked["images"] = [_fingerprint(path) for path in request.images]
         if request.mask is not None:
-            asked["mask"] = request.mask
+            asked["mask"] = _fingerprint(request.mask)
         entry = manifest.find(asked)
         if entry is not None:
             on_entry(entry, False)
@@ -81,6 +85,11 @@ def make_images(
         seconds = (time.perf_counter() - began) / len(batch)
         for (_, _, asked), image in zip(batch, images, strict=True):
             on_entry(manifest.add(asked, image, seconds), True)
+
+
+def _fingerprint(path: str) -> dict[str, str]:
+    """What an image follows from is what a file holds, whatever it held in a run before."""
+    return {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
 def _with_seeds(requests: list[Request], seed: int, num_images: int) -> Iterator[tuple[Request, int]]:

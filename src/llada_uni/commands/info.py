@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 GIB = 2**30
@@ -45,7 +45,7 @@ def _weights(folder: Path) -> dict[str, Any]:
     dtypes = set()
     for file in sorted(folder.glob("*.safetensors")):
         num_bytes += file.stat().st_size
-        with safe_open(file, "pt") as tensors:
+        with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 part = tensors.get_slice(name)
                 count = 1
@@ -54,6 +54,13 @@ def _weights(folder: Path) -> dict[str, Any]:
                 parameters += count
                 dtypes.add(part.get_dtype())
     return {"parameters": parameters, "bytes": num_bytes, "dtypes": sorted(dtypes)}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def machine_memory() -> dict[str, int]:

@@ -1,10 +1,12 @@
 """A folder of results that knows what is in it: an interrupted run goes on, and nothing is made twice."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import unicodedata
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,18 @@ def slug(text: str, length: int = 60) -> str:
     """A file's name from a prompt: letters and digits of any script, the rest as hyphens."""
     words = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFKC", text).casefold()).strip("-_")
     return words[:length].strip("-_") or "image"
+
+
+def make_folder(folder: Path) -> None:
+    """
+    Makes a folder if there is none.
+
+    Raises:
+        OSError: naming it, if it cannot be made or nothing can be written into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "Nothing can be written here", str(folder))
 
 
 def _is_running(process: str) -> bool:
@@ -42,19 +56,19 @@ class Manifest:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.path = self.folder / FILE
         self._done: dict[str, dict[str, Any]] = {}
-        self._names = {path.name for path in self.folder.iterdir()}
+        self._numbers: dict[str, int] = {}  # of the next file by a name
         for leftover in self.folder.glob(".*.partial"):
             if not _is_running(leftover.name.split(".")[1]):
                 leftover.unlink(missing_ok=True)
         if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
             if text and not text.endswith("\n"):  # of a run that was killed
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write("\n")
-            for line in text.splitlines():
+            for line in text.split("\n"):
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
@@ -80,14 +94,10 @@ class Manifest:
             image: The result.
             seconds: It took.
         """
-        stem, number = slug(str(request.get("prompt", ""))), 1
-        while (name := f"{stem}-{number}.png" if number > 1 else f"{stem}.png") in self._names:
-            number += 1
-        self._names.add(name)
-        partial = self.folder / f".{os.getpid()}.{name}.partial"
+        partial = self.folder / f".{os.getpid()}.{uuid.uuid4().hex}.partial"
         try:
             image.save(partial, format="PNG")
-            os.replace(partial, self.folder / name)
+            name = self._place(partial, slug(str(request.get("prompt", ""))))
         finally:
             partial.unlink(missing_ok=True)
         entry = {**request, "file": name, "seconds": round(seconds, 3), "key": self.key(request)}
@@ -97,3 +107,21 @@ class Manifest:
             os.fsync(file.fileno())
         self._done[entry["key"]] = entry
         return entry
+
+    def _place(self, partial: Path, stem: str) -> str:
+        """Gives a file the first name that is free, also of what others write into the folder at this moment."""
+        number = self._numbers.get(stem, 1)
+        while True:
+            name = f"{stem}-{number}.png" if number > 1 else f"{stem}.png"
+            number += 1
+            self._numbers[stem] = number
+            path = self.folder / name
+            if path.exists():
+                continue
+            try:
+                os.link(partial, path)  # unlike a rename it replaces nothing
+            except FileExistsError:
+                continue
+            except OSError:  # a filesystem without links
+                os.replace(partial, path)
+            return name

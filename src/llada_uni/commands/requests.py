@@ -1,6 +1,7 @@
 """What a command is asked to do, once or many times: from its arguments, a file, or standard input."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class Request:
 
 
 COLUMNS = ("prompt", "image", "mask", "seed")
+MAX_SEED = 2**63 - 1
 
 
 def read_requests(path: str) -> list[Request]:
@@ -54,11 +56,19 @@ def _rows(path: str) -> Iterator[Any]:
 
         yield from pyarrow.parquet.read_table(path).to_pylist()
         return
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
     if suffix in (".csv", ".tsv"):
-        yield from csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",")
+        try:
+            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV: {error}.") from error
         return
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Lines end as files' lines do; `splitlines` ends them at characters that JSON may have in its strings, too.
+    lines = [line for line in io.StringIO(text, newline=None) if line.strip()]
     is_json = suffix in (".jsonl", ".ndjson") or (path == "-" and lines and lines[0].lstrip().startswith("{"))
     for number, line in enumerate(lines, 1):
         if not is_json:
@@ -76,22 +86,25 @@ def _request(row: Any, where: str, folder: Path) -> Request:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object with a `prompt`, got {row!r}.")
     row = {name: value for name, value in row.items() if value not in (None, "", [])}
+    if None in row:  # what `csv` calls it
+        raise ValueError(f"{where} has more cells than the first line has names.")
     if unknown := sorted(set(map(str, row)) - set(COLUMNS)):
         raise ValueError(f"{where} has `{unknown[0]}`; known are {', '.join(COLUMNS)}.")
     prompt, images, seed = row.get("prompt"), row.get("image", []), row.get("seed")
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where} has no `prompt`.")
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"{where}: `prompt` holds half a character: {prompt!r}.")
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"{where}: `image` must be a path or a list of paths, got {images!r}.")
     mask = row.get("mask")
     if mask is not None and not isinstance(mask, str):
         raise ValueError(f"{where}: `mask` must be a path, got {mask!r}.")
-    if seed is not None:
-        try:
-            seed = int(seed)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: `seed` must be an integer, got {seed!r}.") from error
+    if isinstance(seed, str) and seed.strip().isdecimal() or isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+        raise ValueError(f"{where}: `seed` must be an integer from 0 to {MAX_SEED}, got {seed!r}.")
     return Request(
         prompt, tuple(str(folder / image) for image in images), None if mask is None else str(folder / mask), seed
     )

@@ -1,5 +1,6 @@
 """`ask` and `chat`: messages with images."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def converse(
             messages, images = [], []
         elif command == "/image":
             try:
-                images.append(open_image(rest.strip()))
+                images.append(open_image(os.path.expanduser(rest.strip())))
             except ValueError as error:
                 write(f"{error}\n")
         elif command.startswith("/"):
@@ -66,5 +67,9 @@ def converse(
                     write(piece)
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 pass
+            except ValueError as error:  # such as a conversation that has become too long
+                messages.pop()
+                write(f"{error}\n")
+                continue
             write("\n")
             messages.append(message("assistant", answer))

@@ -1,5 +1,6 @@
 """The HTTP app: who may ask, how much, and where an answer comes from."""
 
+import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator
@@ -9,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from .chat import chat_router
@@ -23,11 +25,12 @@ OPEN_PATHS = ("/health", "/metrics")  # that no key is asked for
 
 class Gate:
     """
-    Before all else: the key, and the length of the body. After all else: what Prometheus counts.
+    Before all else: the key, and the length of the body and how long it may take to come. After all else: what
+    Prometheus counts.
 
     Args:
         app: What stands behind.
-        settings: `api_key`, `max_body_bytes`.
+        settings: `api_key`, `max_body_bytes`, `max_body_seconds`.
         seconds, requests: Of Prometheus.
     """
 
@@ -38,7 +41,20 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status, has_body = time.perf_counter(), 500, False
+        body_deadline = asyncio.get_running_loop().time() + self.settings.max_body_seconds
+
+        async def timed_receive() -> Message:
+            nonlocal has_body
+            if has_body:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(body_deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"The body may take {self.settings.max_body_seconds:g} s at most.") from error
+            has_body = not message.get("more_body", False)
+            return message
 
         async def counted_send(message: Message) -> None:
             nonlocal status
@@ -48,7 +64,7 @@ class Gate:
 
         try:
             refusal = self._refusal(scope)
-            await (self.app if refusal is None else refusal)(scope, receive, counted_send)
+            await (self.app if refusal is None else refusal)(scope, timed_receive, counted_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.requests.labels(route, status).inc()

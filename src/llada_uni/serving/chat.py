@@ -5,6 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,9 +13,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..answers import Answer, PromptTooLong, write_prompt
+from ..answers import Answer, PromptTooLong
+from .clients import while_connected
 from .engine import Engine
-from .errors import RequestError, error_body
+from .errors import OUR_FAULT, RequestError, error_body
 from .image_inputs import image_of_url
 from .jobs import TextJob
 from .settings import ServerSettings
@@ -51,6 +53,9 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class ChatRequest(Strict):
     """OpenAI's request, as far as this model has what it asks for, and more settings of generation."""
 
@@ -62,7 +67,7 @@ class ChatRequest(Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] = 1
@@ -114,7 +119,7 @@ def read_prompt(engine: Engine, body: ChatRequest, settings: ServerSettings) -> 
     """The conversation as ids `(length,)`, images in it as their codes."""
     conversation = read_messages(body.messages, settings)
     try:
-        return write_prompt(engine.pipe, conversation, settings.max_prompt_tokens)
+        return engine.write_prompt(conversation, settings.max_prompt_tokens)
     except PromptTooLong as error:
         raise RequestError(str(error), "messages", code="context_length_exceeded") from error
     except (ValueError, TypeError) as error:
@@ -144,7 +149,8 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
         loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[int]]()
 
         def on_tokens(tokens: list[int]) -> None:
-            loop.call_soon_threadsafe(updates.put_nowait, tokens)
+            with suppress(RuntimeError):  # the loop is closed: the server has been made to stop at once
+                loop.call_soon_threadsafe(updates.put_nowait, tokens)
 
         job = TextJob(
             input_ids,
@@ -154,7 +160,7 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             settings=body.generation_settings(),
         )
         engine.submit(job)
-        answer = Answer(engine.pipe.code_generator.processor.tokenizer, body.stop_strings())
+        answer = Answer(engine.processor.tokenizer, body.stop_strings())
         stream = _deltas(job, answer, updates)
         common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.model_name}
         if body.stream:
@@ -162,11 +168,9 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             events = _events(job, answer, stream, common, wants_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         try:
-            async for _ in stream:
-                if await request.is_disconnected():
-                    break
-        finally:
-            job.cancel()
+            await while_connected(request, _to_the_end(stream))
+        except (ValueError, TypeError) as error:  # the model refuses by the setting's name
+            raise RequestError(str(error)) from error
         message = {"role": "assistant", "content": answer.text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish_reason(job, answer)}
         return {**common, "object": "chat.completion", "choices": [choice], "usage": _usage(job)}
@@ -192,8 +196,13 @@ async def _deltas(job: TextJob, answer: Answer, updates: "asyncio.Queue[list[int
         job.cancel()
 
 
+async def _to_the_end(stream: AsyncIterator[str]) -> None:
+    async for _ in stream:
+        pass
+
+
 def _finish_reason(job: TextJob, answer: Answer) -> str:
-    return "length" if not answer.is_stopped and job.num_tokens >= job.max_new_tokens else "stop"
+    return "stop" if answer.is_stopped or job.has_ended else "length"
 
 
 def _usage(job: TextJob) -> dict[str, int]:
@@ -219,8 +228,8 @@ async def _events(
         if wants_usage:
             yield _sse({**common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(job)})
     except Exception as error:
-        is_ours = not isinstance(error, (ValueError, TypeError))
-        yield _sse(error_body("The server has failed to do this; its log says why." if is_ours else str(error)))
+        is_theirs = isinstance(error, (ValueError, TypeError))
+        yield _sse(error_body(str(error)) if is_theirs else error_body(OUR_FAULT, status=500))
     finally:
         job.cancel()
     yield "data: [DONE]\n\n"

@@ -8,6 +8,9 @@ from starlette.exceptions import HTTPException
 from .jobs import EngineBusy, EngineStopped
 
 
+OUR_FAULT = "The server has failed to do this; its log says why."
+
+
 class RequestError(Exception):
     """
     A request that is refused.
@@ -67,4 +70,4 @@ def add_error_handlers(app: FastAPI, retry_after: int) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _response("The server has failed to do this; its log says why.", 500, code="internal_error")
+        return _response(OUR_FAULT, 500, code="internal_error")

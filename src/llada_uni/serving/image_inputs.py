@@ -1,11 +1,10 @@
 """Images that requests carry, and those they name."""
 
 import base64
-import binascii
 import io
 import ipaddress
 import socket
-import urllib.parse
+import time
 import warnings
 
 import httpx
@@ -57,16 +56,18 @@ def read_data_url(url: str, param: str, settings: ServerSettings) -> PIL.Image.I
         raise RequestError(f"`{param}` must be a data URL in base64, such as `data:image/png;base64,...`.", param)
     try:
         content = base64.b64decode(encoded, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # base64's own among them
         raise RequestError(f"`{param}` is no base64: {error}.", param) from error
     return read_image(content, param, settings)
 
 
-def _check_address(host: str, port: int, param: str) -> None:
-    """Refuses hosts whose name leads into a private network, whoever has allowed the name."""
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if not ipaddress.ip_address(address[0]).is_global:
+def _public_address(host: str, port: int, param: str) -> str:
+    """An address of a host; refuses one whose name leads into a private network, whoever has allowed the name."""
+    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address in map(ipaddress.ip_address, addresses):
+        if not address.is_global or address.is_multicast:
             raise RequestError(f"`{param}`: {host} is not a public address.", param)
+    return str(addresses[0])
 
 
 def fetch_image(url: str, param: str, settings: ServerSettings) -> PIL.Image.Image:
@@ -76,25 +77,32 @@ def fetch_image(url: str, param: str, settings: ServerSettings) -> PIL.Image.Ima
     Raises:
         RequestError: if the host is not allowed or leads into a private network, or there is no image.
     """
-    parts = urllib.parse.urlsplit(url)
-    host = (parts.hostname or "").lower()
-    if parts.scheme not in ("http", "https"):
-        raise RequestError(f"`{param}` must be a data URL, or one of http or https.", param)
-    if host not in settings.allowed_image_hosts:
-        raise RequestError(
-            f"`{param}`: this server fetches no images from {host or 'there'}; send them as data URLs.", param
-        )
+    content, deadline = bytearray(), time.monotonic() + FETCH_SECONDS
     try:
-        _check_address(host, parts.port or (443 if parts.scheme == "https" else 80), param)
-        content = bytearray()
-        with httpx.stream("GET", url, timeout=FETCH_SECONDS, follow_redirects=False) as response:
+        parsed = httpx.URL(url)
+        host = parsed.host.lower()
+        if parsed.scheme not in ("http", "https"):
+            raise RequestError(f"`{param}` must be a data URL, or one of http or https.", param)
+        if host not in settings.allowed_image_hosts:
+            raise RequestError(
+                f"`{param}`: this server fetches no images from {host or 'there'}; send them as data URLs.", param
+            )
+        # The address that was checked is the one that is asked: asked again, its name might lead elsewhere.
+        address = _public_address(host, parsed.port or (443 if parsed.scheme == "https" else 80), param)
+        headers, extensions = {"Host": parsed.netloc.decode()}, {"sni_hostname": host}
+        with (
+            httpx.Client(trust_env=False, timeout=FETCH_SECONDS, headers=headers) as client,
+            client.stream("GET", parsed.copy_with(host=address), extensions=extensions) as response,
+        ):
             if response.status_code != 200:
                 raise RequestError(f"`{param}`: {host} answers {response.status_code}.", param)
             for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > settings.max_body_bytes:
                     raise RequestError(f"`{param}` is longer than {settings.max_body_bytes} bytes.", param)
-    except (OSError, httpx.HTTPError, ValueError) as error:
+                if time.monotonic() > deadline:
+                    raise RequestError(f"`{param}` has not come in {FETCH_SECONDS:g} seconds.", param)
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise RequestError(f"`{param}` cannot be fetched: {error}", param) from error
     return read_image(bytes(content), param, settings)
 

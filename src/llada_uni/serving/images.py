@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from .chat import Strict
+from .clients import while_connected
 from .engine import Engine
 from .errors import RequestError
 from .image_inputs import encode_image, read_image
@@ -19,7 +20,9 @@ from .jobs import ImageJob
 from .settings import ServerSettings
 
 
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+# Arguments of the pipeline that a request calls otherwise.
+FIELDS = {"text": "prompt", "height": "size", "width": "size", "mask_image": "mask"}
 
 
 class ImageRequest(Strict):
@@ -69,15 +72,19 @@ class ImageRequest(Strict):
 def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
     router = APIRouter()
 
-    async def answer(body: ImageRequest, images: list[PIL.Image.Image], mask: PIL.Image.Image | None) -> Any:
+    async def wait_for(job: ImageJob) -> list[PIL.Image.Image]:
+        return await asyncio.wrap_future(job.result)
+
+    async def answer(
+        request: Request, body: ImageRequest, images: list[PIL.Image.Image], mask: PIL.Image.Image | None
+    ) -> Any:
         job = body.job(settings, images, mask)
         engine.submit(job)
         try:
-            made = await asyncio.wrap_future(job.result)
+            made = await while_connected(request, wait_for(job))
         except (ValueError, TypeError) as error:  # the pipeline refuses by the argument's name
-            raise RequestError(str(error), "prompt") from error
-        finally:
-            job.cancel()
+            named = re.match(r"`(\w+)`", str(error))
+            raise RequestError(str(error), FIELDS.get(named[1], named[1]) if named else None) from error
         encoded = await asyncio.to_thread(lambda: [encode_image(image, body.output_format) for image in made])
         return {
             "created": int(time.time()),
@@ -86,12 +93,12 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
         }
 
     @router.post("/v1/images/generations")
-    async def generations(body: ImageRequest) -> Any:
-        return await answer(body, [], None)
+    async def generations(body: ImageRequest, request: Request) -> Any:
+        return await answer(request, body, [], None)
 
     @router.post("/v1/images/edits")
     async def edits(request: Request) -> Any:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise RequestError("Edits are sent as multipart/form-data, with the files `image` and `mask`.")
         async with request.form(max_files=settings.max_images + 1, max_fields=64) as form:
             fields: dict[str, Any] = {}
@@ -127,18 +134,17 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             return images, mask
 
         images, mask = await asyncio.to_thread(read)
-        return await answer(body, images, mask)
+        return await answer(request, body, images, mask)
 
     return router
 
 
 def _mask(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
     """
-    White where the image is to be made anew: for OpenAI's clients that is where the mask is transparent; of a mask
-    without transparency, where it is white.
+    White where the image is to be made anew: for OpenAI's clients that is where the mask is transparent; where nothing
+    is, where it is white.
     """
     if image.size != size:
         raise RequestError(f"`mask` is {image.size}, but `image` is {size}: they must be of one size.", "mask")
-    if "A" in image.getbands() or "transparency" in image.info:
-        return image.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
-    return image.convert("L")
+    transparent = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
+    return transparent if transparent.getbbox() else image.convert("L")

@@ -3,7 +3,8 @@
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -24,13 +25,11 @@ class Job:
     """
     Attributes:
         settings: Jobs of equal settings share a batch.
-        result: What the engine made of it, or why it could not.
-        is_cancelled: Nobody waits for the result any more.
+        result: What the engine made of it, or why it could not; cancelled if nobody waits for it any more.
     """
 
     settings: dict[str, Any] = field(default_factory=dict, kw_only=True)
     result: Future = field(default_factory=Future, init=False)
-    is_cancelled: bool = field(default=False, init=False)
 
     @property
     def kind(self) -> str:
@@ -39,14 +38,25 @@ class Job:
 
     def cancel(self) -> None:
         """A client has hung up. Text leaves its batch at the end of a block; images are finished for the others."""
-        self.is_cancelled = True
         self.result.cancel()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.result.cancelled()
+
+    def succeed(self, result: Any) -> None:
+        with suppress(InvalidStateError):  # cancelled, perhaps at this moment
+            self.result.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        with suppress(InvalidStateError):
+            self.result.set_exception(error)
 
 
 @dataclass(eq=False)
 class TextJob(Job):
     """
-    Text after a prompt. Its result is the list of new ids, the end token left out.
+    Text after a prompt. Its result is the list of new ids, up to and with the first end token.
 
     Attributes:
         input_ids: `(length,)`; images in it as their codes.
@@ -55,6 +65,7 @@ class TextJob(Job):
         seed: Makes sampled text repeatable.
         on_tokens: Called in the engine's thread with all new ids so far, after every block.
         num_tokens: New tokens so far, for who counts them.
+        has_ended: Whether an end token has ended it, and not `max_new_tokens`.
     """
 
     input_ids: torch.Tensor
@@ -62,6 +73,7 @@ class TextJob(Job):
     seed: int | None = None
     on_tokens: Callable[[list[int]], None] | None = None
     num_tokens: int = field(default=0, init=False)
+    has_ended: bool = field(default=False, init=False)
 
 
 @dataclass(eq=False)
@@ -100,12 +112,15 @@ class JobQueue(Generic[AnyJob]):
 
     def __init__(self, max_waiting: int):
         self.max_waiting = max_waiting
-        self.condition = threading.Condition()
+        self._changed = threading.Condition()
         self._jobs: list[AnyJob] = []
-        self.is_closed = False
+        self._is_closed = False
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        """Jobs that wait, cancelled ones left out."""
+        with self._changed:
+            self._jobs = [job for job in self._jobs if not job.is_cancelled]
+            return len(self._jobs)
 
     def put(self, job: AnyJob) -> None:
         """
@@ -113,18 +128,17 @@ class JobQueue(Generic[AnyJob]):
             EngineStopped: after [`close`].
             EngineBusy: if too many wait.
         """
-        with self.condition:
-            if self.is_closed:
+        with self._changed:
+            if self._is_closed:
                 raise EngineStopped("The server is being stopped.")
-            self._jobs = [waiting for waiting in self._jobs if not waiting.is_cancelled]
-            if len(self._jobs) >= self.max_waiting:
+            if len(self) >= self.max_waiting:
                 raise EngineBusy(f"{self.max_waiting} requests wait already.")
             self._jobs.append(job)
-            self.condition.notify_all()
+            self._changed.notify_all()
 
     def take(self, wanted: Callable[[AnyJob], bool], limit: int) -> list[AnyJob]:
         """The first jobs that are wanted, at most `limit`; they wait no more."""
-        with self.condition:
+        with self._changed:
             taken: list[AnyJob] = []
             left: list[AnyJob] = []
             for job in self._jobs:
@@ -137,19 +151,14 @@ class JobQueue(Generic[AnyJob]):
             self._jobs = left
             return taken
 
-    def first(self) -> AnyJob | None:
-        """The job that has waited longest; it goes on waiting."""
-        with self.condition:
-            return next((job for job in self._jobs if not job.is_cancelled), None)
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Until there is a job, or the queue is closed."""
-        with self.condition:
-            if not self._jobs and not self.is_closed:
-                self.condition.wait(timeout)
+    def wait(self) -> bool:
+        """Until there is a job; `False` if none will come, as the queue is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self) or self._is_closed)
+            return len(self) > 0
 
     def close(self) -> None:
         """Takes no more jobs; those that wait are still to be done."""
-        with self.condition:
-            self.is_closed = True
-            self.condition.notify_all()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()

@@ -15,6 +15,7 @@ class ServerSettings:
         max_side: Longest side of an image to make, in pixels.
         max_input_pixels: Most pixels of an image that is sent.
         max_body_bytes: Longest body of a request.
+        max_body_seconds: What a body may take to come.
         allowed_image_hosts: Hosts from which images are fetched that a request names by URL. Addresses of private
             networks are refused even then. Default: images come as data URLs only.
         retry_after: Seconds after which a client that was turned away may try again.
@@ -28,5 +29,6 @@ class ServerSettings:
     max_side: int = 2048
     max_input_pixels: int = 4096 * 4096
     max_body_bytes: int = 32 * 1024 * 1024
+    max_body_seconds: float = 120.0
     allowed_image_hosts: frozenset[str] = field(default_factory=frozenset)
     retry_after: int = 2

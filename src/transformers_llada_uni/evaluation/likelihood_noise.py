@@ -64,10 +64,10 @@ class LikelihoodNoise:
             # A token's numbers stand together, so that a longer row begins with the numbers of a shorter one.
             numbers = torch.rand(length, 1 + self.num_samples, generator=one, device=one.device).cpu()
             for begin in begins[row, is_target[row]].unique().tolist():
-                columns = ((begins[row] == begin) & is_target[row]).nonzero().squeeze(1)  # [n]
-                hidden, weight = self._of_block(numbers[columns])
-                masked[row, :, columns] = hidden
-                weights[row, :, columns] = weight
+                targets = ((begins[row] == begin) & is_target[row]).nonzero().squeeze(1)  # [n]
+                hidden, weight = self._of_block(numbers[targets])
+                masked[row, :, targets] = hidden
+                weights[row, :, targets] = weight
         return masked.to(labels.device), weights.to(labels.device)
 
     def _of_block(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ class TextRow:
         generator: For sampling.
         tokens: The new tokens so far, up to and with the first end token.
         is_finished: Whether no more will come.
+        has_ended: Whether that is for an end token.
     """
 
     prompt: torch.Tensor
@@ -33,6 +34,7 @@ class TextRow:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     is_finished: bool = False
+    has_ended: bool = False
 
 
 @dataclass
@@ -169,7 +171,8 @@ class ContinuousBatch:
         for row, tokens, first, last in zip(running.rows, block, *ends, strict=True):
             new = tokens[max(first - start, 0) : max(last - start, 0)]
             row.tokens += new[: self.model._length_with_end(new, self._end_ids)].tolist()
-            row.is_finished = last <= stop or bool(torch.isin(new, self._end_ids).any())
+            row.has_ended = bool(torch.isin(new, self._end_ids).any())
+            row.is_finished = row.has_ended or last <= stop
         advanced = running.rows
         self.rows = [row for row in self.rows if not row.is_finished]
         if any(row.is_finished for row in advanced):

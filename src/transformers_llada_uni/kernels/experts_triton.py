@@ -140,7 +140,7 @@ def triton_experts(
     _check(hidden_states, gate_up, down, top_k_index, top_k_weights, addend)
     if top_k_index.numel() == 0:
         return torch.zeros_like(hidden_states) if addend is None else addend.to(hidden_states.dtype, copy=True)
-    from . import experts_products as products
+    from . import experts_kernels as products
 
     hidden_states, top_k_index, top_k_weights = (
         tensor.contiguous() for tensor in (hidden_states, top_k_index, top_k_weights)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .expert_weights import ExpertWeights
-from .experts_products import _add_product, precision_of
+from .experts_kernels import _add_product, precision_of
 
 
 # More rows would read the weight again and again: then it is better made plain once.

@@ -73,7 +73,8 @@ def load_processor(name_or_path: str, revision: str | None = None) -> ProcessorM
     beside = os.path.join(os.path.dirname(os.path.abspath(name_or_path)), "processor")
     is_beside = os.path.isdir(name_or_path) and os.path.isdir(beside)
     for place in [name_or_path, beside] if is_beside else [name_or_path]:
-        for auto_class, file in ((AutoProcessor, "processor_config.json"), (AutoTokenizer, "tokenizer_config.json")):
-            if _has_file(place, file, **location):
-                return auto_class.from_pretrained(place, **location)
+        if _has_file(place, "processor_config.json", **location):
+            return AutoProcessor.from_pretrained(place, **location)
+        if any(_has_file(place, file, **location) for file in ("tokenizer_config.json", "tokenizer.json")):
+            return AutoTokenizer.from_pretrained(place, **location)
     raise ValueError(f"{name_or_path!r} holds neither a processor nor a tokenizer.")

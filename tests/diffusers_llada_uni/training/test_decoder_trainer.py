@@ -101,12 +101,12 @@ def test_the_loss_falls_and_pictures_get_closer(tmp_path):
         tmp_path,
         components,
         dataset_of_pictures(256),
-        max_steps=300,
+        max_steps=200,
         per_device_train_batch_size=16,
         learning_rate=5e-3,
-        ema_decay=0.98,
+        ema_decay=0.95,
     )
-    before = picture_error(make_pipeline(*make_components()), "normal")
+    before = picture_error(make_pipeline(*make_components()), "normal", 12)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
@@ -115,7 +115,7 @@ def test_the_loss_falls_and_pictures_get_closer(tmp_path):
         type(part).from_pretrained(tmp_path / "final" / name)
         for part, name in zip(components, ("transformer", "semantic_embedder"), strict=True)
     ]
-    assert picture_error(make_pipeline(*trained), "normal") < 0.5 * before
+    assert picture_error(make_pipeline(*trained), "normal", 12) < 0.6 * before
     # What was saved is the average, not the last weights
     assert not torch.equal(trained[0].all_x_embedder["2-1"].weight, transformer.all_x_embedder["2-1"].weight)
 
@@ -147,9 +147,11 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoders(converted_dir):
+    processor = AutoProcessor.from_pretrained(converted_dir / "processor")
+    processor.image_processor.editing_max_pixels = 12 * 32 * 32
     return {
         "model": AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
-        "processing_class": AutoProcessor.from_pretrained(converted_dir / "processor"),
+        "processing_class": processor,
         "vae": AutoencoderKL.from_pretrained(converted_dir / "vae").eval(),
     }
 

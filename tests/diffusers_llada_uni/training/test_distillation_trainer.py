@@ -84,7 +84,7 @@ def test_loss_equals_the_formula(tmp_path):
     calls = []
     with torch.no_grad():
         loss = trainer.compute_loss(lambda *call: calls.append(call) or trainer.model(*call), inputs)
-        (noisy, time, codes, is_conditional, _), *rest = calls
+        (noisy, time, codes, is_conditional), *rest = calls
         velocities = trainer.model(noisy, time, codes, is_conditional)
     assert not rest and len(noisy) == 6 and bool(is_conditional.all())
     allowed = {round(1 - sigma, 6) for steps in range(4, 9) for sigma in decoder_sigmas("turbo", steps)}

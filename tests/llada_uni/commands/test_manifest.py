@@ -1,6 +1,7 @@
 """A folder of results: nothing twice, nothing half."""
 
 import json
+import os
 
 import PIL.Image
 import pytest
@@ -50,6 +51,44 @@ def test_a_run_that_was_killed(tmp_path):
     assert again.find({"prompt": "a cat"}) and again.find({"prompt": "a dog"})
 
 
+def test_separators_of_lines_in_a_prompt(tmp_path):
+    request = {"prompt": "a\u2028b\x85c 🍎"}
+    Manifest(tmp_path).add(request, RED, 0)
+    assert Manifest(tmp_path).find(request)
+
+
+def test_a_manifest_that_is_damaged(tmp_path):
+    Manifest(tmp_path).add({"prompt": "a cat"}, RED, 0)
+    with (tmp_path / "manifest.jsonl").open("ab") as file:
+        file.write(b"\xff\x00\n[]\n")
+    assert Manifest(tmp_path).find({"prompt": "a cat"})
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    runs = Manifest(tmp_path), Manifest(tmp_path)
+    files = [run.add({"prompt": "a cat", "seed": seed}, BLUE, 0)["file"] for seed in range(2) for run in runs]
+    assert files == ["a-cat.png", "a-cat-2.png", "a-cat-3.png", "a-cat-4.png"] and len(lines(tmp_path)) == 4
+
+
+def test_a_name_that_another_run_takes_at_this_moment(tmp_path, monkeypatch):
+    link = os.link
+
+    def late(partial, path):
+        if path.name == "a-cat.png":
+            path.write_bytes(b"of another")
+        link(partial, path)
+
+    monkeypatch.setattr("os.link", late)
+    assert Manifest(tmp_path).add({"prompt": "a cat"}, RED, 0)["file"] == "a-cat-2.png"
+    assert (tmp_path / "a-cat.png").read_bytes() == b"of another"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args: False)
+    with pytest.raises(PermissionError, match="written"):
+        Manifest(tmp_path)
+
+
 def test_an_image_that_cannot_be_saved_leaves_nothing(tmp_path):
     class Broken:
         def save(self, path, format):
@@ -63,7 +102,15 @@ def test_an_image_that_cannot_be_saved_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "text, name",
-    [("Ein Kätzchen?", "ein-kätzchen"), ("../../etc", "etc"), ("猫", "猫"), ("!!!", "image"), ("a" * 99, "a" * 60)],
+    [
+        ("𠀀" * 99, "𠀀" * 60),  # four bytes each
+        ("Ein Kätzchen?", "ein-kätzchen"),
+        ("../../etc", "etc"),
+        ("猫", "猫"),
+        ("!!!", "image"),
+        ("a" * 99, "a" * 60),
+    ],
 )
-def test_slug(text, name):
+def test_names_of_prompts(tmp_path, text, name):
     assert slug(text) == name
+    assert (tmp_path / Manifest(tmp_path).add({"prompt": text}, RED, 0)["file"]).stem == name

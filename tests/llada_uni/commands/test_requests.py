@@ -27,14 +27,18 @@ def wanted(folder) -> list[Request]:
 
 def test_lines_of_text(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("\ufeffa red apple\n\n  eine Kätzchen, 'so'  \n", encoding="utf-8")
-    assert read_requests(str(path)) == [Request("a red apple"), Request("eine Kätzchen, 'so'")]
+    text = "\ufeffa red apple\r\n \r\n  eine Kätzchen, 'so'  \n🍎\ra\x85b\u2028c"
+    path.write_bytes(text.encode())
+    prompts = ["a red apple", "eine Kätzchen, 'so'", "🍎", "a\x85b\u2028c"]
+    assert read_requests(str(path)) == [Request(prompt) for prompt in prompts]
 
 
 def test_jsonl(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert read_requests(str(path)) == wanted(tmp_path)
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    assert read_requests(str(path)) == [Request("a\u2028b")]
 
 
 def test_csv(tmp_path):
@@ -45,14 +49,14 @@ def test_csv(tmp_path):
 
 def test_parquet(tmp_path):
     path = tmp_path / "prompts.parquet"
-    rows = [{"prompt": "a red apple", "image": None, "seed": 3}, {"prompt": "x", "image": ["a.png"], "seed": None}]
+    rows = [{"prompt": "a red apple", "image": None, "seed": 3.0}, {"prompt": "x", "image": ["a.png"], "seed": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert read_requests(str(path)) == [Request("a red apple", seed=3), Request("x", (f"{tmp_path}/a.png",))]
 
 
 @pytest.mark.parametrize("text", ["a cat\na dog\n", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n'])
 def test_standard_input(monkeypatch, text):
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + text.encode())))
     assert read_requests("-") == [Request("a cat"), Request("a dog")]
 
 
@@ -68,11 +72,22 @@ def test_standard_input(monkeypatch, text):
         ("p.jsonl", '{"prompt": "a", "seed": "x"}\n', "p.jsonl, row 1: `seed`"),
         ("p.jsonl", '{"prompt": "a", "image": [3]}\n', "p.jsonl, row 1: `image`"),
         ("p.jsonl", '{"prompt": "a", "mask": 3}\n', "p.jsonl, row 1: `mask`"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "p.jsonl, row 2 has no `prompt`"),
+        ("p.jsonl", '{"prompt": "\\ud83d"}\n', "p.jsonl, row 1: `prompt` holds half a character"),
+        ("p.jsonl", '{"prompt": "a", "seed": -1}\n', "p.jsonl, row 1: `seed`"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1.5}\n', "p.jsonl, row 1: `seed`"),
+        ("p.jsonl", '{"prompt": "a", "seed": true}\n', "p.jsonl, row 1: `seed`"),
+        ("p.jsonl", '{"prompt": "a", "seed": 9223372036854775808}\n', "p.jsonl, row 1: `seed`"),
         ("p.csv", "caption\na cat\n", "p.csv, row 1 has `caption`"),
+        ("p.csv", "prompt\na cat, a dog\n", "p.csv, row 1 has more cells"),
+        ("p.csv", "prompt\n" + "a" * 200_000, "p.csv is no CSV"),
+        ("p.txt", "a k\xe4tzchen".encode("latin-1"), "p.txt is no text in UTF-8"),
+        ("p.jsonl", "a cat".encode("utf-16"), "p.jsonl is no text in UTF-8"),
+        ("p.parquet", "a cat", "p.parquet|Parquet"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, text, words):
     path = tmp_path / name
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words):
         read_requests(str(path))

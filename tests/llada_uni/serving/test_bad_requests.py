@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 
 import httpx
 import PIL.Image
@@ -38,7 +39,7 @@ def with_image(url: object) -> dict:
 def strict(pipe):
     settings = ServerSettings(
         "emoji", max_new_tokens=32, max_prompt_tokens=120, max_images=2, max_side=128, max_input_pixels=10_000,
-        max_body_bytes=LIMIT, allowed_image_hosts=frozenset({"localhost"}),
+        max_body_bytes=LIMIT, max_body_seconds=2, allowed_image_hosts=frozenset({"localhost"}),
     )  # fmt: skip
     server = Server(pipe, settings)
     yield server
@@ -80,6 +81,16 @@ CHATS = {
     "threshold of 2": (chat(threshold=2), 400, "threshold"),
     "no steps": (chat(num_steps_per_block=0), 400, "num_steps_per_block"),
     "stop of numbers": (chat(stop=[1]), 400, "stop"),
+    "empty stop": (chat(stop=""), 400, "stop"),
+    "empty stop of several": (chat(stop=["a", ""]), 400, "stop"),
+    "endless stops": (chat(stop=["a"] * 17), 400, "stop"),
+    "endless number": (b'{"model": "emoji", "max_tokens": 1' + b"0" * 5000 + b"}", 400, None),
+    "half a character": (
+        b'{"model": "emoji", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        400,
+        "messages",
+    ),
+    "threshold of no number": (b'{"model": "emoji", "messages": [], "threshold": NaN}', 400, None),
     "stream of text": (chat(stream="perhaps"), 400, "stream"),
     "long prompt": (chat(messages=[{"role": "user", "content": "hello " * 400}]), 400, "messages"),
     "long body": (chat(messages=[{"role": "user", "content": "x" * LIMIT}]), 413, None),
@@ -89,6 +100,8 @@ CHATS = {
     "image of a file": (with_image("file:///etc/passwd"), 400, "messages.0.content.0.image_url"),
     "image of nothing": (with_image("data:image/png;base64,"), 400, "messages.0.content.0.image_url"),
     "image not in base64": (with_image("data:image/png;base64,%%%"), 400, "messages.0.content.0.image_url"),
+    "image beyond base64": (with_image("data:image/png;base64,é"), 400, "messages.0.content.0.image_url"),
+    "image of a broken url": (with_image("http://[::1"), 400, "messages.0.content.0.image_url"),
     "image without base64": (with_image("data:image/png,abc"), 400, "messages.0.content.0.image_url"),
     "image of text": (with_image(data_url(b"hello")), 400, "messages.0.content.0.image_url"),
     "image cut off": (with_image(data_url(png(90, 90)[:-30])), 400, "messages.0.content.0.image_url"),
@@ -109,8 +122,8 @@ DRAWINGS = {
     "no image": ({"prompt": "a cat", "n": 0}, 400, "n"),
     "size of text": ({"prompt": "a cat", "size": "large"}, 400, "size"),
     "too large": ({"prompt": "a cat", "size": "256x64"}, 400, "size"),
-    "size of no multiple": ({"prompt": "a cat", "size": "65x64"}, 400, None),
-    "size of nothing": ({"prompt": "a cat", "size": "0x0"}, 400, None),
+    "size of no multiple": ({"prompt": "a cat", "size": "65x64"}, 400, "size"),
+    "size of nothing": ({"prompt": "a cat", "size": "0x0"}, 400, "size"),
     "by url": ({"prompt": "a cat", "response_format": "url"}, 400, "response_format"),
     "unknown format": ({"prompt": "a cat", "output_format": "svg"}, 400, "output_format"),
     "unknown field": ({"prompt": "a cat", "style": "vivid"}, 400, "style"),
@@ -158,10 +171,28 @@ def test_bad_edits(strict):
     check(edit(strict, prompt, [image, ("mask", ("m.png", b"hello"))]), 400, "mask")
     check(edit(strict, prompt, [image] * 3), 400, "image")
     check(edit(strict, prompt, [image, ("picture", ("a.png", png()))]), 400, "picture")
+    check(edit(strict, prompt, [image, ("mask", ("m.png", png(64, 64)))]), 400, "mask")  # black everywhere
     check(edit(strict, {}, [image]), 400, "prompt")
     check(edit(strict, {**prompt, "n": "many"}, [image]), 400, "n")
     check(edit(strict, {**prompt, "background": "auto"}, [image]), 400, "background")
     check(edit(strict, prompt, [("image", ("a.png", b"x" * LIMIT))]), 413, None)
+
+
+def test_a_body_that_does_not_say_its_length(strict):
+    def body():
+        for _ in range(LIMIT // 10_000 + 1):
+            yield b" " * 10_000
+
+    headers = {"content-type": "application/json"}
+    check(httpx.post(f"{strict.url}/v1/chat/completions", content=body(), headers=headers), 413, None)
+
+
+def test_a_body_that_does_not_come(strict):
+    host, port = strict.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
 def test_unknown_paths_and_methods(strict):

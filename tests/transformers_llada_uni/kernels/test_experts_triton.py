@@ -17,7 +17,7 @@ from tests.transformers_llada_uni.kernels.common import DEVICE, DTYPES, IS_INTER
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.kernels import experts_triton
 from transformers_llada_uni.kernels.expert_weights import ExpertWeights, experts_one_by_one, quantize_experts
-from transformers_llada_uni.kernels.experts_products import order_pairs, sum_of_experts
+from transformers_llada_uni.kernels.experts_kernels import order_pairs, sum_of_experts
 from transformers_llada_uni.kernels.experts_triton import (
     triton_experts,
     triton_experts_forward,

@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 
 import diffusers_llada_uni.training
 import transformers_llada_uni.training
+from transformers_llada_uni import GroupwiseQuantizationConfig
+from transformers_llada_uni.training import lora_config
 from transformers_llada_uni.training.base_trainer import BaseTrainer
 from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 
@@ -76,6 +78,21 @@ def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("stage", ["SFT", "DPO", "GRPO"])
+def test_a_model_by_name_is_quantised(official_tiny, tmp_path, stage):
+    config = getattr(transformers_llada_uni.training, f"LLaDAUni{stage}Config")
+    trainer = getattr(transformers_llada_uni.training, f"LLaDAUni{stage}Trainer")
+    rows = {"SFT": {"text": ["a"]}, "DPO": {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}}
+    arguments = {
+        "train_dataset": Dataset.from_dict(rows.get(stage, {"prompt": ["a"]})),
+        "peft_config": lora_config(r=2, experts=False),
+        "quantization_config": GroupwiseQuantizationConfig(bits=8, group_size=32),
+        **({"reward_funcs": [len]} if stage == "GRPO" else {}),
+    }
+    model = trainer(str(official_tiny), args=config(str(tmp_path), **RUN), **arguments).model
+    assert model.get_base_model().config.quantization_config.bits == 8
 
 
 @pytest.mark.parametrize("package", [transformers_llada_uni.training, diffusers_llada_uni.training])

@@ -158,7 +158,8 @@ def prepare_prompts(
     model: PreTrainedModel | None = None,
 ) -> AnyDataset:
     """
-    Adds to rows with a `prompt` (text or messages) the column `prompt_ids`; all other columns stay, for the rewards.
+    Adds to rows with a `prompt` (text or messages) the column `prompt_ids`; all other columns stay, for the rewards. A
+    stream of image objects needs `features`, which `datasets` cannot guess.
 
     Args and errors: as [`prepare_dataset`].
     """
@@ -170,11 +171,12 @@ def prepare_prompts(
     if model is not None and has_images(rows, model):
         rows = encode_images(rows, model, processor)
 
-    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
-        rows = zip(rows_of(batch), indices, strict=True)
-        return {"prompt_ids": [tokenizer.prompt(row, index)[0][0] for row, index in rows]}
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        return {"prompt_ids": tokenizer.prompt(row, index)[0][0]}
 
-    return concatenate_datasets([dataset, _map(rows, tokenize, "Tokenizing prompts")], axis=1)
+    settings: dict[str, Any] = {"desc": "Tokenizing prompts"} if isinstance(rows, Dataset) else {}
+    settings["remove_columns"] = get_dataset_column_names(rows)
+    return concatenate_datasets([dataset, rows.map(tokenize, with_indices=True, **settings)], axis=1)
 
 
 def mix_datasets(parts: dict[str, AnyDataset], mix: dict[str, float], seed: int = 0) -> AnyDataset:

@@ -1,5 +1,7 @@
 """Rows of every format become the ids that the processor writes for inference."""
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
@@ -413,10 +415,11 @@ def test_preferences_between_pictures(processor, model):
 
 
 def test_prompts_keep_their_columns(processor):
-    dataset = Dataset.from_dict({"prompt": [CHAT[:1]], "solution": ["cat"]})
+    dataset = Dataset.from_dict({"prompt": [CHAT[:1]], "solution": ["cat"], "caption": ["of a reward"]})
     row = prepare_prompts(dataset, processor)[0]
     inputs = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert row["prompt_ids"] == torch.as_tensor(inputs["input_ids"])[0].tolist() and row["solution"] == "cat"
+    assert row["prompt_ids"] == torch.as_tensor(inputs["input_ids"])[0].tolist()
+    assert (row["solution"], row["caption"]) == ("cat", "of a reward")
 
 
 def test_prompts_with_pictures(processor, model):
@@ -424,8 +427,9 @@ def test_prompts_with_pictures(processor, model):
     asked[0]["content"].insert(0, {"type": "image", "image": picture()})
     dataset = Dataset.from_dict({"prompt": [asked]})
     inputs = processor(text="What is this?", images=[picture()], task="understanding")
-    for either in (dataset, dataset.to_iterable_dataset()):
-        (row,) = list(prepare_prompts(either, processor, model=model))
+    endless = IterableDataset.from_generator(lambda: itertools.repeat({"prompt": asked}), features=dataset.features)
+    for either in (dataset, dataset.to_iterable_dataset(), endless):
+        row = next(iter(prepare_prompts(either, processor, model=model)))
         assert row["prompt_ids"] == with_codes(processor, model, inputs)
     with pytest.raises(ValueError, match="Row 0: .*`model`"):
         prepare_prompts(dataset, processor)
