@@ -297,11 +297,11 @@ def ask(
 
         if (question is None) == (prompts is None):
             raise ValueError("Give a question, or `--prompts` with a file of them.")
+        if prompts is not None and image:
+            raise ValueError("`--image` is for one question; with `--prompts` the file names the images.")
         requests = [Request(question or "", tuple(image or ()))] if prompts is None else read_requests(prompts)
         if any(request.mask is not None for request in requests):
             raise ValueError("`mask` is for `fill`.")
-        if prompts is not None and image:
-            raise ValueError("`--image` is for one question; with `--prompts` the file names the images.")
 
         from .answers import stream_answer
         from .commands.images import open_image

@@ -319,6 +319,12 @@ class TestInterleaved:
         sequence = scripted.generate_interleaved(self.prompt, max_images=2)
         assert len(scripted.drawn) == 2 and int(sequence[0, -1]) == 51
 
+    def test_one_bar_counts_images_to_its_end(self, scripted, capsys):
+        scripted.script = [[10, 50, 42, 43, 52], [61]]  # one image of four
+        scripted.generate_interleaved(self.prompt, show_progress_bar=True)
+        last = capsys.readouterr().err.strip().split("\r")[-1]
+        assert "100%" in last and "4/4" in last
+
     def test_a_given_grid_replaces_the_header(self, scripted):
         scripted.script = [[10, 50, 42, 43, 52], [61]]
         sequence = scripted.generate_interleaved(self.prompt, grid=(2, 2), max_images=2)[0].tolist()

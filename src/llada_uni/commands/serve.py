@@ -1,5 +1,6 @@
 """`serve`: the server, until it is stopped."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 
@@ -11,7 +12,7 @@ def run_server(
     pipe: "LLaDAUniPipeline", host: str, port: int, engine_settings: dict[str, int], **settings: Any
 ) -> None:
     """
-    Serves until SIGINT or SIGTERM; what has been accepted by then is answered.
+    Serves until SIGINT or SIGTERM; what has been accepted by then is answered. A second one ends it at once.
 
     Args:
         pipe: The pipeline.
@@ -26,5 +27,10 @@ def run_server(
     from ..serving.settings import ServerSettings
 
     pipe.set_progress_bar_config(disable=True)
-    app = create_app(Engine(pipe, **engine_settings), ServerSettings(**settings))
-    uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+    engine = Engine(pipe, **engine_settings)
+    app = create_app(engine, ServerSettings(**settings))
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
+    finally:
+        if engine.is_alive:  # a second Ctrl-C waits for nobody, and Python cannot end threads that compute
+            os._exit(130)

@@ -146,9 +146,9 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
                 "messages",
                 code="context_length_exceeded",
             )
-        loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[int]]()
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue[list[int] | None]()
 
-        def on_tokens(tokens: list[int]) -> None:
+        def on_tokens(tokens: list[int] | None) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server has been made to stop at once
                 loop.call_soon_threadsafe(updates.put_nowait, tokens)
 
@@ -159,6 +159,7 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
             on_tokens,
             settings=body.generation_settings(),
         )
+        job.result.add_done_callback(lambda _: on_tokens(None))
         engine.submit(job)
         answer = Answer(engine.processor.tokenizer, body.stop_strings())
         stream = _deltas(job, answer, updates)
@@ -178,20 +179,15 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
     return router
 
 
-async def _deltas(job: TextJob, answer: Answer, updates: "asyncio.Queue[list[int]]") -> AsyncIterator[str]:
+async def _deltas(job: TextJob, answer: Answer, updates: "asyncio.Queue[list[int] | None]") -> AsyncIterator[str]:
     """What is added to the answer, until it is done. Who stops listening ends the job."""
-    result = asyncio.wrap_future(job.result)
     try:
         while not answer.is_stopped:
-            update = asyncio.ensure_future(updates.get())
-            done, _ = await asyncio.wait({result, update}, return_when=asyncio.FIRST_COMPLETED)
-            if update in done:
-                yield answer.take(update.result(), is_finished=False)
-                continue
-            update.cancel()
-            tokens = result.result()
-            yield answer.take(tokens, is_finished=True)
-            return
+            tokens = await updates.get()
+            if tokens is None:
+                yield answer.take(job.result.result(), is_finished=True)
+                return
+            yield answer.take(tokens, is_finished=False)
     finally:
         job.cancel()
 

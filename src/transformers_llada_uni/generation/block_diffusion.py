@@ -208,6 +208,7 @@ class BlockDiffusionGenerationMixin:
                 if streamer is not None and stop > start:
                     tokens = canvas.ids[0, 0, start:stop]
                     streamer.put(tokens[: self._length_with_end(tokens, end_ids)].cpu())
+            progress.update(config.max_new_tokens - progress.n)  # answers may end early
         if streamer is not None:
             streamer.end()
 

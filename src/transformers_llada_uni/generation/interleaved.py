@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..input_checks import check_generator, check_grid, check_integer, refuse_settings
@@ -109,51 +110,55 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         settings: dict[str, Any] = {
             "generation_config": config,
             "generator": generator,
-            "show_progress_bar": show_progress_bar,
             "return_dict_in_generate": False,
         }
         text_start, last_image_end = len(sequence), None
 
-        for _ in range(max_images):
-            # 1. Generate text until `<boi>` or an end token.
-            room = min(config.max_new_tokens, limit - len(sequence))
-            if room <= 0:
-                break
-            stops = [*end_ids, model_config.begin_of_image_token_id]
-            sequence = self.generate(sequence[None], max_new_tokens=room, eos_token_id=stops, **settings)[0]
-            if int(sequence[-1]) != model_config.begin_of_image_token_id:
-                break
+        with tqdm(total=max_images, unit="image", disable=not show_progress_bar) as progress:
+            for _ in range(max_images):
+                # 1. Generate text until `<boi>` or an end token.
+                room = min(config.max_new_tokens, limit - len(sequence))
+                if room <= 0:
+                    break
+                stops = [*end_ids, model_config.begin_of_image_token_id]
+                sequence = self.generate(sequence[None], max_new_tokens=room, eos_token_id=stops, **settings)[0]
+                if int(sequence[-1]) != model_config.begin_of_image_token_id:
+                    break
 
-            # 2. Read the header the model wrote before `<boi>`.
-            image_grid, text_end = self._read_header(sequence, grid)
-            if image_grid is None or len(sequence) + image_grid[0] * image_grid[1] + 1 > limit:
-                reason = "wrote no valid header" if image_grid is None else "has no room left for the image it opened"
-                logger.warning("Interleaved generation ends early: the model %s.", reason)
-                sequence = sequence[:text_end]
-                break
-            header = self._image_header(image_grid).to(sequence.device)
-            text = sequence[text_start:text_end]
-            sequence = torch.cat([sequence[:text_end], header])
+                # 2. Read the header the model wrote before `<boi>`.
+                image_grid, text_end = self._read_header(sequence, grid)
+                if image_grid is None or len(sequence) + image_grid[0] * image_grid[1] + 1 > limit:
+                    reason = (
+                        "wrote no valid header" if image_grid is None else "has no room left for the image it opened"
+                    )
+                    logger.warning("Interleaved generation ends early: the model %s.", reason)
+                    sequence = sequence[:text_end]
+                    break
+                header = self._image_header(image_grid).to(sequence.device)
+                text = sequence[text_start:text_end]
+                sequence = torch.cat([sequence[:text_end], header])
 
-            # 3. Generate exactly the codes of that grid, with guidance, and close the image.
-            negatives: dict[str, Any] = {}
-            if is_guided and negative is not None and uncondition_ids is not None:
-                no_text = negative
-                if last_image_end is not None:
-                    no_text = torch.cat([sequence[:last_image_end], uncondition_ids[0].to(sequence.device)])
-                negatives["negative_input_ids"] = torch.cat([no_text, header])[None]
-                negatives["negative_image_input_ids"] = torch.cat([negative, text, header])[None]
-            codes = self.generate_image_codes(
-                sequence[None],
-                image_grid,
-                image_guidance_scale=0.0 if last_image_end is None else config.image_guidance_scale,
-                num_steps_per_block=num_image_steps_per_block,
-                **negatives,
-                **settings,
-            )[0]
-            end = codes.new_tensor([model_config.image_end_token_id])
-            sequence = torch.cat([sequence, codes + text_config.image_token_offset, end])
-            text_start = last_image_end = len(sequence)
+                # 3. Generate exactly the codes of that grid, with guidance, and close the image.
+                negatives: dict[str, Any] = {}
+                if is_guided and negative is not None and uncondition_ids is not None:
+                    no_text = negative
+                    if last_image_end is not None:
+                        no_text = torch.cat([sequence[:last_image_end], uncondition_ids[0].to(sequence.device)])
+                    negatives["negative_input_ids"] = torch.cat([no_text, header])[None]
+                    negatives["negative_image_input_ids"] = torch.cat([negative, text, header])[None]
+                codes = self.generate_image_codes(
+                    sequence[None],
+                    image_grid,
+                    image_guidance_scale=0.0 if last_image_end is None else config.image_guidance_scale,
+                    num_steps_per_block=num_image_steps_per_block,
+                    **negatives,
+                    **settings,
+                )[0]
+                end = codes.new_tensor([model_config.image_end_token_id])
+                sequence = torch.cat([sequence, codes + text_config.image_token_offset, end])
+                text_start = last_image_end = len(sequence)
+                progress.update()
+            progress.update(max_images - progress.n)  # fewer were wanted
         return sequence[None]
 
     def _image_header(self, grid: tuple[int, int]) -> torch.Tensor:

@@ -88,6 +88,3 @@ class BaseTrainer(Trainer):
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
             write_model_card(self, self._stage, model_name or self.hub_model_id, dataset_name, tags, **kwargs)
-
-
-__all__: list[str] = []

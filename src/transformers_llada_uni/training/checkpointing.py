@@ -28,6 +28,3 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
             continue
         return str(folder)
     return None
-
-
-__all__: list[str] = []

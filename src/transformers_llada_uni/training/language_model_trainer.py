@@ -147,6 +147,3 @@ class LanguageModelTrainer(BaseTrainer):
         load_optimizer_distributed(self.model, self.optimizer, os.path.join(checkpoint, SHARDED_OPTIMIZER_DIR))
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
-
-
-__all__: list[str] = []

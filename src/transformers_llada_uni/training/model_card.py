@@ -101,6 +101,3 @@ def write_model_card(
     part = output_dir / ".README.md.part"
     card.save(part)
     part.replace(output_dir / "README.md")
-
-
-__all__: list[str] = []

@@ -44,6 +44,3 @@ def _equal(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
         return False
     shards = [part.to_local() if isinstance(part, DTensor) else part for part in (tensor, other)]
     return torch.equal(*shards)
-
-
-__all__: list[str] = []

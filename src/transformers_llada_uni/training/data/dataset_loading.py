@@ -108,6 +108,3 @@ def split_of(data: AnyDatasetDict, split: str, argument: str) -> AnyDataset:
     if split not in data:
         raise ValueError(f"`{argument}`: the data has no split {split!r}, only {', '.join(map(repr, data))}.")
     return data[split]
-
-
-__all__: list[str] = []

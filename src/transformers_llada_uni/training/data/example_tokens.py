@@ -215,6 +215,8 @@ class ExampleTokenizer:
         if not has_images:
             messages = [flat_text(message) for message in messages]
         template: Any = self._needs_processor(index).chat_template if has_images else None
+        if isinstance(template, dict):
+            template = template["default"]
         writer = self.tokenizer if self.processor is None else self.processor
         try:
             return str(
@@ -263,6 +265,3 @@ class ExampleTokenizer:
         if self.processor is None or self.processor.image_token_offset is None:
             refuse_row(index, "it has images, which need a LLaDAUniProcessor that knows its `image_token_offset`.")
         return self.processor
-
-
-__all__: list[str] = []
