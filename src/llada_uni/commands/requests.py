@@ -43,13 +43,14 @@ def read_requests(path: str) -> list[Request]:
         FileNotFoundError: if there is no such file.
     """
     folder = Path(path).parent if path != "-" else Path()
-    requests = [_request(row, f"{path}, row {number}", folder) for number, row in enumerate(_rows(path), 1)]
+    source = "standard input" if path == "-" else path
+    requests = [_request(row, f"{source}, row {number}", folder) for number, row in enumerate(_rows(path, source), 1)]
     if not requests:
-        raise ValueError(f"{path} holds no prompts.")
+        raise ValueError(f"{source} holds no prompts.")
     return requests
 
 
-def _rows(path: str) -> Iterator[Any]:
+def _rows(path: str, source: str) -> Iterator[Any]:
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet
@@ -60,12 +61,12 @@ def _rows(path: str) -> Iterator[Any]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{source} is no text in UTF-8: {error}.") from error
     if suffix in (".csv", ".tsv"):
         try:
             yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
         except csv.Error as error:
-            raise ValueError(f"{path} is no CSV: {error}.") from error
+            raise ValueError(f"{source} is no CSV: {error}.") from error
         return
     # Lines end as files' lines do; `splitlines` ends them at characters that JSON may have in its strings, too.
     lines = [line for line in io.StringIO(text, newline=None) if line.strip()]
@@ -77,7 +78,7 @@ def _rows(path: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, row {number} is no JSON: {error}.") from error
+            raise ValueError(f"{source}, row {number} is no JSON: {error}.") from error
 
 
 def _request(row: Any, where: str, folder: Path) -> Request:

@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request
-
-from .errors import RequestError
+from starlette.requests import ClientDisconnect, Request
 
 
 Result = TypeVar("Result")
@@ -17,13 +15,13 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
     What `work` returns; cancels it once the client has hung up. The request's body must have been read.
 
     Raises:
-        RequestError: which nobody reads, if the client has hung up; whatever `work` raises.
+        ClientDisconnect: if the client has hung up; whatever `work` raises.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise RequestError("The client has hung up.", status=499)
+            raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()

@@ -50,7 +50,8 @@ class _Running:
 
 class ContinuousBatch:
     r"""
-    Generates text for rows that come and go. Each gets the tokens that `generate` would give it alone.
+    Generates text for rows that come and go. Each gets the tokens that `generate` would give it alone, but where the
+    rounding of a batch decides between two.
 
         batch = ContinuousBatch(model, max_new_tokens=256)
         rows = [batch.add(ids) for ids in prompts]

@@ -60,6 +60,13 @@ def test_standard_input(monkeypatch, text):
     assert read_requests("-") == [Request("a cat"), Request("a dog")]
 
 
+@pytest.mark.parametrize("content, words", [(b"a \xff", "is no text in UTF-8"), (b"\n", "holds no prompts")])
+def test_standard_input_that_cannot_be_read(monkeypatch, content, words):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(ValueError, match=f"standard input {words}"):
+        read_requests("-")
+
+
 @pytest.mark.parametrize(
     "name, text, words",
     [

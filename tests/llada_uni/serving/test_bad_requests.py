@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import socket
+import time
 
 import httpx
 import PIL.Image
@@ -187,12 +188,25 @@ def test_a_body_that_does_not_say_its_length(strict):
     check(httpx.post(f"{strict.url}/v1/chat/completions", content=body(), headers=headers), 413, None)
 
 
+def begin_to_send(server: Server, path: str, content_type: str) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\nContent-Length: 100\r\n\r\n-"
+    connection.sendall(head.encode())
+    return connection
+
+
 def test_a_body_that_does_not_come(strict):
-    host, port = strict.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    with begin_to_send(strict, "/v1/chat/completions", "application/json") as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_leaves_while_it_sends(strict):
+    begin_to_send(strict, "/v1/images/edits", "multipart/form-data; boundary=x").close()
+    deadline = time.monotonic() + 10
+    while 'route="/v1/images/edits",status="499"' not in httpx.get(f"{strict.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_unknown_paths_and_methods(strict):

@@ -6,10 +6,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from llada_uni.serving.clients import while_connected
 from llada_uni.serving.engine import Engine
-from llada_uni.serving.errors import RequestError
 from llada_uni.serving.jobs import EngineBusy, EngineStopped, ImageJob, Job, JobQueue, TextJob
 
 
@@ -149,7 +149,7 @@ def test_a_client_that_hangs_up_while_it_waits():
 
         try:
             return await while_connected(Request(), wait()), job
-        except RequestError:
+        except ClientDisconnect:
             await asyncio.sleep(0)
             return None, job
 
