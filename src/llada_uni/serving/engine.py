@@ -23,8 +23,8 @@ class Engine:
     r"""
     Runs jobs in threads of its own: text block by block, in batches that rows join and leave; images in groups.
 
-    A job gets what it would get alone, up to rounding. Jobs begin in the order in which they came; as text is made in turns of one
-    block, a long answer holds up no short one.
+    A job gets what it would get alone, up to rounding. Jobs begin in the order in which they came; as text is made in
+    turns of one block, a long answer holds up no short one.
 
     Args:
         pipe ([`LLaDAUniPipeline`]): Nobody else may call it while the engine runs.
