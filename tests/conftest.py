@@ -26,3 +26,8 @@ def converted_dir(official_tiny, tmp_path_factory) -> Path:
     script = ROOT / "conversion" / "convert_llada_uni_checkpoint.py"
     subprocess.run([sys.executable, str(script), str(official_tiny), str(target)], check=True)
     return target
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: at the end one worker would wait for the other.
+    items.sort(key=lambda item: "test_documentation" not in item.nodeid)
