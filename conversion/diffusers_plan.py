@@ -29,7 +29,6 @@ from transformers_llada_uni import (
 
 
 MODEL_CARD_TEMPLATE = Path(__file__).resolve().with_name("model_card_template.md")
-STEM = "diffusion_pytorch_model"
 
 
 def plan_diffusers(source: Path, model_name: str, decoder: str | None, dtype: torch.dtype | None) -> Plan:
@@ -156,7 +155,7 @@ def _plan_decoders(
     index: dict[str, Any] = {name: [None, None] for names in DECODERS.values() for name in names}
 
     def plan_component(name: str, model: Any, refs: Mapping[str, files.TensorRef]) -> None:
-        plan.add_checkpoint(name, STEM, files.split_by_size(plan_outputs(refs, dtype)))
+        plan.add_checkpoint(name, layout.COMPONENT_STEM, files.split_by_size(plan_outputs(refs, dtype)))
         plan.small_files.append((name, model.save_config))
         library = "diffusers" if type(model).__module__.startswith("diffusers.") else type(model).__module__
         index[name] = [library, type(model).__name__]
@@ -186,7 +185,7 @@ def _plan_decoders(
 
     file = source / "vae" / "config.json"
     content = read_json(file)
-    refs = files.list_checkpoint(source / "vae", STEM)
+    refs = files.list_checkpoint(source / "vae", layout.COMPONENT_STEM)
     vae = layout.build_on_meta(AutoencoderKL, content, len(refs), file)
     files.check_tensors("the VAE", refs, layout.module_shapes(vae))
     plan_component("vae", vae, refs)

@@ -24,6 +24,7 @@ Shapes = dict[str, tuple[int, ...]]
 ModelT = TypeVar("ModelT", bound=ModelMixin)
 
 # Names of decoders -> their folder in the released layout
+COMPONENT_STEM = "diffusion_pytorch_model"  # of the files that diffusers writes, in both layouts
 DECODER_FOLDERS = {"normal": "decoder", "turbo": "decoder-turbo"}
 IMAGE_TOKENIZER_PREFIXES = ("model.visual.", "model.vqmodel.")
 SCALE_SUFFIX = "_scale_inv"  # of the scales of an FP8 weight

@@ -16,9 +16,6 @@ from llada_uni.conversion.output_plan import Plan, by_source_file, main_dtype, p
 from transformers_llada_uni import LLaDAUniConfig, LLaDAUniImageProcessor, LLaDAUniProcessor
 
 
-STEM = "diffusion_pytorch_model"
-
-
 def plan_released(source: Path, decoder: str | None, dtype: torch.dtype | None) -> Plan:
     """Args as in [`convert_to_released`]."""
     plan = Plan()
@@ -114,7 +111,7 @@ def _plan_processor(plan: Plan, folder: Path, config: LLaDAUniConfig) -> None:
 
 def _plan_decoders(plan: Plan, source: Path, kinds: list[str], dtype: torch.dtype | None) -> None:
     folder = source / "semantic_embedder"
-    embedding = files.list_checkpoint(folder, STEM)
+    embedding = files.list_checkpoint(folder, layout.COMPONENT_STEM)
     embedder = layout.semantic_embedder_model(embedding, folder)
     files.check_tensors("the semantic embedder", embedding, layout.module_shapes(embedder))
     plan.pickled["image_tokenizer/sigvq_embedding.pt"] = plan_outputs(embedding, dtype)
@@ -123,7 +120,7 @@ def _plan_decoders(plan: Plan, source: Path, kinds: list[str], dtype: torch.dtyp
     for kind in kinds:
         folder, released_folder = source / DECODERS[kind][0], layout.DECODER_FOLDERS[kind]
         raw = read_json(folder / "config.json")
-        refs = files.list_checkpoint(folder, STEM)
+        refs = files.list_checkpoint(folder, layout.COMPONENT_STEM)
         transformer = layout.build_on_meta(ZImageTransformer2DModel, raw, len(refs), folder / "config.json")
         files.check_tensors(str(folder), refs, layout.module_shapes(transformer))
         outputs = plan_outputs(refs, dtype, layout.decoder_name_to_released)
@@ -132,8 +129,8 @@ def _plan_decoders(plan: Plan, source: Path, kinds: list[str], dtype: torch.dtyp
 
     folder = source / "vae"
     raw = read_json(folder / "config.json")
-    refs = files.list_checkpoint(folder, STEM)
+    refs = files.list_checkpoint(folder, layout.COMPONENT_STEM)
     vae = layout.build_on_meta(AutoencoderKL, raw, len(refs), folder / "config.json")
     files.check_tensors("the VAE", refs, layout.module_shapes(vae))
-    plan.tensors[f"vae/{STEM}.safetensors"] = plan_outputs(refs, dtype)
+    plan.tensors[f"vae/{layout.COMPONENT_STEM}.safetensors"] = plan_outputs(refs, dtype)
     plan.add_json("vae/config.json", raw)

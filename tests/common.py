@@ -164,3 +164,16 @@ def saved_tensors(folder) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return tensors
+
+
+def assert_resumed_equals_uninterrupted(make_trainer, folder, **settings):
+    """Four steps, or two and after a stop two more, end at the same weights. Returns both trainers."""
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(folder / "whole", max_steps=4, **settings)
+    whole.train()
+    make_trainer(folder / "parts", max_steps=2, **settings).train()
+    resumed = make_trainer(folder / "parts", max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    return whole, resumed

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from put_into_pipeline import replace_folder
 from safetensors.torch import load_file, save_file
 
 import diffusers_llada_uni  # noqa: F401  registers the pipeline
+from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
 LARGEST = 50 * 2**20
+CARD = ("README.md", "sheet.png", "training.json", "training.png")  # lies in the folder, and is not exported
 
 
 def export_adapter(adapter: Path, folder: Path) -> None:
@@ -41,16 +42,16 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="The folder of a LoRA adapter of its language model.")
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(torch.float16)
-    part = arguments.output_dir.with_name(arguments.output_dir.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    pipe.save_pretrained(part)
-    if arguments.adapter is not None:
-        export_adapter(arguments.adapter, part / "adapter")
-    size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-    if size > LARGEST:
-        shutil.rmtree(part)
-        raise SystemExit(f"The checkpoint has {size / 2**20:.1f} MB, more than {LARGEST / 2**20:.0f}.")
-    replace_folder(part, arguments.output_dir)
+    with folder_at_once(arguments.output_dir, replace=True) as folder:
+        pipe.save_pretrained(folder)
+        if arguments.adapter is not None:
+            export_adapter(arguments.adapter, folder / "adapter")
+        for name in CARD:
+            if (arguments.output_dir / name).exists():
+                shutil.copy(arguments.output_dir / name, folder / name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if size > LARGEST:
+            raise SystemExit(f"The checkpoint has {size / 2**20:.1f} MB, more than {LARGEST / 2**20:.0f}.")
     print(f"{size / 2**20:.1f} MB in {arguments.output_dir}.")
 
 

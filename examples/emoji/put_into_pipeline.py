@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import diffusers_llada_uni  # noqa: F401  registers the models
+from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
 PARTS = ("vae", "semantic_embedder", "transformer", "scheduler", "transformer_turbo", "scheduler_turbo")
@@ -47,14 +48,13 @@ def embed_codes_by_likeness(model: PreTrainedModel) -> None:
 
 
 def put_model(model: PreTrainedModel, pipeline: Path) -> None:
-    model.save_pretrained(pipeline / "model.part")
-    replace_folder(pipeline / "model.part", pipeline / "model")
+    with folder_at_once(pipeline / "model", replace=True) as folder:
+        model.save_pretrained(folder)
 
 
 def put_folder(source: Path, pipeline: Path) -> None:
-    part = pipeline / f"{source.name}.part"
-    shutil.copytree(source, part, dirs_exist_ok=True)
-    replace_folder(part, pipeline / source.name)
+    with folder_at_once(pipeline / source.name, replace=True) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
     index_file = pipeline / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     # A part that was absent when the pipeline was saved is of the class of its namesake.
@@ -63,11 +63,6 @@ def put_folder(source: Path, pipeline: Path) -> None:
     part_file = index_file.with_suffix(".part")
     part_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     os.replace(part_file, index_file)
-
-
-def replace_folder(part: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
 
 
 def main() -> None:

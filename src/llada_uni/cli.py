@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -59,13 +59,24 @@ Temperature = Annotated[float, typer.Option(min=0, help="0 takes the surest word
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interruption is told in a line, with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo("llada-uni: interrupted", err=True)
+        raise typer.Exit(130) from error
+
+
+@contextmanager
 def _told_in_a_line() -> Iterator[None]:
     """
     A user's mistake is told in a line, with exit code 2: a value that is refused, a file or a package that is not
-    there. An interruption gives 130. Anything else is ours, and keeps its traceback.
+    there. Anything else, but for an interruption, is ours, and keeps its traceback.
     """
     try:
-        yield
+        with _interruptible():
+            yield
     except BrokenPipeError as error:  # `llada-uni ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from error
@@ -75,9 +86,6 @@ def _told_in_a_line() -> Iterator[None]:
             raise
         typer.echo(f"llada-uni: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("llada-uni: interrupted", err=True)
-        raise typer.Exit(130) from error
 
 
 def _tell_version(wanted: bool) -> None:
@@ -120,30 +128,39 @@ def _size(size: str | None) -> dict[str, int]:
 
 
 def _make(
+    command: Literal["draw", "edit", "fill"],
     prompt: str | None,
     prompts: str | None,
-    images: list[str],
+    images: list[str] | None,
     mask: str | None,
     output: Path,
     model: tuple[str, str | None, str],
-    as_json: bool,
+    plan: dict[str, int],
     settings: dict[str, Any],
-    **plan: Any,
+    as_json: bool,
 ) -> None:
-    """What `draw`, `edit` and `fill` have in common."""
+    """
+    What the three commands have in common.
+
+    Args:
+        model: Name, device, dtype.
+        plan: `seed`, `num_images`, `batch_size`.
+        settings: Of the pipeline's call; `None` is left out.
+    """
     from .commands.requests import Request, read_requests
 
     if (prompt is None) == (prompts is None):
         raise ValueError("Give a prompt, or `--prompts` with a file of them.")
     if prompts is not None and (images or mask):
         raise ValueError("`--image` and `--mask` are for one prompt; with `--prompts` its file names them.")
-    requests = [Request(prompt or "", tuple(images), mask)] if prompts is None else read_requests(prompts)
+    requests = [Request(prompt or "", tuple(images or ()), mask)] if prompts is None else read_requests(prompts)
+    wants_image, wants_mask = command != "draw", command == "fill"
     for number, request in enumerate(requests, 1):
         where = "" if prompts is None else f"{prompts}, row {number}: "
-        if bool(request.images) != plan["wants_image"]:
-            raise ValueError(f"{where}`image` is {'missing' if plan['wants_image'] else 'for `edit` and `fill`'}.")
-        if (request.mask is not None) != plan["wants_mask"]:
-            raise ValueError(f"{where}`mask` is {'missing' if plan['wants_mask'] else 'for `fill`'}.")
+        if bool(request.images) != wants_image:
+            raise ValueError(f"{where}`image` is {'missing' if wants_image else 'for `edit` and `fill`'}.")
+        if (request.mask is not None) != wants_mask:
+            raise ValueError(f"{where}`mask` is {'missing' if wants_mask else 'for `fill`'}.")
 
     from .commands.images import make_images, open_image
     from .commands.manifest import Manifest
@@ -160,19 +177,11 @@ def _make(
         sizes = [open_image(path).size for path in request.images]
         if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
             raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
-    name = resolve_model(model[0])
-    manifest = Manifest(output)
-    make_images(
-        _load(*model),
-        name,
-        requests,
-        manifest,
-        {key: value for key, value in settings.items() if value is not None},
-        plan["seed"],
-        plan["num_images"],
-        plan["batch_size"],
-        tell,
-    )
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if plan["num_images"] > 1:  # they would be the same one, were their codes not drawn
+        settings["generation_kwargs"] = {"do_sample": True}
+    name, manifest = resolve_model(model[0]), Manifest(output)
+    make_images(_load(*model), name, requests, manifest, settings, **plan, on_entry=tell)
 
 
 @app.command()
@@ -201,12 +210,10 @@ def draw(
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
             "thinking": thinking or None,
-            # Images of one prompt would be the same one, were their codes not drawn.
-            "generation_kwargs": {"do_sample": True} if num_images > 1 else None,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        plan |= {"wants_image": False, "wants_mask": False}
-        _make(prompt, prompts, [], None, output, (model, device, dtype), as_json, settings, **plan)
+        where = output, (model, device, dtype)
+        _make("draw", prompt, prompts, None, None, *where, plan, settings, as_json)
 
 
 @app.command()
@@ -234,11 +241,10 @@ def edit(
             "image_guidance_scale": image_guidance,
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
-            "generation_kwargs": {"do_sample": True} if num_images > 1 else None,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        plan |= {"wants_image": True, "wants_mask": False}
-        _make(prompt, prompts, image or [], None, output, (model, device, dtype), as_json, settings, **plan)
+        where = output, (model, device, dtype)
+        _make("edit", prompt, prompts, image, None, *where, plan, settings, as_json)
 
 
 @app.command()
@@ -265,11 +271,10 @@ def fill(
             "guidance_scale": guidance,
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
-            "generation_kwargs": {"do_sample": True} if num_images > 1 else None,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        plan |= {"wants_image": True, "wants_mask": True}
-        _make(prompt, prompts, image or [], mask, output, (model, device, dtype), as_json, settings, **plan)
+        where = output, (model, device, dtype)
+        _make("fill", prompt, prompts, image, mask, *where, plan, settings, as_json)
 
 
 def _sampling(temperature: float) -> dict[str, Any]:
@@ -530,11 +535,8 @@ def _add_stage(stage: str, what: str) -> None:
     def train(context: typer.Context) -> None:
         with _told_in_a_line():
             run = prepare(stage, context.args)
-        try:
+        with _interruptible():
             run()
-        except KeyboardInterrupt as error:
-            typer.echo("llada-uni: interrupted", err=True)
-            raise typer.Exit(130) from error
 
 
 for stage, what in STAGES.items():

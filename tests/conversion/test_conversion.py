@@ -31,16 +31,10 @@ from tests.conversion.conversion_common import (
     SIGVQ,
     assert_equal,
     backbone_of,
-    copy_released,
     merged,
     read_tensors,
 )
 from transformers_llada_uni import LLaDAUniForConditionalGeneration
-
-
-@pytest.fixture
-def released(official_tiny, tmp_path) -> Path:
-    return copy_released(official_tiny, tmp_path / "released")
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,10 @@ from tests.conversion.conversion_common import (
     IMAGE_TOKENIZER,
     SHARD,
     SIGVQ,
-    copy_released,
     drop,
     edit_json,
     edit_tensors,
 )
-
-
-@pytest.fixture
-def released(official_tiny, tmp_path) -> Path:
-    return copy_released(official_tiny, tmp_path / "released")
 
 
 # What is wrong with a checkpoint

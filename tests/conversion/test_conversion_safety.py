@@ -25,15 +25,9 @@ from tests.conversion.conversion_common import (
     SIGVQ,
     assert_equal,
     backbone_of,
-    copy_released,
     merged,
     read_tensors,
 )
-
-
-@pytest.fixture
-def released(official_tiny, tmp_path) -> Path:
-    return copy_released(official_tiny, tmp_path / "released")
 
 
 # Files

@@ -2,12 +2,12 @@
 
 import html
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import PIL.Image
+
+from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
 def write_story(
@@ -31,9 +31,7 @@ def write_story(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"`output` {str(folder)!r} exists already.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with folder_at_once(folder) as partial:
         blocks, number = [], 0
         for part in parts:
             if isinstance(part, str):
@@ -45,11 +43,6 @@ def write_story(
             part.save(partial / name)
             blocks.append(f"![]({name})" if page == "md" else f'<img src="{name}" alt="">')
         (partial / f"story.{page}").write_text(_page(blocks, title, page), encoding="utf-8")
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder / f"story.{page}"
 
 

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .chat import chat_router
 from .engine import Engine
-from .errors import RequestError, add_error_handlers, error_body
+from .errors import add_error_handlers, check_model, error_body
 from .images import image_router
 from .settings import ServerSettings
 
@@ -123,8 +123,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> Gate:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != settings.model_name:
-            raise RequestError(f"There is no model {name!r} here.", "model", 404, "model_not_found")
+        check_model(name, settings)
         return card
 
     @app.get("/health")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..answers import Answer, PromptTooLong
 from .clients import while_connected
 from .engine import Engine
-from .errors import OUR_FAULT, RequestError, error_body
+from .errors import OUR_FAULT, RequestError, check_model, error_body
 from .image_inputs import image_of_url
 from .jobs import TextJob
 from .settings import ServerSettings
@@ -131,10 +131,7 @@ def chat_router(engine: Engine, settings: ServerSettings) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
-        if body.model != settings.model_name:
-            raise RequestError(
-                f"There is no model {body.model!r} here, but {settings.model_name!r}.", "model", 404, "model_not_found"
-            )
+        check_model(body.model, settings)
         wanted = body.max_completion_tokens or body.max_tokens
         if wanted is not None and wanted > settings.max_new_tokens:
             raise RequestError(f"`max_tokens` may be {settings.max_new_tokens} at most, got {wanted}.", "max_tokens")

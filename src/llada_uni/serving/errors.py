@@ -1,5 +1,8 @@
 """Errors as OpenAI's clients know them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -7,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from .jobs import EngineBusy, EngineStopped
+from .settings import ServerSettings
 
 
 OUR_FAULT = "The server has failed to do this; its log says why."
@@ -26,6 +30,24 @@ class RequestError(Exception):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
+
+
+def refusal_of(errors: Sequence[Any]) -> RequestError:
+    """What pydantic finds wrong with a request, the first of it, by the field's name."""
+    first = errors[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"`{param}` is not known to this server.", param, code="unknown_parameter")
+    if first["type"] == "json_invalid":
+        return RequestError("The body is no JSON.")
+    return RequestError(f"`{param or 'body'}`: {first['msg']}.", param)
+
+
+def check_model(name: str, settings: ServerSettings) -> None:
+    if name != settings.model_name:
+        raise RequestError(
+            f"There is no model {name!r} here, but {settings.model_name!r}.", "model", 404, "model_not_found"
+        )
 
 
 def error_body(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
@@ -48,14 +70,7 @@ def add_error_handlers(app: FastAPI, retry_after: int) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(path) or None
-        if first["type"] == "extra_forbidden":
-            return _response(f"`{param}` is not known to this server.", 400, param, "unknown_parameter")
-        if first["type"] == "json_invalid":
-            return _response("The body is no JSON.", 400)
-        return _response(f"`{param or 'body'}`: {first['msg']}.", 400, param)
+        return await refused(request, refusal_of(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from .chat import Strict
 from .clients import while_connected
 from .engine import Engine
-from .errors import RequestError
+from .errors import RequestError, check_model, refusal_of
 from .image_inputs import encode_image, read_image
 from .jobs import ImageJob
 from .settings import ServerSettings
@@ -45,10 +45,8 @@ class ImageRequest(Strict):
         Raises:
             RequestError: for a size or a number of images that this server does not make.
         """
-        if self.model not in (None, settings.model_name):
-            raise RequestError(
-                f"There is no model {self.model!r} here, but {settings.model_name!r}.", "model", 404, "model_not_found"
-            )
+        if self.model is not None:
+            check_model(self.model, settings)
         if self.n > settings.max_images:
             raise RequestError(f"`n` may be {settings.max_images} at most, got {self.n}.", "n")
         call: dict[str, Any] = {}
@@ -120,13 +118,7 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
         try:
             body = ImageRequest.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            param = ".".join(map(str, first["loc"])) or None
-            if first["type"] == "extra_forbidden":
-                message, code = f"`{param}` is not known to this server.", "unknown_parameter"
-            else:
-                message, code = f"`{param}`: {first['msg']}.", None
-            raise RequestError(message, param, code=code) from error
+            raise refusal_of(error.errors()) from error
 
         def read() -> tuple[list[PIL.Image.Image], PIL.Image.Image | None]:
             images = [read_image(content, name, settings) for name, content in files]

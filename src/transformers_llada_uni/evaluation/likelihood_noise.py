@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..input_checks import check_integer, check_shape, check_tensor
+from ..input_checks import check_integer
 from ..training.objective.masking import positions_of
+from ..training.objective.noise import settle_noise_inputs
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,8 @@ class LikelihoodNoise:
         generator: torch.Generator | list[torch.Generator],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`BlockDiffusionNoise.sample`]: `masked` and `weights`, both `(batch, num_samples, length)`."""
-        check_tensor("labels", labels, (torch.int64,), ndim=2)
-        check_integer("block_length", block_length, 1)
-        if document_ids is None:
-            document_ids = torch.zeros_like(labels)
-        check_shape("document_ids", document_ids, tuple(labels.shape))
+        document_ids, generators = settle_noise_inputs(labels, document_ids, block_length, generator)
         batch_size, length = labels.shape
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if len(generators) != batch_size:
-            raise ValueError(f"`generator` must hold one generator per row, {batch_size}, got {len(generators)}.")
 
         positions = positions_of(document_ids)
         begins = (torch.arange(length, device=labels.device) - positions % block_length).cpu()

@@ -15,6 +15,7 @@ from diffusers_llada_uni.training import (
     LLaDAUniDecoderTrainer,
     prepare_decoder_dataset,
 )
+from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
     RUN,
     dataset_of_pictures,
@@ -129,17 +130,11 @@ def test_the_embedder_can_be_frozen(tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.9}
-    settings["lr_scheduler_type"] = "constant"
-    whole = make_trainer(tmp_path / "whole", max_steps=4, **settings)
-    whole.train()
-    make_trainer(tmp_path / "parts", max_steps=2, **settings).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    for first, second in ((whole.model, resumed.model), (whole.trained_model(), resumed.trained_model())):
-        state = second.state_dict()
-        for name, tensor in first.state_dict().items():
-            assert torch.equal(tensor, state[name]), name
+    settings = {"learning_rate": 1e-3, "ema_decay": 0.9, "lr_scheduler_type": "constant"}
+    whole, resumed = assert_resumed_equals_uninterrupted(make_trainer, tmp_path, **settings)
+    averages = resumed.trained_model().state_dict()
+    for name, tensor in whole.trained_model().state_dict().items():
+        assert torch.equal(tensor, averages[name]), name
 
 
 # Data

@@ -12,6 +12,7 @@ from diffusers_llada_uni.training import (
     LLaDAUniDistillationConfig,
     LLaDAUniDistillationTrainer,
 )
+from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
     RUN,
     dataset_of_pictures,
@@ -178,14 +179,7 @@ def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-    whole = make_trainer(tmp_path / "whole", max_steps=4, **settings)
-    whole.train()
-    make_trainer(tmp_path / "parts", max_steps=2, **settings).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_resumed_equals_uninterrupted(make_trainer, tmp_path, learning_rate=1e-3, lr_scheduler_type="constant")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """GRPO with block-diffusion rollouts: the estimate, the ratio, and that rewards rise."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from tests.common import assert_resumed_equals_uninterrupted
 from tests.transformers_llada_uni.training.training_common import BLOCK, RUN
 from tests.transformers_llada_uni.training.training_common import tiny_model as small_model
 from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer, lora_config
@@ -155,15 +158,8 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(tokenizer, tmp_path)
 
 @pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
 def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path, estimate):
-    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "beta": 0.05}
-    settings["log_probability_estimate"] = estimate
-    whole = make_trainer(tokenizer, tmp_path / "whole", max_steps=4, **settings)
-    whole.train()
-    make_trainer(tokenizer, tmp_path / "parts", max_steps=2, **settings).train()
-    resumed = make_trainer(tokenizer, tmp_path / "parts", max_steps=4, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    settings = {"learning_rate": 1e-2, "beta": 0.05, "log_probability_estimate": estimate}
+    assert_resumed_equals_uninterrupted(partial(make_trainer, tokenizer), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])

@@ -12,6 +12,7 @@ from PIL import ImageDraw
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, SiglipTextConfig, SiglipTextModel
 
+from tests.common import assert_resumed_equals_uninterrupted
 from transformers_llada_uni.training import LLaDAUniImageTokenizerConfig, LLaDAUniImageTokenizerTrainer
 from transformers_llada_uni.training.image_tokenizer_loss import (
     codebook_statistics,
@@ -363,15 +364,9 @@ def test_a_save_that_stops_leaves_the_old_result(make_trainer, tmp_path, monkeyp
 
 
 def test_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "revival_interval": 1}
+    settings = {"learning_rate": 1e-3, "revival_interval": 1}
     settings |= {"revival_threshold": 0.5, "per_device_train_batch_size": 4}
-    whole = make_trainer(tmp_path / "whole", max_steps=4, **settings)
-    whole.train()
-    make_trainer(tmp_path / "parts", max_steps=2, **settings).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert_resumed_equals_uninterrupted(make_trainer, tmp_path, **settings)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,32 @@ NOISE_LEVELS = ("block", "sample")
 WEIGHTINGS = ("inverse", "none")
 
 
+def settle_noise_inputs(
+    labels: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    block_length: int,
+    generator: torch.Generator | list[torch.Generator],
+) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """
+    What every noise begins with, see [`BlockDiffusionNoise.sample`].
+
+    Returns:
+        The documents' numbers `(batch, length)`, and a generator for each row.
+
+    Raises:
+        ValueError, TypeError: for inputs that do not fit together.
+    """
+    check_tensor("labels", labels, (torch.int64,), ndim=2)
+    check_integer("block_length", block_length, 1)
+    if document_ids is None:
+        document_ids = torch.zeros_like(labels)
+    check_shape("document_ids", document_ids, tuple(labels.shape))
+    generators = generator if isinstance(generator, list) else [generator] * len(labels)
+    if len(generators) != len(labels):
+        raise ValueError(f"`generator` must hold one generator per row, {len(labels)}, got {len(generators)}.")
+    return document_ids, generators
+
+
 @dataclass(frozen=True)
 class BlockDiffusionNoise:
     r"""
@@ -80,18 +106,11 @@ class BlockDiffusionNoise:
             `masked` and `weights`, both `(batch, copies, length)`. `weights` is 0 where `masked` is false, and divided
             by the number of copies: summed over the copies, its expectation is 1 for every token with a label.
         """
-        check_tensor("labels", labels, (torch.int64,), ndim=2)
-        check_integer("block_length", block_length, 1)
-        if document_ids is None:
-            document_ids = torch.zeros_like(labels)
-        check_shape("document_ids", document_ids, tuple(labels.shape))
-        batch_size, length = labels.shape
+        document_ids, generators = settle_noise_inputs(labels, document_ids, block_length, generator)
+        length = labels.shape[1]
         num_samples, device = self.num_noise_samples, labels.device
 
         # 1. One uniform number per block or document, and from it num_samples stratified levels
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if len(generators) != batch_size:
-            raise ValueError(f"`generator` must hold one generator per row, {batch_size}, got {len(generators)}.")
         # A token's numbers stand together, so that a longer row begins with the numbers of a shorter one.
         rows = [torch.rand(length, 1 + num_samples, generator=one, device=one.device) for one in generators]
         numbers = torch.stack(rows).to(device).transpose(1, 2)  # [b, 1 + s, l]
