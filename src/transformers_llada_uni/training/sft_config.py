@@ -7,9 +7,10 @@ from typing import Any
 from trl import SFTConfig
 
 from ..input_checks import check_choice, check_number
+from .documented_settings import documented
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
-from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
+from .stages import STAGES, check_parts, check_warmup
 from .trl_settings import refuse_without_meaning, settle_defaults
 
 
@@ -27,6 +28,7 @@ WITHOUT_MEANING = {
 }
 
 
+@documented
 @dataclass
 class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     r"""
@@ -51,8 +53,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             `block_length`, by doubling; below 1 a share of all steps. Default: the stage's.
         weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
         complementary (`bool`, *optional*): Default: the stage's.
-        num_noise_samples (`int`, defaults to 1).
-        text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
+        num_noise_samples (`int`, defaults to 1): Independent noisy copies of each row.
+        text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. An
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
         > Routers
@@ -80,68 +82,32 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["task_mix"]
 
     # Overridden defaults
-    learning_rate: float | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None, metadata={"help": "The initial learning rate for AdamW. Default: the stage's."}
-    )
-    max_length: int | None = field(
-        default=4096, metadata={"help": "Longest row in tokens; an image of 1024 x 1024 takes 1029."}
-    )
-    packing: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None, metadata={"help": "Whether documents share rows of `max_length` tokens. Default: the stage's."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; here all have one."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation returns losses only: logits of whole sequences are never made."}
-    )
+    learning_rate: float | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    max_length: int | None = 4096
+    packing: bool | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    ddp_find_unused_parameters: bool | None = False
+    prediction_loss_only: bool = True
 
     # What is trained
-    stage: str = field(
-        default="supervised_finetuning",
-        metadata={"help": "Preset of what is trained on what mix of tasks.", "choices": list(STAGES)},
-    )
-    trained_parts: list[str] | None = field(
-        default=None, metadata={"help": f"Parts to train, among {', '.join(LANGUAGE_MODEL)}. Default: the stage's."}
-    )
-    task_mix: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Share of each task in a dict of datasets. Default: the stage's."}
-    )
+    stage: str = field(default="supervised_finetuning", metadata={"choices": list(STAGES)})
+    trained_parts: list[str] | None = None
+    task_mix: dict[str, Any] | str | None = None
 
     # Objective
-    block_length_warmup_steps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Steps over which blocks grow from one token to `block_length`, by doubling; below 1 a share of "
-            "all steps. Default: the stage's."
-        },
-    )
-    weighting: str = field(
-        default="inverse",
-        metadata={"help": "Weight of a masked token: 1/t (a likelihood bound) or 1.", "choices": list(WEIGHTINGS)},
-    )
-    complementary: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None,
-        metadata={"help": "Whether each noisy copy comes with its complement. Default: the stage's."},
-    )
-    num_noise_samples: int = field(default=1, metadata={"help": "Noisy copies (or complementary pairs) of each row."})
-    text_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of text tokens."})
-    image_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of image codes."})
+    block_length_warmup_steps: float | None = None
+    weighting: str = field(default="inverse", metadata={"choices": list(WEIGHTINGS)})
+    complementary: bool | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    num_noise_samples: int = 1
+    text_weight: float = 1.0
+    image_weight: float = 1.0
 
     # Routers
-    expert_bias_update_rate: float | None = field(
-        default=None,
-        metadata={"help": "Step of the auxiliary-loss-free load balancing; 0 for none. Default: the stage's."},
-    )
-    router_z_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    expert_bias_update_rate: float | None = None
+    router_z_loss_coefficient: float = 0.0
 
     # Data
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "How often the text of an image to generate is left out, for guidance."}
-    )
-    image_dropout: float = field(
-        default=0.1, metadata={"help": "How often the source image of an edit is left out, for guidance."}
-    )
+    caption_dropout: float = 0.1
+    image_dropout: float = 0.1
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
@@ -186,6 +152,3 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
     def make_noise(self) -> BlockDiffusionNoise:
         return dataclasses.replace(super().make_noise(), weighting=self.weighting)
-
-
-__all__ = ["LLaDAUniSFTConfig"]

@@ -151,6 +151,3 @@ def block_length_at(step: int, max_steps: int, warmup_steps: float, block_length
         return block_length
     num_doublings = block_length.bit_length() - 1
     return 2 ** int(num_doublings * step / warmup_steps)
-
-
-__all__ = ["STAGES", "Stage", "block_length_at", "freeze_all_but"]

@@ -92,6 +92,3 @@ class RouterBalancing(TrainerCallback):
         if self.update_rate:
             for router, step in zip(self.routers, (mean_load - loads).sign() * self.update_rate, strict=True):
                 router.expert_bias.add_(step.to(router.expert_bias))
-
-
-__all__ = ["RouterBalancing"]
