@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from diffusers_llada_uni.evaluation import CLIPScore, FrechetDistance, frechet_distance
 
 
-class TestPictureMetrics:
+class TestImageMetrics:
     @pytest.fixture(scope="class")
     def clip(self, tmp_path_factory):
         torch.manual_seed(0)
@@ -35,23 +35,23 @@ class TestPictureMetrics:
 
     def test_clip_score_by_hand(self, clip):
         prompts = ["a", "b c d", "a b c d e f g h a b c d"]  # the last is longer than the model reads
-        pictures = [Image.new("RGB", (20, 30), colour) for colour in ("red", "green", "blue")]
-        pictures[1] = pictures[1].convert("RGBA")
-        scores = CLIPScore(str(clip))(prompts, pictures)
+        images = [Image.new("RGB", (20, 30), colour) for colour in ("red", "green", "blue")]
+        images[1] = images[1].convert("RGBA")
+        scores = CLIPScore(str(clip))(prompts, images)
         model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-        for prompt, picture, score in zip(prompts, pictures, scores, strict=True):
+        for prompt, image, score in zip(prompts, images, scores, strict=True):
             inputs = processor(
-                text=[prompt], images=[picture.convert("RGB")], return_tensors="pt", truncation=True, padding=True
+                text=[prompt], images=[image.convert("RGB")], return_tensors="pt", truncation=True, padding=True
             )
             with torch.no_grad():
                 cosine = model(**inputs).logits_per_image / model.logit_scale.exp()
             assert score == pytest.approx(max(100 * float(cosine), 0.0), abs=1e-3)
-        assert CLIPScore(model, processor)(prompts, pictures) == pytest.approx(scores)
+        assert CLIPScore(model, processor)(prompts, images) == pytest.approx(scores)
 
     def test_clip_score_refuses(self, clip):
         with pytest.raises(ValueError, match="`processor` is needed"):
             CLIPScore(CLIPModel.from_pretrained(clip))
-        with pytest.raises(ValueError, match="`prompts` are 2, but `pictures` are 1"):
+        with pytest.raises(ValueError, match="`prompts` are 2, but `images` are 1"):
             CLIPScore(str(clip))(["a", "b"], [Image.new("RGB", (8, 8))])
 
     def test_frechet_distance_by_hand(self):
@@ -68,14 +68,14 @@ class TestPictureMetrics:
         assert frechet_distance(rotated[0], rotated[0]) == pytest.approx(0.0, abs=1e-6)
 
     def test_frechet_distance_of_few_samples(self):
-        # Singular covariances, as with fewer pictures than features, must not give NaN.
+        # Singular covariances, as with fewer images than features, must not give NaN.
         features = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
         assert math.isfinite(frechet_distance(features, features + 1))
         assert frechet_distance(features, features + 1) == pytest.approx(32.0, rel=1e-4)
 
-    def test_frechet_distance_of_pictures(self):
-        def mean_colour(pictures):
-            return torch.tensor([picture.resize((1, 1)).getpixel((0, 0)) for picture in pictures]).float()
+    def test_frechet_distance_of_images(self):
+        def mean_colour(images):
+            return torch.tensor([image.resize((1, 1)).getpixel((0, 0)) for image in images]).float()
 
         first = [Image.new("RGB", (4, 4), (red, 0, 0)) for red in (10, 20, 30)]
         second = [Image.new("L", (4, 4), 0).convert("RGB"), *first[:2]]

@@ -1,21 +1,21 @@
-"""Metrics of pictures, on models that the user has: nothing is downloaded."""
+"""Metrics of images, on models that the user has: nothing is downloaded."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 from transformers_llada_uni.input_checks import check_integer
 
 
 class CLIPScore:
     """
-    How well a picture fits its prompt: 100 times the cosine of CLIP's embeddings, not below 0 (CLIPScore, arXiv
+    How well an image fits its prompt: 100 times the cosine of CLIP's embeddings, not below 0 (CLIPScore, arXiv
     2104.08718, with the factor 100 that text-to-image reports use in place of 2.5).
 
-    Call it with prompts and as many PIL pictures; it gives one number for each. Prompts longer than CLIP's 77 tokens
+    Call it with prompts and as many PIL images; it gives one number for each. Prompts longer than CLIP's 77 tokens
     are cut.
 
     Args:
@@ -24,8 +24,8 @@ class CLIPScore:
         device (`str`, *optional*): Where to put the model. Default: where it is.
 
     Raises:
-        ValueError: if a loaded `model` comes without `processor`; in the call, if there are not as many prompts as
-            pictures.
+        ValueError: if `model` is no CLIP; if a loaded one comes without `processor`; in the call, if there are not as
+            many prompts as images.
     """
 
     def __init__(self, model: str | CLIPModel, processor: Any = None, device: str | torch.device | None = None):
@@ -33,18 +33,20 @@ class CLIPScore:
             if processor is None:
                 raise ValueError("`processor` is needed with a model that is loaded already.")
         else:
+            if (kind := AutoConfig.from_pretrained(model).model_type) != "clip":
+                raise ValueError(f"`model` {model!r} is no CLIP model, but of the type {kind!r}.")
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
             model = CLIPModel.from_pretrained(model)
         self.model = model.eval() if device is None else model.eval().to(device)
         self.processor = processor
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> list[float]:
-        if len(prompts) != len(pictures):
-            raise ValueError(f"`prompts` are {len(prompts)}, but `pictures` are {len(pictures)}.")
-        pictures = [picture.convert("RGB") for picture in pictures]
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[float]:
+        if len(prompts) != len(images):
+            raise ValueError(f"`prompts` are {len(prompts)}, but `images` are {len(images)}.")
+        images = [image.convert("RGB") for image in images]
         inputs = self.processor(
-            text=list(prompts), images=pictures, return_tensors="pt", padding=True, truncation=True
+            text=list(prompts), images=images, return_tensors="pt", padding=True, truncation=True
         ).to(self.model.device)
         # Normalised embeddings, in float32 whatever the model computes in.
         outputs = self.model(**inputs)
@@ -85,14 +87,14 @@ def _square_root(covariance: torch.Tensor) -> torch.Tensor:
 
 class FrechetDistance:
     """
-    [`frechet_distance`] between pictures and reference pictures, on the features of a model of the user's.
+    [`frechet_distance`] between images and reference images, on the features of a model of the user's.
 
-    Call it with pictures and reference pictures, of any two numbers.
+    Call it with images and reference images, of any two numbers.
 
     Args:
-        extract_features (`Callable[[list[PIL.Image.Image]], torch.Tensor]`): Pictures to features `(pictures,
+        extract_features (`Callable[[list[PIL.Image.Image]], torch.Tensor]`): Images to features `(images,
             dimensions)`; of Inception's last pooling layer for what papers call FID.
-        batch_size (`int`, defaults to 16): Pictures at a time.
+        batch_size (`int`, defaults to 16): Images at a time.
     """
 
     def __init__(self, extract_features: Callable[[list[Image.Image]], torch.Tensor], batch_size: int = 16):
@@ -101,16 +103,45 @@ class FrechetDistance:
         check_integer("batch_size", batch_size, 1)
         self.extract_features, self.batch_size = extract_features, batch_size
 
-    def __call__(self, pictures: Sequence[Image.Image], reference_pictures: Sequence[Image.Image]) -> float:
-        return frechet_distance(self._features(pictures), self._features(reference_pictures))
+    def __call__(self, images: Sequence[Image.Image], reference_images: Sequence[Image.Image]) -> float:
+        return frechet_distance(self._features(images), self._features(reference_images))
 
     @torch.no_grad()
-    def _features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        starts = range(0, len(pictures), self.batch_size)
-        batches = [[picture.convert("RGB") for picture in pictures[i : i + self.batch_size]] for i in starts]
+    def _features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        starts = range(0, len(images), self.batch_size)
+        batches = [[image.convert("RGB") for image in images[i : i + self.batch_size]] for i in starts]
         if not batches:
-            raise ValueError("There are no pictures to compare.")
+            raise ValueError("There are no images to compare.")
         return torch.cat([self.extract_features(batch).detach().cpu() for batch in batches])
 
 
-__all__ = ["CLIPScore", "FrechetDistance", "frechet_distance"]
+class ImageFeatures:
+    """
+    Features of images for [`FrechetDistance`]: the embeddings of CLIP and its like, else what the model pools.
+
+    Call it with PIL images; it gives `(images, dimensions)`.
+
+    Args:
+        model (`str`): A local folder or a name of a model of images (DINOv2, ViT, CLIP, SigLIP, ...).
+        device (`str`, *optional*): Where to put the model. Default: the CPU.
+
+    Raises:
+        ValueError: if the model pools nothing.
+    """
+
+    def __init__(self, model: str, device: str | torch.device | None = None):
+        self.processor = AutoImageProcessor.from_pretrained(model)
+        self.model = AutoModel.from_pretrained(model).eval().to(device or "cpu")
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
+        compute = getattr(self.model, "get_image_features", self.model)
+        outputs = compute(**inputs)
+        features = outputs if isinstance(outputs, torch.Tensor) else outputs.get("pooler_output")
+        if features is None:
+            raise ValueError(f"`model`: {type(self.model).__name__} pools no features of an image.")
+        return features.flatten(1)
+
+
+__all__ = ["CLIPScore", "FrechetDistance", "ImageFeatures", "frechet_distance"]
