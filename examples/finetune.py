@@ -8,8 +8,6 @@ The tiny checkpoint has random weights. An adapter cannot make a speaker of it: 
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,11 +15,11 @@ import datasets
 from datasets import Dataset, Image, List
 from PIL import Image as PILImage
 
+from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers
 from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer, lora_config
 
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "tests" / "fixtures" / "official_tiny"
+TINY = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "official_tiny"
 
 
 def conversations() -> Dataset:
@@ -48,8 +46,7 @@ def main() -> None:
         checkpoint = options.checkpoint
         if checkpoint is None:
             checkpoint = str(Path(scratch, "tiny"))
-            script = ROOT / "conversion" / "convert_llada_uni_checkpoint.py"
-            subprocess.run([sys.executable, str(script), str(TINY), checkpoint], check=True)
+            convert_to_diffusers(TINY, checkpoint)
         dataset = conversations() if options.data is None else datasets.load_dataset(options.data, split="train")
         trainer = LLaDAUniSFTTrainer(
             model=checkpoint,

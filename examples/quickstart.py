@@ -1,5 +1,5 @@
 """
-Draws three prompts, names a picture, edits it, tells a story in words and pictures; saves everything.
+Draws three prompts, names an image, edits it, tells a story in words and images; saves everything.
 
     python examples/quickstart.py                                # the emoji model of this package, on a CPU
     python examples/quickstart.py --image mine.png --instruction "make it a man"
@@ -21,7 +21,7 @@ from diffusers_llada_uni import embedded_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "examples" / "emoji" / "pictures" / "waving_hand.png"
+IMAGE = ROOT / "examples" / "emoji" / "pictures" / "waving_hand.png"
 PROMPTS = ("a red apple", "thumbs up with dark skin", "show me an emoji of a rocket")
 
 
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="A pipeline folder; default: the emoji model.")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "outputs" / "quickstart")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
-    parser.add_argument("--image", type=Path, default=PICTURE, help="A picture of your own to name and edit.")
+    parser.add_argument("--image", type=Path, default=IMAGE, help="An image of your own to name and edit.")
     parser.add_argument("--question", default="what is this?")
     parser.add_argument("--instruction", default="change the skin tone to dark")
     parser.add_argument("--story", default="a story of 4 moon phases from the new moon")
-    parser.add_argument("--size", type=int, help="Sides of the pictures made, in pixels; default: the model's own.")
+    parser.add_argument("--size", type=int, help="Sides of the images made, in pixels; default: the model's own.")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="Length of the answer at most.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -66,9 +66,9 @@ def main() -> None:
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(arguments.seed)
 
-    def save(picture: Image.Image, name: str) -> Path:
+    def save(image: Image.Image, name: str) -> Path:
         path = arguments.output_dir / f"{name}.png"
-        picture.save(path)
+        image.save(path)
         return path
 
     with timed("loaded the model"):
@@ -76,9 +76,9 @@ def main() -> None:
     size = {"height": arguments.size, "width": arguments.size} if arguments.size else {}
 
     with timed("drew " + ", ".join(map(repr, arguments.prompts))):
-        pictures = pipe(list(arguments.prompts), **size, generator=generator()).images
-    for number, picture in enumerate(pictures, start=1):
-        save(picture, f"drawn_{number}")
+        images = pipe(list(arguments.prompts), **size, generator=generator()).images
+    for number, image in enumerate(images, start=1):
+        save(image, f"drawn_{number}")
 
     source = Image.open(arguments.image).convert("RGB")
     content = [{"type": "image", "image": source}, {"type": "text", "text": arguments.question}]
@@ -86,7 +86,7 @@ def main() -> None:
         answer = pipe.chat([{"role": "user", "content": content}], max_new_tokens=arguments.max_new_tokens).strip()
     with timed(f"edited it: {arguments.instruction!r}"):
         edited = pipe(arguments.instruction, image=source, **size, generator=generator()).images[0]
-    save(source, "picture")
+    save(source, "image")
     save(edited, "edited")
 
     with timed(f"told {arguments.story!r}"):

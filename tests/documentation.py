@@ -1,23 +1,27 @@
 """
-Runs the fenced blocks of a document as a reader would: `python documentation.py README.md DIRECTORY`.
+The fenced blocks of a document, and how they are run: `python documentation.py README.md 3` does what a reader does in
+section 3, in the working directory.
 
 A section (`#` or `##`) is a process of its own, as a reader starts where he finds what he needs; its blocks follow
-one another in it, in the folder of DIRECTORY that is called by the section's number. Nothing of a block is changed. A
-block that cannot run in a test has `<!-- not run: why -->` in the line above it.
+one another in it. Nothing of a block is changed. A block that cannot run in a test has `<!-- not run: why -->` in the
+line above it. Blocks may be indented, as in the tabs of mkdocs-material. Of blocks that are not code but JSON or YAML
+the syntax is looked at; `text` is what a program says.
 """
 
-import os
+import json
 import re
 import subprocess
 import sys
-import traceback
+import textwrap
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import yaml
 
-FENCE = re.compile(r"(```+)(\w*)$")
-NOT_RUN = re.compile(r"<!-- not run: (.+) -->$")
+
+FENCE = re.compile(r"( *)(```+)(\w*)$")
+NOT_RUN = re.compile(r" *<!-- not run: (.+) -->$")
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ def blocks_of(document: str) -> list[Block]:
             fence, start = found, number + 1
             above = NOT_RUN.match(lines[number - 1]) if number else None
             reason = above.group(1) if above else None
-        elif fence is not None and found and found.group(1) == fence.group(1) and not found.group(2):
-            code = "\n".join(lines[start:number]) + "\n"
-            blocks.append(Block(fence.group(2), code, start + 1, section, reason))
+        elif fence is not None and found and found.groups() == (*fence.groups()[:2], ""):
+            code = textwrap.dedent("\n".join(lines[start:number]) + "\n")
+            blocks.append(Block(fence.group(3), code, start + 1, section, reason))
             fence = None
         elif fence is None and re.match(r"##? ", line):
             section = line.strip("# ")
@@ -64,10 +68,14 @@ def blocks_of(document: str) -> list[Block]:
     return blocks
 
 
+def runnable_blocks(document: str) -> list[Block]:
+    """All but those that install something, or are said not to run."""
+    return [block for block in blocks_of(document) if not (block.not_run or block.is_installation)]
+
+
 def sections_of(document: str) -> list[list[Block]]:
     """The blocks that are run, by section; none is empty."""
-    blocks = [block for block in blocks_of(document) if not (block.not_run or block.is_installation)]
-    return [list(section) for _, section in groupby(blocks, key=lambda block: block.section)]
+    return [list(section) for _, section in groupby(runnable_blocks(document), key=lambda block: block.section)]
 
 
 def run(block: Block, path: Path, namespace: dict[str, object]) -> None:
@@ -76,42 +84,22 @@ def run(block: Block, path: Path, namespace: dict[str, object]) -> None:
         exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), namespace)
     elif block.language == "bash":
         subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], check=True)
-    else:
-        raise ValueError(f"A block is python or bash, not {block.language!r}.")
-
-
-def run_section(blocks: list[Block], path: Path, directory: Path) -> bool:
-    """Whether all blocks ran, one after the other, in a process that has imported nothing of this project yet."""
-    process = os.fork()
-    if process == 0:
-        os.chdir(directory)
-        namespace: dict[str, object] = {"__name__": "__main__"}
-        for block in blocks:
-            print(f"line {block.line}, under {block.section!r}", flush=True)
-            try:
-                run(block, path, namespace)
-            except BaseException:
-                traceback.print_exc()
-                print(f"FAILED: {path.name}, line {block.line}, under {block.section!r}", file=sys.stderr, flush=True)
-                os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
-    return os.waitpid(process, 0)[1] == 0
+    elif block.language == "yaml":
+        yaml.safe_load(block.code)
+    elif block.language == "json":
+        for line in block.code.splitlines():
+            json.loads(line)
+    elif block.language != "text":
+        raise ValueError(f"A block is python, bash, yaml, json or text, not {block.language!r}.")
 
 
 def main() -> None:
-    path, directory = (Path(argument).resolve() for argument in sys.argv[1:])
+    path, number = Path(sys.argv[1]), int(sys.argv[2])
     sys.path[0] = ""  # the reader's working directory, and not the tests
-    sections = sections_of(path.read_text())
-    if not sections:
-        return
-    # Once for all sections: importing them takes longer than most sections do.
-    import diffusers  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
-    results = [run_section(blocks, path, directory / str(number)) for number, blocks in enumerate(sections)]
-    sys.exit(0 if all(results) else 1)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in sections_of(path.read_text())[number]:
+        print(f"{path.name}, line {block.line}, under {block.section!r}", flush=True)
+        run(block, path, namespace)
 
 
 if __name__ == "__main__":

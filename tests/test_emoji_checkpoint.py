@@ -132,7 +132,7 @@ def test_unknown_names_are_refused():
 def test_first_command_of_the_readme(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output-dir", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert {"drawn_1.png", "drawn_2.png", "drawn_3.png", "picture.png", "edited.png", "words.txt"} <= {
+    assert {"drawn_1.png", "drawn_2.png", "drawn_3.png", "image.png", "edited.png", "words.txt"} <= {
         file.name for file in tmp_path.iterdir()
     }
     assert len(list(tmp_path.glob("story_*.png"))) == 4

@@ -1,5 +1,5 @@
 """
-An untrained LLaDA-Uni of 15 million parameters for pictures of 64 x 64, with a tokenizer trained on the corpus.
+An untrained LLaDA-Uni of 15 million parameters for images of 64 x 64, with a tokenizer trained on the corpus.
 
     python examples/emoji/build_model.py runs/emoji/data/corpus.txt runs/emoji/model
 
@@ -100,7 +100,7 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
         n_group=4,
         topk_group=2,
         routed_scaling_factor=1.0,
-        block_length=16,  # a picture is a block; prompts and answers are shorter
+        block_length=16,  # an image is a block; prompts and answers are shorter
         max_position_embeddings=1024,
         initializer_range=0.03,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
@@ -136,7 +136,7 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
 
 
 def build_vae() -> AutoencoderKL:
-    """A quarter of the picture's sides, 8 channels."""
+    """A quarter of the image's sides, 8 channels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

@@ -1,4 +1,4 @@
-"""The emoji: pictures, names, which of them are held out, and which of them make an edit or a story."""
+"""The emoji: images, names, which of them are held out, and which of them make an edit or a story."""
 
 import hashlib
 import io
@@ -37,7 +37,7 @@ HAIR = ("red hair", "curly hair", "white hair", "bald", "blond hair")
 @dataclass
 class Emoji:
     """
-    One picture of the set.
+    One image of the set.
 
     Args:
         key: Its code points, such as "1F44B-1F3FD".
@@ -46,7 +46,7 @@ class Emoji:
         category, subcategory: Of Unicode.
         keywords: Other names of the base.
         picture: 64 x 64, on white.
-        is_held_out: Never shown in training, neither as a picture nor by a caption.
+        is_held_out: Never shown in training, neither as an image nor by a caption.
         names: All names of this very picture: some emoji of the set are drawn alike.
     """
 
@@ -76,7 +76,7 @@ def name_of(base: str, tones: tuple[str, ...]) -> str:
 
 
 def hold_out(table: list[Emoji]) -> None:
-    """The rule: of the pictures with a skin tone the tenth whose code points have the smallest SHA-256."""
+    """The rule: of the images with a skin tone the tenth whose code points have the smallest SHA-256."""
     # What is held out under one name must not be trained on under another.
     candidates = [emoji for emoji in table if emoji.tones and len(emoji.names) == 1]
     candidates.sort(key=lambda emoji: hashlib.sha256(emoji.key.encode()).digest())
@@ -85,7 +85,7 @@ def hold_out(table: list[Emoji]) -> None:
 
 
 def load_emoji(package: str | Path) -> list[Emoji]:
-    """All 3,786 pictures of the npm package, in the order of Unicode."""
+    """All 3,786 images of the npm package, in the order of Unicode."""
     pictures: dict[str, bytes] = {}
     with tarfile.open(package) as archive:
         for member in archive:
@@ -141,7 +141,7 @@ def _on_white(data: bytes) -> Image.Image:
 
 
 def _name_twins(table: list[Emoji]) -> None:
-    """Some pictures are equal pixel by pixel, such as the flags of Norway and Svalbard: each has both names."""
+    """Some images are equal pixel by pixel, such as the flags of Norway and Svalbard: each has both names."""
     twins: dict[bytes, list[Emoji]] = defaultdict(list)
     for emoji in table:
         twins[emoji.picture.tobytes()].append(emoji)

@@ -4,7 +4,7 @@ What the emoji model can do, measured.
     python examples/emoji/evaluate.py emoji-datasource-twitter-16.0.0.tgz            # the shipped model
     python examples/emoji/evaluate.py emoji-datasource-twitter-16.0.0.tgz --model runs/emoji/model --share 0.1
 
-Prints a table; `--card FILE` also writes it there, between the lines that mark its place. A picture counts as right
+Prints a table; `--card FILE` also writes it there, between the lines that mark its place. An image counts as right
 if, of all 3,786 emoji, the nearest one (L2 in 32 x 32 RGB) is the one asked for.
 """
 
@@ -89,7 +89,7 @@ class Evaluation:
         return self._share(results)
 
     def stories(self, rows: list[Story]) -> float:
-        """All sentences and all pictures are right, in order."""
+        """All sentences and all images are right, in order."""
         results = []
         for story in tqdm(rows, desc="stories"):
             generator = torch.Generator().manual_seed(self.seed)
@@ -101,7 +101,7 @@ class Evaluation:
         return self._share(results)
 
     def codebook_usage(self, rows: list[Emoji]) -> float:
-        """The share of codes that some picture has."""
+        """The share of codes that some image has."""
         used = set()
         for batch, _ in self._batches("encoding", rows):
             inputs = self.pipe.processor.image_processor(
@@ -156,7 +156,7 @@ def evaluate(
     measure("text-to-image, held-out skin tones", ">= 60%", evaluation.drawing, held_out, TRAINED_DRAWING)
     measure("edits", ">= 85%", evaluation.editing, known_edits)
     measure("edits to held-out skin tones", ">= 50%", evaluation.editing, new_edits)
-    measure("picture stories", ">= 80%", evaluation.stories, some(tasks.stories(), most=100))
+    measure("stories", ">= 80%", evaluation.stories, some(tasks.stories(), most=100))
 
     sample = some(trained, most=256)
     # Turbo is the default decoder where it is loaded.

@@ -1,4 +1,4 @@
-"""Which emoji a picture shows: the one of all 3,786 that is nearest in 32 x 32 RGB."""
+"""Which emoji an image shows: the one of all 3,786 that is nearest in 32 x 32 RGB."""
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class NearestEmoji:
         return torch.from_numpy(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
 
     def __call__(self, pictures: list[Image.Image]) -> list[set[str]]:
-        """Of each picture the keys of the nearest emoji: several where the set has the same picture twice."""
+        """Of each image the keys of the nearest emoji: several where the set has the same image twice."""
         pixels = torch.stack([self._small(picture) for picture in pictures])
         nearest = torch.cdist(pixels, self.pixels).argmin(dim=1)
         return [self.keys_of_twins[self.pixels[index].numpy().tobytes()] for index in nearest]

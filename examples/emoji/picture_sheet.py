@@ -1,5 +1,5 @@
 """
-One picture of what the emoji model does: prompts with what was drawn, edits before and after, a story. Nothing is
+One image of what the emoji model does: prompts with what was drawn, edits before and after, a story. Nothing is
 picked: the prompts stand below, the seed is 0, failures stay.
 
     python examples/emoji/picture_sheet.py emoji-datasource-twitter-16.0.0.tgz sheet.png
@@ -25,7 +25,7 @@ STORY = "a story of 4 moon phases from the new moon"
 
 
 def cell(pictures: list[Image.Image], words: str) -> Image.Image:
-    """Pictures side by side above their words."""
+    """Images side by side above their words."""
     size = 64 * SCALE if len(pictures) == 1 else 68
     canvas = Image.new("RGB", (CELL, 64 * SCALE + CAPTION), "white")
     left = (CELL - size * len(pictures)) // 2

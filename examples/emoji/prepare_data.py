@@ -1,5 +1,5 @@
 """
-The emoji of an npm package as a dataset of pictures with names, and as a text to train a tokenizer on.
+The emoji of an npm package as a dataset of images with names, and as a text to train a tokenizer on.
 
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/prepare_data.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/data

@@ -3,7 +3,7 @@ All tasks on the emoji as token ids, for a model whose image tokenizer is traine
 
     python examples/emoji/prepare_tasks.py emoji-datasource-twitter-16.0.0.tgz runs/emoji/model runs/emoji/tasks
 
-Each picture is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/`, `sft/` (all tasks, with more
+Each image is encoded once. Writes `text/`, `alignment/` (drawing and naming), `all/`, `sft/` (all tasks, with more
 naming), `refining/` (more drawing by name, more skin tones), `polishing/` and `finishing/` (more naming, above all of
 pairs of people) and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
 """
@@ -23,7 +23,7 @@ from transformers_llada_uni.loading.model_loading import load_model, load_proces
 from transformers_llada_uni.training import prepare_dataset
 
 
-# How often a picture is drawn, named, asked about and thought of in one round; how many edits, and each story.
+# How often an image is drawn, named, asked about and thought of in one round; how many edits, and each story.
 # A name is longer to learn than a picture: a row of naming has five words to learn from, one of drawing sixteen codes.
 PRETRAINING = {"drawing": 8, "naming": 12, "questions": 1, "thinking": 2, "editing": 12_000, "stories": 10}
 FINE_TUNING = {"drawing": 6, "naming": 10, "conversations": 2, "thinking": 2, "editing": 12_000, "stories": 12}
@@ -76,7 +76,7 @@ Row = dict[str, Any]
 
 class TaskRows:
     """
-    Rows of each task, in the formats of `docs/training.md`, on pictures that may be trained on.
+    Rows of each task, in the formats of `docs/training.md`, on images that may be trained on.
 
     Args:
         table (`list[Emoji]`): All emoji.
@@ -134,7 +134,7 @@ class TaskRows:
         ]
 
     def conversations(self, repeats: int) -> list[Row]:
-        """The name, and then another question about the same picture."""
+        """The name, and then another question about the same image."""
         rows = []
         for emoji in self.trained:
             for _ in range(repeats):

@@ -22,7 +22,7 @@ from wordings import (
 
 @dataclass(frozen=True)
 class Edit:
-    """A pair of pictures, by their keys, and what may be said to get from one to the other."""
+    """A pair of images, by their keys, and what may be said to get from one to the other."""
 
     source: str
     target: str
@@ -32,7 +32,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Story:
-    """A wish, and the sentences and pictures that answer it, in order: each sentence stands before its picture."""
+    """A wish, and the sentences and images that answer it, in order: each sentence stands before its image."""
 
     wish: str
     parts: tuple[tuple[str, str], ...]
@@ -65,7 +65,7 @@ class EmojiTasks:
     # Edits
 
     def edits(self) -> list[Edit]:
-        """Every pair, those whose source is held out left out: a picture nobody has seen is hard enough as target."""
+        """Every pair, those whose source is held out left out: an image nobody has seen is hard enough as target."""
         pairs = [*self._tones(), *self._people(), *self._clocks(), *self._moons(), *self._flags()]
         return [edit for edit in pairs if not self.by_key[edit.source].is_held_out]
 
@@ -160,7 +160,7 @@ class EmojiTasks:
     # Questions
 
     def questions(self, emoji: Emoji, generator: random.Random) -> tuple[str, str]:
-        """A question about a picture that is not its name, and the answer."""
+        """A question about an image that is not its name, and the answer."""
         kind = generator.randrange(3)
         if kind == 0:
             return generator.choice(CATEGORY), emoji.category
