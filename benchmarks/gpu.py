@@ -48,7 +48,7 @@ from gpu_machine import Machine, measure_machine, report_machine
 from gpu_model import RELEASED, TINY, make_model, size_of
 from gpu_report import Report, Section, free_memory, timed
 from gpu_training import report_training
-from gpu_workload import Workload
+from gpu_workload import STEPS, Workload
 
 
 class Bench:
@@ -59,7 +59,7 @@ class Bench:
         self.machine: Machine = measure_machine(device, is_tiny)
         free_memory()
         self.loops = LoopResults()
-        self.lengths = (64, 96) if is_tiny else (256, 1024)
+        self.lengths = (32, 64) if is_tiny else (256, 1024)
         self.batches = (2, 3) if is_tiny else (4, 16)
 
     @functools.cached_property
@@ -112,7 +112,7 @@ class Bench:
         report_batches(section, self.workload, self.batches, self.lengths[0])
 
     def kernels(self, section: Section) -> None:
-        report_kernels(section, self.workload, 32 if self.is_tiny else self.lengths[0])
+        report_kernels(section, self.workload, self.lengths[0], 2 if self.is_tiny else STEPS)
 
     def exactness(self, section: Section) -> None:
         report_same_tokens(section, self.machine.device)

@@ -147,13 +147,13 @@ def report_batches(section: Section, workload: Workload, batches: tuple[int, ...
     section.note(f"Guided, {num_codes} codes a row.")
 
 
-def report_kernels(section: Section, workload: Workload, num_codes: int) -> None:
+def report_kernels(section: Section, workload: Workload, num_codes: int, num_steps: int) -> None:
     few = min(num_codes, 64)
     cases = {
-        "guided codes, default": (Task(num_codes), DEFAULT),
-        "guided codes, no CUDA graphs": (Task(few), EAGER),
-        "guided codes, all three off": (Task(BLOCK), ALL_OFF),
-        "text, default": (Task(few, writes_codes=False), DEFAULT),
+        "guided codes, default": (Task(num_codes, num_steps=num_steps), DEFAULT),
+        "guided codes, no CUDA graphs": (Task(few, num_steps=num_steps), EAGER),
+        "guided codes, all three off": (Task(BLOCK, num_steps=num_steps), ALL_OFF),
+        "text, default": (Task(few, writes_codes=False, num_steps=num_steps), DEFAULT),
     }
     for what, (task, method) in cases.items():
         with section.guarded(what):

@@ -30,7 +30,7 @@ def run(model: LLaDA2MoeForBlockDiffusion, call: Callable, method: Method, is_ho
     hook = model.model.register_forward_hook(lambda *_: None) if is_hooked else None
     try:
         with chosen(model, method):
-            if method.is_recorded:
+            if method.is_recorded and model.device.type == "cuda":
                 call(**method.settings)
             return call(**method.settings)
     finally:

@@ -8,12 +8,19 @@ from typing import Any
 
 import PIL.Image
 import torch
+from transformers.image_processing_utils import BatchFeature
 
 from diffusers_llada_uni import LLaDAUniPipeline
+from diffusers_llada_uni.image_inputs import images_per_prompt
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch, TextRow
 
-from ..answers import write_prompt
-from .jobs import EngineStopped, ImageJob, JobQueue, TextJob
+from ..answers import PromptTooLong, read_conversation
+from .image_encoder import ImageEncoder
+from .image_jobs import ImageJob, StoryJob
+from .image_worker import ImageWorker
+from .jobs import EngineStopped, Job, JobQueue, TextJob
+from .pixels import PixelWorker
+from .story_worker import StoryWorker
 
 
 logger = logging.getLogger(__name__)
@@ -21,32 +28,44 @@ logger = logging.getLogger(__name__)
 
 class Engine:
     r"""
-    Runs jobs in threads of its own: text block by block, in batches that rows join and leave; images in groups.
+    Runs jobs in threads of its own: text block by block, in batches that rows join and leave; the codes of images in
+    groups; answers with images one after the other; and the pixels of all images beside.
 
     A job gets what it would get alone, up to rounding. Jobs begin in the order in which they came; as text is made in
     turns of one block, a long answer holds up no short one.
 
     Args:
-        pipe ([`LLaDAUniPipeline`]): Nobody else may call it while the engine runs.
+        pipe ([`LLaDAUniPipeline`]): Nobody else may call it while the engine runs. All of it must stay where it is, so
+            without offloading: threads use its parts at the same time.
         max_rows (`int`, defaults to 32): Answers under work at once.
         max_images (`int`, defaults to 16): Images of a group.
-        max_waiting (`int`, defaults to 256): Jobs that may wait, of text and of images each.
+        max_waiting (`int`, defaults to 256): Jobs that may wait, of each kind.
     """
 
     def __init__(self, pipe: LLaDAUniPipeline, max_rows: int = 32, max_images: int = 16, max_waiting: int = 256):
         self.model = pipe.code_generator.model
-        self.pipe, self.max_rows, self.max_images = pipe, max_rows, max_images
+        self.max_rows = max_rows
         # The pipeline's own stays with the thread of images: a tokenizer holds the padding of the call it is in.
         self.processor = copy.deepcopy(pipe.code_generator.processor)
-        self._writing = threading.Lock()
+        self._writing, self._encoder = threading.Lock(), ImageEncoder(self.model)
         self.texts: JobQueue[TextJob] = JobQueue(max_waiting)
         self.images: JobQueue[ImageJob] = JobQueue(max_waiting)
-        self.num_texts_running = self.num_images_running = self.num_text_tokens = self.num_images = 0
-        self._unfinished: set[TextJob | ImageJob] = set()
+        self.stories: JobQueue[StoryJob] = JobQueue(max_waiting)
+        self._queues: dict[type[Job], JobQueue] = {
+            TextJob: self.texts, ImageJob: self.images, StoryJob: self.stories
+        }  # fmt: skip
+        self.num_texts_running = self.num_text_tokens = 0
+        self._unfinished: set[Job] = set()
+        self._pixels = PixelWorker(pipe)
         # Daemons: who does not wait for `stop`, as after a second Ctrl-C, is not held up.
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-            for name, work in (("text", self._write_texts), ("images", self._draw_images))
+            for name, work in (
+                ("text", self._write_texts),
+                ("images", ImageWorker(pipe, self.images, self._pixels, max_images).run),
+                ("stories", StoryWorker(pipe, self.processor, self.stories, self._pixels).run),
+                ("pixels", self._pixels.run),
+            )
         ]
 
     def start(self) -> "Engine":
@@ -55,46 +74,80 @@ class Engine:
         return self
 
     def write_prompt(self, messages: list[dict[str, Any]], max_tokens: int) -> torch.Tensor:
-        """Of [`~llada_uni.answers.write_prompt`], one conversation at a time."""
-        with self._writing:
-            return write_prompt(self.model, self.processor, messages, max_tokens)
+        """
+        A conversation as ids `(length,)`, images in it as their codes.
 
-    def submit(self, job: TextJob | ImageJob) -> None:
+        Raises:
+            PromptTooLong: if there are more than `max_tokens`; no image has been encoded then.
+            ValueError, TypeError: if they are no conversation.
+        """
+        with self._writing:
+            inputs = read_conversation(self.processor, messages, max_tokens)
+        return self._encoder.place_images(inputs.to(self.model.device))
+
+    def write_story_prompt(self, text: str, images: list[PIL.Image.Image], max_tokens: int) -> BatchFeature:
+        """
+        The inputs of a [`StoryJob`].
+
+        Raises:
+            PromptTooLong, ValueError, TypeError: as `write_prompt` does.
+        """
+        with self._writing:
+            read = images_per_prompt(images, 1, False, self.processor.image_processor)[0] if images else None
+            inputs = self.processor(images=read, text=text, task="interleaved")
+        length = inputs["input_ids"].shape[1]
+        if length > max_tokens:
+            raise PromptTooLong(f"`messages` are {length} tokens; at most {max_tokens} are taken.")
+        return inputs
+
+    def submit(self, job: Job) -> None:
         """
         Raises:
-            EngineBusy: if too many jobs wait.
+            EngineBusy: if too many jobs of its kind wait.
             EngineStopped: after [`stop`].
         """
         self._unfinished.add(job)
         job.result.add_done_callback(lambda _: self._unfinished.discard(job))
         try:
-            if isinstance(job, TextJob):
-                self.texts.put(job)
-            else:
-                self.images.put(job)
+            self._queues[type(job)].put(job)
         except Exception:
             job.cancel()
             raise
 
     def stop(self) -> None:
         """Takes no more jobs, does those that it has, and returns when they are done."""
-        self.texts.close()
-        self.images.close()
+        self._close_queues()
         for thread in self._threads:
+            if thread is self._threads[-1]:  # the decoder's: by now nobody makes codes
+                self._pixels.close()
             if thread.is_alive():
                 thread.join()
+
+    def _close_queues(self) -> None:
+        for queue in self._queues.values():
+            queue.close()
 
     @property
     def is_alive(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def num_images(self) -> int:
+        """Images that have been made, those of stories among them."""
+        return self._pixels.num_images
+
+    def num_running(self, kind: type[Job]) -> int:
+        """Jobs of a kind that have begun, and are waited for."""
+        unfinished = sum(isinstance(job, kind) for job in list(self._unfinished))
+        return max(unfinished - len(self._queues[kind]), 0)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException:
             logger.exception("The engine has died; the server answers no more.")
-            self.texts.close()
-            self.images.close()
+            self._close_queues()
+            self._pixels.close()
             for job in list(self._unfinished):
                 job.fail(EngineStopped("The engine has died."))
 
@@ -145,60 +198,3 @@ class Engine:
                 del jobs[row]
                 job.has_ended = row.has_ended
                 job.succeed(row.tokens)
-
-    # Images
-
-    def _draw_images(self) -> None:
-        while self.images.wait():
-            group = self._next_group()
-            self.num_images_running = sum(len(job.seeds) for job in group)
-            self._draw_group(group)
-            self.num_images_running = 0
-
-    def _next_group(self) -> list[ImageJob]:
-        """The job that has waited longest, and those of its kind beside which there is room."""
-        kind, room = "", self.max_images
-
-        def fits(job: ImageJob) -> bool:
-            nonlocal kind, room
-            # One that asks for more than there is ever room for is a group of its own.
-            if kind and (job.kind != kind or len(job.seeds) > room):
-                return False
-            kind, room = job.kind, room - len(job.seeds)
-            return True
-
-        return self.images.take(fits, self.max_images)
-
-    def _draw_group(self, group: list[ImageJob]) -> None:
-        group = [job for job in group if not job.is_cancelled]
-        if not group:
-            return
-        try:
-            images = self._draw(group)
-        except Exception as error:
-            if len(group) > 1:  # one is at fault, or there are too many: each alone
-                for job in group:
-                    self._draw_group([job])
-                return
-            if not isinstance(error, (ValueError, TypeError)):
-                logger.exception("An image has failed.")
-            group[0].fail(error)
-            return
-        self.num_images += len(images)
-        for job in group:
-            job.succeed([images.pop(0) for _ in job.seeds])
-
-    def _draw(self, group: list[ImageJob]) -> list[PIL.Image.Image]:
-        rows = [(job, seed) for job in group for seed in job.seeds]
-        images: list[PIL.Image.Image] = []
-        for first in range(0, len(rows), self.max_images):
-            batch = rows[first : first + self.max_images]
-            sources: dict[str, Any] = {}
-            if group[0].images:
-                sources["image"] = [job.images for job, _ in batch]
-            if group[0].mask is not None:
-                sources["mask_image"] = [job.mask for job, _ in batch]
-            generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-            prompts = [job.prompt for job, _ in batch]
-            images += self.pipe(prompts, generator=generators, **sources, **group[0].settings).images
-        return images

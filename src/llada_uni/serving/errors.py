@@ -1,5 +1,7 @@
 """Errors as OpenAI's clients know them."""
 
+import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +15,22 @@ from .jobs import EngineBusy, EngineStopped
 from .settings import ServerSettings
 
 
-OUR_FAULT = "The server has failed to do this; its log says why."
+logger = logging.getLogger(__name__)
+
+# Arguments of the pipeline that requests call otherwise.
+FIELDS = {
+    "height": "size",
+    "width": "size",
+    "grid": "size",
+    "mask_image": "mask",
+    "max_new_tokens": "max_tokens",
+    "input_ids": "messages",
+}
 
 
 class RequestError(Exception):
     """
-    A request that is refused.
+    A request that is refused, or has failed.
 
     Args:
         message: Why, for the person who wrote it.
@@ -30,6 +42,14 @@ class RequestError(Exception):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
+
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self, **headers: str) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers)
 
 
 def refusal_of(errors: Sequence[Any]) -> RequestError:
@@ -43,6 +63,34 @@ def refusal_of(errors: Sequence[Any]) -> RequestError:
     return RequestError(f"`{param or 'body'}`: {first['msg']}.", param)
 
 
+def refusal_of_failure(error: Exception, words: str = "messages") -> RequestError:
+    """
+    What a client is told of a request that was accepted, and has failed. What is nobody's fault but ours goes into the
+    log, and the client hears no more than that.
+
+    Args:
+        error: Of the job. A ValueError or TypeError is the model's or the pipeline's refusal, and begins with the
+            name of an argument.
+        words: The field that the prompt came in.
+    """
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, EngineBusy):
+        return RequestError(str(error), status=429, code="rate_limit_exceeded")
+    if isinstance(error, EngineStopped):
+        return RequestError(str(error), status=503, code="stopping")
+    if isinstance(error, (ValueError, TypeError)):
+        named = re.match(r"`(\w+)`", str(error))
+        fields = {**FIELDS, "prompt": words, "text": words}
+        return RequestError(str(error), fields.get(named[1], named[1]) if named else None)
+    logger.error("A request has failed.", exc_info=error)
+    return _our_fault()
+
+
+def _our_fault() -> RequestError:
+    return RequestError("The server has failed to do this; its log says why.", status=500, code="internal_error")
+
+
 def check_model(name: str, settings: ServerSettings) -> None:
     if name != settings.model_name:
         raise RequestError(
@@ -50,44 +98,31 @@ def check_model(name: str, settings: ServerSettings) -> None:
         )
 
 
-def error_body(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _response(
-    message: str, status: int, param: str | None = None, code: str | None = None, headers: dict | None = None
-) -> JSONResponse:
-    return JSONResponse(error_body(message, param, code, status), status, headers)
-
-
 def add_error_handlers(app: FastAPI, retry_after: int) -> None:
-    """Every error leaves the app in one shape; what is nobody's fault but ours says no more than that."""
+    """Every error leaves the app in one shape."""
 
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
-        return _response(error.message, error.status, error.param, error.code)
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        refusal = refusal_of_failure(error)
+        may_come_again = refusal.status in (429, 503)
+        return refusal.response(**({"Retry-After": str(retry_after)} if may_come_again else {}))
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await refused(request, refusal_of(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return _response(str(error.detail), error.status_code, headers=dict(error.headers or {}))
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return _response("The client has hung up.", 499)  # which nobody reads
-
-    @app.exception_handler(EngineBusy)
-    async def busy(request: Request, error: EngineBusy) -> JSONResponse:
-        return _response(str(error), 429, code="rate_limit_exceeded", headers={"Retry-After": str(retry_after)})
-
-    @app.exception_handler(EngineStopped)
-    async def stopped(request: Request, error: EngineStopped) -> JSONResponse:
-        return _response(str(error), 503, code="stopping", headers={"Retry-After": str(retry_after)})
+    for kind in (RequestError, EngineBusy, EngineStopped):
+        app.add_exception_handler(kind, refused)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _response(OUR_FAULT, 500, code="internal_error")
+        return _our_fault().response()  # uvicorn logs it
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        if "json" not in request.headers.get("content-type", ""):
+            return RequestError("The body must be JSON, with `Content-Type: application/json`.", status=415).response()
+        return refusal_of(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return RequestError(str(error.detail), status=error.status_code).response(**(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
+        return RequestError("The client has hung up.", status=499).response()  # which nobody reads

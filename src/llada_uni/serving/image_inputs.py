@@ -3,6 +3,7 @@
 import base64
 import io
 import ipaddress
+import re
 import socket
 import time
 import warnings
@@ -17,6 +18,25 @@ from .settings import ServerSettings
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FETCH_SECONDS = 10.0
+SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+def read_size(size: str | None, settings: ServerSettings) -> tuple[int, int] | None:
+    """
+    Height and width of an image to make, of `"WIDTHxHEIGHT"`; `None` for `"auto"`.
+
+    Raises:
+        RequestError: if it is neither, or larger than `max_side`.
+    """
+    if size is None or size == "auto":
+        return None
+    match = SIZE.fullmatch(size)
+    if match is None:
+        raise RequestError(f"`size` must be 'auto' or 'WIDTHxHEIGHT', got {size!r:.100}.", "size")
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > settings.max_side:
+        raise RequestError(f"`size` may be {settings.max_side} at most on each side.", "size")
+    return height, width
 
 
 def read_image(content: bytes, param: str, settings: ServerSettings) -> PIL.Image.Image:
@@ -40,6 +60,8 @@ def read_image(content: bytes, param: str, settings: ServerSettings) -> PIL.Imag
             return ImageOps.exif_transpose(image)
     except RequestError:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise RequestError(f"`{param}` is no image of the formats {', '.join(FORMATS)}.", param) from error
     except Exception as error:  # PIL raises whatever its decoders raise
         raise RequestError(f"`{param}` is no image that can be read: {error}", param) from error
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 import time
 from typing import Any, Literal
 
@@ -11,22 +10,20 @@ from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from .chat import Strict
+from .chat_request import Strict
 from .clients import while_connected
 from .engine import Engine
-from .errors import RequestError, check_model, refusal_of
-from .image_inputs import encode_image, read_image
-from .jobs import ImageJob
+from .errors import RequestError, check_model, refusal_of, refusal_of_failure
+from .image_inputs import encode_image, read_image, read_size
+from .image_jobs import ImageJob
 from .settings import ServerSettings
 
 
-SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-# Arguments of the pipeline that a request calls otherwise.
-FIELDS = {"text": "prompt", "height": "size", "width": "size", "mask_image": "mask"}
-
-
 class ImageRequest(Strict):
-    """OpenAI's request, as far as this model has what it asks for, and settings of the pipeline's call."""
+    """
+    OpenAI's request, as far as this model has what it asks for, and settings of the pipeline's call. What asks for
+    nothing, such as a quality of "auto", may stand there.
+    """
 
     model: str | None = None
     prompt: str = Field(min_length=1, max_length=32_000)
@@ -39,6 +36,11 @@ class ImageRequest(Strict):
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     num_steps_per_block: int | None = Field(None, ge=1, le=1024)
     user: str | None = None
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto"] = "auto"
 
     def job(self, settings: ServerSettings, images: list[PIL.Image.Image], mask: PIL.Image.Image | None) -> ImageJob:
         """
@@ -47,16 +49,14 @@ class ImageRequest(Strict):
         """
         if self.model is not None:
             check_model(self.model, settings)
+        for name in ("stream", "partial_images"):
+            if getattr(self, name):
+                raise RequestError(f"`{name}`: images come whole here, when they are finished.", name)
         if self.n > settings.max_images:
             raise RequestError(f"`n` may be {settings.max_images} at most, got {self.n}.", "n")
         call: dict[str, Any] = {}
-        if self.size != "auto":
-            match = SIZE.fullmatch(self.size)
-            if match is None:
-                raise RequestError(f"`size` must be 'auto' or 'WIDTHxHEIGHT', got {self.size!r}.", "size")
-            call["width"], call["height"] = int(match[1]), int(match[2])
-            if max(call.values()) > settings.max_side:
-                raise RequestError(f"`size` may be {settings.max_side} at most on each side.", "size")
+        if (size := read_size(self.size, settings)) is not None:
+            call["height"], call["width"] = size
         for name in ("guidance_scale", "num_inference_steps", "num_steps_per_block"):
             if getattr(self, name) is not None:
                 call[name] = getattr(self, name)
@@ -71,18 +71,17 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
     router = APIRouter()
 
     async def wait_for(job: ImageJob) -> list[PIL.Image.Image]:
-        return await asyncio.wrap_future(job.result)
+        try:
+            return await asyncio.wrap_future(job.result)
+        except Exception as error:
+            raise refusal_of_failure(error, "prompt") from error
 
     async def answer(
         request: Request, body: ImageRequest, images: list[PIL.Image.Image], mask: PIL.Image.Image | None
     ) -> Any:
         job = body.job(settings, images, mask)
         engine.submit(job)
-        try:
-            made = await while_connected(request, wait_for(job))
-        except (ValueError, TypeError) as error:  # the pipeline refuses by the argument's name
-            named = re.match(r"`(\w+)`", str(error))
-            raise RequestError(str(error), FIELDS.get(named[1], named[1]) if named else None) from error
+        made = await while_connected(request, job, wait_for(job))
         encoded = await asyncio.to_thread(lambda: [encode_image(image, body.output_format) for image in made])
         return {
             "created": int(time.time()),
@@ -97,7 +96,7 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
     @router.post("/v1/images/edits")
     async def edits(request: Request) -> Any:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise RequestError("Edits are sent as multipart/form-data, with the files `image` and `mask`.")
+            raise RequestError("Edits are sent as multipart/form-data, with the files `image` and `mask`.", status=415)
         async with request.form(max_files=settings.max_images + 1, max_fields=64) as form:
             fields: dict[str, Any] = {}
             files: list[tuple[str, bytes]] = []

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-import PIL.Image
 import torch
 
 
@@ -37,7 +36,10 @@ class Job:
         return json.dumps(self.settings, sort_keys=True)
 
     def cancel(self) -> None:
-        """A client has hung up. Text leaves its batch at the end of a block; images are finished for the others."""
+        """
+        A client has hung up. Text leaves its batch at the end of a block, and so does a group of images once all its
+        clients have left; a story ends after the image that it is at.
+        """
         self.result.cancel()
 
     @property
@@ -74,29 +76,6 @@ class TextJob(Job):
     on_tokens: Callable[[list[int]], None] | None = None
     num_tokens: int = field(default=0, init=False)
     has_ended: bool = field(default=False, init=False)
-
-
-@dataclass(eq=False)
-class ImageJob(Job):
-    """
-    Images of one prompt. Its result is the list of them.
-
-    Attributes:
-        prompt: What to draw, or how to change `images`.
-        settings: Of the pipeline's call, other than `prompt`, `image`, `mask_image` and `generator`.
-        seeds: One for each image that is wanted.
-        images: Sources to edit.
-        mask: Where the first of `images` is to be made anew.
-    """
-
-    prompt: str
-    seeds: list[int] = field(default_factory=lambda: [0])
-    images: list[PIL.Image.Image] = field(default_factory=list)
-    mask: PIL.Image.Image | None = None
-
-    @property
-    def kind(self) -> str:
-        return f"{bool(self.images)} {self.mask is not None} {super().kind}"
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)

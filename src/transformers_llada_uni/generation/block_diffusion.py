@@ -4,12 +4,20 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
@@ -26,8 +34,11 @@ from ..input_checks import (
 from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .decoding import BlockDiffusionDecoder
+from .foreign_settings import settings_of, without_neutral
 from .recording import recordings_of
 from .sampling import Generators
+from .state import BlockState
+from .stopping import RowEnds, make_criteria
 
 
 logger = logging.get_logger(__name__)
@@ -65,6 +76,8 @@ class BlockDiffusionGenerationMixin:
     The sequence is cut into blocks. Block after block, all its masks are predicted at once, the surest predictions are
     committed, and the rest is predicted again (LLaDA, arXiv 2502.09992; block diffusion, arXiv 2503.09573).
     """
+
+    output_modalities = ("text",)  # what pipelines of transformers may ask `generate` for
 
     # What it is mixed into has these.
     config: PreTrainedConfig
@@ -124,12 +137,15 @@ class BlockDiffusionGenerationMixin:
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        generation_config: BlockDiffusionGenerationConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
         generator: Generators = None,
         show_progress_bar: bool = False,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        inputs: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | BlockDiffusionOutput:
         r"""
@@ -138,18 +154,27 @@ class BlockDiffusionGenerationMixin:
         1. Settle the settings and check the arguments.
         2. Lay out prompts and room for the new tokens, aligned by block.
         3. Fill in block after block; stream what is finished.
-        4. Cut every row after its first end token.
+        4. Cut every row where it ends.
+
+        It takes what `generate` of transformers takes. What has no meaning here is refused by name, with the reason.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts, padded on the left. A mask
                 token in a prompt is filled in too, seeing all that comes before it and the rest of its block. Default:
                 `bos_token_id` alone.
             attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
-            generation_config ([`BlockDiffusionGenerationConfig`], *optional*): Default: that of the model.
-            streamer (`BaseStreamer`, *optional*): Gets the prompt, then every block as it is finished. One row only.
+            generation_config ([`BlockDiffusionGenerationConfig`], *optional*): Default: that of the model. Of a
+                [`~transformers.GenerationConfig`] what is set in it goes before the model's.
+            streamer (`BaseStreamer`, *optional*): Gets the prompt, then every block as it is finished; one with
+                `put_draft`, such as [`~transformers.TextDiffusionStreamer`], also what a block reads after each step,
+                mask tokens where it has none yet. One row only.
             generator (`torch.Generator` or a list with one per row, *optional*): For `do_sample=True`.
             show_progress_bar (`bool`, defaults to `False`): Show a bar that counts tokens.
             pixel_values, image_grid_thw: Images whose places `input_ids` holds open, from the processor.
+            stopping_criteria (`list[StoppingCriteria]`, *optional*): End a row with the first of its tokens for which
+                one of them says so. See [`RowEnds`] for how they are asked.
+            tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): For `stop_strings`.
+            inputs (`torch.LongTensor`, *optional*): Another name of `input_ids`.
             kwargs: Any field of [`BlockDiffusionGenerationConfig`] but those of guidance, overriding it.
 
         Returns:
@@ -160,10 +185,17 @@ class BlockDiffusionGenerationMixin:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
-        if guidance := [name for name in GUIDANCE if name in kwargs]:
+        config = self.settle_generation_config(generation_config, kwargs)
+        named = dict(kwargs)
+        if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
+            named |= settings_of(generation_config)
+        if guidance := [name for name in GUIDANCE if name in named]:
             raise TypeError(f"`generate` takes no `{guidance[0]}`: only image codes are guided.")
-        config = self._settle_generation_config(generation_config, kwargs)
         assert config.mask_token_id is not None  # it is settled
+        if inputs is not None:
+            if input_ids is not None:
+                raise ValueError("`inputs` and `input_ids` are two names of the same: give one of them.")
+            input_ids = inputs
         if input_ids is None:
             if config.bos_token_id is None:
                 raise ValueError("`input_ids` are not given, and no `bos_token_id` is known to begin with.")
@@ -184,13 +216,11 @@ class BlockDiffusionGenerationMixin:
                 "`max_new_tokens` is 0 and `input_ids` holds no mask token: there is nothing to generate."
             )
         end_ids = torch.tensor(as_list(config.eos_token_id), device=input_ids.device, dtype=torch.long)
+        criteria = make_criteria(config, stopping_criteria, tokenizer)
+        row_ends = RowEnds(end_ids, input_ids.repeat_interleave(copies, dim=0), criteria)
+        decoder = self.make_decoder(config, generator, is_done=row_ends)
 
-        def is_done(tokens: torch.Tensor, is_new: torch.Tensor) -> torch.Tensor:
-            return (torch.isin(tokens, end_ids) & is_new).any(dim=-1)
-
-        decoder = self._make_decoder(config, generator, is_done=is_done)
-
-        input_ids = self._place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
+        input_ids = self.place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
 
         # 2. Lay out prompts and room for the new tokens, aligned by block.
         prompts = repeat_rows(self._split_rows("input_ids", input_ids, attention_mask), copies)
@@ -200,20 +230,21 @@ class BlockDiffusionGenerationMixin:
         # 3. Fill in block after block; stream what is finished.
         if streamer is not None:
             streamer.put(input_ids.cpu())
+            if hasattr(streamer, "put_draft"):
+                decoder.on_step = partial(put_draft, streamer.put_draft, canvas)
         with tqdm(total=config.max_new_tokens, unit="token", disable=not show_progress_bar) as progress:
             for block in decoder.run(canvas):
                 start = max(block.start, int(canvas.prompt_end.min()))
                 stop = min(block.stop, int(canvas.end.max()))
                 progress.update(max(stop - start, 0))
                 if streamer is not None and stop > start:
-                    tokens = canvas.ids[0, 0, start:stop]
-                    streamer.put(tokens[: self._length_with_end(tokens, end_ids)].cpu())
+                    streamer.put(canvas.ids[0, 0, start:stop].cpu())
             progress.update(config.max_new_tokens - progress.n)  # answers may end early
         if streamer is not None:
             streamer.end()
 
-        # 4. Cut every row after its first end token.
-        sequences, num_new_tokens = self._collect(canvas, input_ids, end_ids, config)
+        # 4. Cut every row where it ends.
+        sequences, num_new_tokens = self._collect(canvas, input_ids, config)
         if not config.return_dict_in_generate:
             return sequences
         passes = decoder.num_forward_passes
@@ -274,8 +305,9 @@ class BlockDiffusionGenerationMixin:
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
-        refuse_settings("generate_image_codes", kwargs, {"max_new_tokens": "grid", "max_length": "grid"})
-        config = self._settle_generation_config(
+        of_text = ("max_new_tokens", "max_length", "max_time", "stop_strings")
+        refuse_settings("generate_image_codes", kwargs, dict.fromkeys(of_text, "grid"))
+        config = self.settle_generation_config(
             generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block}
         )
         assert config.mask_token_id is not None  # it is settled
@@ -318,7 +350,7 @@ class BlockDiffusionGenerationMixin:
             raise TypeError(f"`callback` must be callable, got {type(callback).__name__}.")
         shape = (input_ids.shape[0], num_codes)
         known = check_known_codes(image_codes, image_codes_mask, shape, text_config.vocab_size - offset)
-        decoder = self._make_decoder(
+        decoder = self.make_decoder(
             config,
             generator,
             allowed=(offset, text_config.vocab_size),
@@ -327,7 +359,7 @@ class BlockDiffusionGenerationMixin:
         )
 
         with_images = {name: ids for name, (ids, _) in branches.items() if name != "negative_image_input_ids"}
-        with_images = self._place_images(with_images, pixel_values, image_grid_thw)
+        with_images = self.place_images(with_images, pixel_values, image_grid_thw)
 
         # 2. Lay out all prompts and room for the codes, aligned by block; put known codes in their places.
         prompts = [
@@ -362,17 +394,34 @@ class BlockDiffusionGenerationMixin:
             tokens_per_forward=codes.numel() / passes,
         )
 
-    def _settle_generation_config(
-        self, generation_config: BlockDiffusionGenerationConfig | None, kwargs: dict[str, Any]
+    def settle_generation_config(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> BlockDiffusionGenerationConfig:
+        """
+        The settings of a call: of the model, of the call's configuration, of its `kwargs`; the later word counts.
+
+        Raises:
+            ValueError, TypeError: for a setting that is unknown or out of range.
+        """
         check_generation_config(generation_config)
-        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        if "max_new_tokens" in kwargs:
-            config.max_length = None  # the later word counts
-        config.check_names(kwargs)
-        config.update(**kwargs)
         text_config = self.config.get_text_config()
         defaults = BlockDiffusionGenerationConfig.from_model_config(text_config)
+        config = defaults
+        settings: dict[str, Any] = {}
+        for given in (self.generation_config, generation_config):
+            if isinstance(given, BlockDiffusionGenerationConfig):
+                config, settings = given, {}
+            elif given is not None:  # one of transformers
+                settings |= settings_of(given)
+        config = copy.deepcopy(config)
+        settings = without_neutral(settings | kwargs)
+        strangers = without_neutral(settings_of(config))  # set as attributes, as `transformers serve` does
+        config.check_names([*settings, *strangers])
+        if "max_new_tokens" in settings:
+            config.max_length = None  # the later word counts
+        config.update(**settings)
+        if config.temperature == 0:
+            config.do_sample = False
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(defaults, name))
@@ -388,10 +437,20 @@ class BlockDiffusionGenerationMixin:
             )
         return config
 
-    def _make_decoder(
+    def make_decoder(
         self, config: BlockDiffusionGenerationConfig, generator: Generators, **settings: Any
     ) -> BlockDiffusionDecoder:
-        """Raises ValueError where CUDA graphs are asked for and cannot be had."""
+        """
+        The loop that generates by these settings, which are settled.
+
+        Args:
+            config: Of [`settle_generation_config`].
+            generator: For sampling, one or one per row.
+            **settings: Further arguments of [`BlockDiffusionDecoder`].
+
+        Raises:
+            ValueError: where CUDA graphs are asked for and cannot be had.
+        """
         backbone = self.get_decoder()
         if config.use_cache and backbone.training and backbone.is_activation_checkpointing:
             logger.warning_once(
@@ -414,7 +473,7 @@ class BlockDiffusionGenerationMixin:
         placeholder = getattr(self.config, "image_token_id", None)
         return [config.mask_token_id, *([] if placeholder is None else [placeholder])]
 
-    def _place_images(
+    def place_images(
         self,
         input_ids: dict[str, torch.Tensor],
         pixel_values: torch.Tensor | None,
@@ -437,27 +496,19 @@ class BlockDiffusionGenerationMixin:
     def _check_length(self, name: str, prompts: list[torch.Tensor], num_new_tokens: int) -> None:
         check_length(name, prompts, num_new_tokens, self.config.get_text_config().max_position_embeddings)
 
-    @staticmethod
-    def _length_with_end(tokens: torch.Tensor, end_ids: torch.Tensor) -> int:
-        """Tokens up to and with the first end token."""
-        ends = torch.isin(tokens, end_ids).nonzero()
-        return int(ends[0]) + 1 if len(ends) else len(tokens)
-
     def _collect(
         self,
         canvas: Canvas,
         input_ids: torch.Tensor,
-        end_ids: torch.Tensor,
         config: BlockDiffusionGenerationConfig,
     ) -> tuple[torch.Tensor, int]:
         """Prompts as they were given (gaps filled in) with the new tokens, padded; and the number of new tokens."""
         fill = config.pad_token_id
         if fill is None:
-            fill = int(end_ids[0]) if len(end_ids) else 0
+            fill = next(iter(as_list(config.eos_token_id)), 0)
         rows = []
         for row, (prompt_end, end) in enumerate(zip(canvas.prompt_end.tolist(), canvas.end.tolist(), strict=True)):
-            new = canvas.ids[0, row, prompt_end:end]
-            rows.append(new[: self._length_with_end(new, end_ids)])
+            rows.append(canvas.ids[0, row, prompt_end:end])
         longest = max(len(row) for row in rows)
         sequences = torch.full((len(rows), input_ids.shape[1] + longest), fill, device=input_ids.device)
         sequences[:, : input_ids.shape[1]] = input_ids
@@ -467,6 +518,13 @@ class BlockDiffusionGenerationMixin:
             sequences[row, input_ids.shape[1] - length : input_ids.shape[1]] = prompt
             sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(new)] = new
         return sequences, sum(len(row) for row in rows)
+
+
+def put_draft(put: Callable[[torch.Tensor], None], canvas: Canvas, block: BlockState, start: int) -> None:
+    """Shows a streamer the new tokens of the block under work, `(1, n)`."""
+    tokens, first = block.tokens[0], max(int(canvas.prompt_end[0]) - start, 0)
+    if tokens[:, first:].numel():
+        put(tokens[:, first : int(canvas.end[0]) - start].to("cpu", copy=True))
 
 
 def as_list(value: int | list[int] | None) -> list[int]:

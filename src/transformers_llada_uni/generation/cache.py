@@ -1,6 +1,6 @@
 """The exact prefix of block diffusion: keys and values of finished blocks, which under the block-causal mask stay."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
@@ -55,9 +55,26 @@ class BlockDiffusionLayer(CacheLayerMixin):
             torch._dynamo.maybe_mark_dynamic(self.values, 2)
         self.length += num_columns
 
-    def select_rows(self, rows: torch.Tensor) -> None:
+    def select(self, rows: torch.Tensor, first: int, stop: int) -> Self:
+        layer = type(self)(stop - first)
+        layer.length = self.length - first
         if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            rows = rows.to(self.device)
+            layer.keys, layer.values = self.keys[rows, :, first:stop], self.values[rows, :, first:stop]
+            layer.dtype, layer.device, layer.is_initialized = self.dtype, self.device, True
+        return layer
+
+    def put(self, layers: list[Self], num_rows: list[int], shifts: list[int], length: int) -> None:
+        like = next(layer for layer in layers if layer.is_initialized)
+        no_columns = (states[:1, :, :0].expand(sum(num_rows), -1, -1, -1) for states in (like.keys, like.values))
+        self.lazy_initialization(*no_columns)
+        self.length, first = length, 0
+        for layer, count, shift in zip(layers, num_rows, shifts, strict=True):
+            if layer.is_initialized:
+                place = slice(first, first + count), slice(None), slice(shift, shift + layer.length)
+                self.keys[place] = layer.keys[:, :, : layer.length]
+                self.values[place] = layer.values[:, :, : layer.length]
+            first += count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.max_length if self.first_column is not None else self.length + query_length), 0
@@ -121,10 +138,30 @@ class BlockDiffusionCache(Cache):
         if self.first_column is not None and num_columns:
             self.first_column.fill_(self.layers[0].length)
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps the rows of these indices (shape `(rows,)`), when others have ended."""
-        for layer in self.layers:
-            layer.select_rows(rows)
+    def select(self, rows: torch.Tensor, first: int, stop: int) -> Self:
+        """A cache of these rows (indices of shape `(rows,)`) and of the columns from `first` to `stop`: a copy."""
+        selected = type(self)(len(self.layers), stop - first)
+        selected.layers = [layer.select(rows, first, stop) for layer in self.layers]
+        return selected
+
+    @classmethod
+    def side_by_side(
+        cls, caches: list[Self], num_rows: list[int], shifts: list[int], length: int, max_length: int
+    ) -> Self:
+        """
+        The rows of several caches in one.
+
+        Args:
+            caches: At least one of them has buffers.
+            num_rows: Of each.
+            shifts: Columns that each is moved right.
+            length: Columns of the prefix they have together.
+            max_length: Columns of the whole canvas.
+        """
+        joined = cls(len(caches[0].layers), max_length)
+        for index, layer in enumerate(joined.layers):
+            layer.put([cache.layers[index] for cache in caches], num_rows, shifts, length)
+        return joined
 
     def reset(self) -> None:
         """Forgets the prefix; the buffers stay."""

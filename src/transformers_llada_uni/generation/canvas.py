@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -62,6 +63,37 @@ class Canvas:
         return cls(
             ids, padding, masked, prompt_end, prompt_end + num_new_tokens, torch.ones_like(masked, dtype=torch.float32)
         )
+
+    def select(self, rows: torch.Tensor, first: int, stop: int) -> "Canvas":
+        """These rows (indices of shape `(rows,)`) and the columns from `first` to `stop`: a copy."""
+        return Canvas(
+            self.ids[:, rows, first:stop],
+            self.padding[:, rows] - first,
+            self.masked[rows, first:stop],
+            self.prompt_end[rows] - first,
+            self.end[rows] - first,
+            self.confidence[rows, first:stop],
+        )
+
+    def moved_right(self, shift: int, num_columns: int, mask_token_id: int) -> "Canvas":
+        """With so many columns of padding before it, and as many columns in all; what is added behind is room."""
+        room = shift, num_columns - shift - self.num_columns
+        return Canvas(
+            F.pad(self.ids, room, value=mask_token_id),
+            self.padding + shift,
+            F.pad(F.pad(self.masked, (shift, 0)), (0, room[1]), value=True),
+            self.prompt_end + shift,
+            self.end + shift,
+            F.pad(self.confidence, room, value=1.0),
+        )
+
+    @staticmethod
+    def side_by_side(canvases: list["Canvas"]) -> "Canvas":
+        """The rows of several canvases of one width in one."""
+        branches = [torch.cat([getattr(one, name) for one in canvases], dim=1) for name in ("ids", "padding")]
+        others = "masked", "prompt_end", "end", "confidence"
+        ids, padding = branches
+        return Canvas(ids, padding, *(torch.cat([getattr(one, name) for one in canvases]) for name in others))
 
     @property
     def num_columns(self) -> int:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, NoReturn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from ..input_checks import check_choice, check_flag, check_integer, check_number, check_token_id
+from ..input_checks import check_choice, check_flag, check_integer, check_number, check_texts, check_token_id
+from .foreign_settings import refuse
 from .sprint import SprintConfig
 
 
@@ -23,6 +24,9 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         max_new_tokens (`int`, defaults to 256): Tokens to generate after the prompt. 0 only fills in mask tokens that
             stand in the prompt.
         max_length (`int`, *optional*): Length of prompt and new tokens; replaces `max_new_tokens` where it is given.
+        max_time (`float`, *optional*): Seconds after which no block is begun.
+        stop_strings (`str` or `list[str]`, *optional*): A text ends with the first token that completes any of them.
+            `generate` needs the `tokenizer` for it.
         num_return_sequences (`int`, defaults to 1): Answers to each prompt, which follow each other in the batch. More
             than one need `do_sample`.
         block_length (`int`, defaults to 32): Tokens that are denoised together; also the block of the attention mask.
@@ -35,7 +39,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             they end with the first that replaces nothing.
         do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
         temperature (`float`, *optional*, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*):
-            Shape what is sampled from. Without `do_sample` they do nothing, which is warned of.
+            Shape what is sampled from. Without `do_sample` they do nothing, which is warned of. A temperature of 0
+            takes the most probable token, with `do_sample` too.
         guidance_scale (`float`, *optional*): Of image codes, see [`generate_image_codes`]: how far to go from the
             negative prompt's prediction to the prompt's; 1 is none. Default: 2.0 with a negative prompt, else 1.0.
         image_guidance_scale (`float`, defaults to 0.0): Of image codes, away from the prompt without image.
@@ -57,6 +62,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
     max_new_tokens: int = 256
     max_length: int | None = None
+    max_time: float | None = None
+    stop_strings: str | list[str] | None = None
     num_return_sequences: int = 1
     block_length: int = 32
     num_steps_per_block: int = 32
@@ -103,8 +110,9 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Raises TypeError for names that are no settings."""
+        """Raises TypeError for names that are no settings; for one of transformers' own it says why it is none."""
         if unknown := sorted(set(names) - set(cls.defaults())):
+            refuse(unknown)
             raise TypeError(
                 f"{cls.__name__} has no {', '.join(f'`{name}`' for name in unknown)}; it knows "
                 f"{', '.join(cls.defaults())}."
@@ -131,11 +139,15 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         for name in ("max_length", "top_k"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
+        if self.max_time is not None:
+            check_number("max_time", self.max_time, 0.0, exclude_minimum=True)
+        if self.stop_strings is not None:
+            check_texts("stop_strings", self.stop_strings)
         check_number("threshold", self.threshold, 0.0, 1.0)
         if self.editing_threshold is not None:
             check_number("editing_threshold", self.editing_threshold, 0.0, 1.0)
         if self.temperature is not None:
-            check_number("temperature", self.temperature, 0.0, exclude_minimum=True)
+            check_number("temperature", self.temperature, 0.0)
         if self.top_p is not None:
             check_number("top_p", self.top_p, 0.0, 1.0, exclude_minimum=True)
         if self.guidance_scale is not None:
@@ -163,12 +175,12 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         self._check_sampling(user_set_attributes or set())
 
     def _check_sampling(self, named: set[str]) -> None:
-        if self.num_return_sequences > 1 and not self.do_sample:
+        if self.num_return_sequences > 1 and (not self.do_sample or self.temperature == 0):
             raise ValueError(
-                f"`num_return_sequences` is {self.num_return_sequences}, but without `do_sample=True` all of them "
-                "would be the same."
+                f"`num_return_sequences` is {self.num_return_sequences}, but without `do_sample=True`, and with a "
+                "`temperature` of 0, all of them would be the same."
             )
-        neutral = {"temperature": (None, 1.0), "top_k": (None,), "top_p": (None, 1.0)}
+        neutral = {"temperature": (None, 1.0, 0.0), "top_k": (None,), "top_p": (None, 1.0)}
         unused = [name for name, values in neutral.items() if getattr(self, name) not in values]
         # Who says `do_sample=False` in a call has said enough of what a file sets besides.
         if unused and not self.do_sample and ("do_sample" not in named or named.intersection(unused)):
@@ -203,9 +215,10 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 
 def check_generation_config(generation_config: Any) -> None:
     """`None` stands for the model's own."""
-    if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise TypeError(
-            f"`generation_config` must be a BlockDiffusionGenerationConfig, got {type(generation_config).__name__}."
+            "`generation_config` must be a BlockDiffusionGenerationConfig, or a GenerationConfig of transformers, got "
+            f"{type(generation_config).__name__}."
         )
 
 

@@ -4,15 +4,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from transformers import StoppingCriteriaList
 
-from ..input_checks import check_generator, check_integer, check_tensor, refuse_settings
+from ..input_checks import check_generator, check_integer, check_length, check_tensor, refuse_settings, split_rows
 from .block_diffusion import BlockDiffusionGenerationMixin, as_list
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig
-from .decoding import BlockDiffusionDecoder, warn_of_no_numbers
+from .decoding import warn_of_no_numbers
 from .runners import EagerRunner
+from .stopping import RowEnds
 
 
 @dataclass(eq=False)
@@ -38,8 +39,8 @@ class TextRow:
 
 
 @dataclass
-class _Running:
-    """Rows whose next block begins at the same position of one canvas; all before the block before it is cached."""
+class _Rows:
+    """Rows whose next block begins at the same column of one canvas; all before the block before it is cached."""
 
     rows: list[TextRow]
     canvas: Canvas
@@ -81,19 +82,22 @@ class ContinuousBatch:
     ):
         refuse_settings("ContinuousBatch", kwargs, {"max_length": "max_new_tokens", "num_return_sequences": "add"})
         self.model = model
-        self.config = model._settle_generation_config(generation_config, kwargs)
-        if not self.config.use_cache or self.config.cache_implementation == "sprint":
-            raise ValueError("`use_cache` must be on and `cache_implementation` be exact: rows share what is cached.")
+        self.config = model.settle_generation_config(generation_config, kwargs)
+        for name in ("max_time", "stop_strings"):
+            if getattr(self.config, name) is not None:
+                raise ValueError(f"`{name}` cannot be had: who reads the rows' tokens removes a row when it is time.")
         if self.config.use_cuda_graphs:
             raise ValueError("`use_cuda_graphs=True` cannot be had: rows come and go, and no two steps are alike.")
+        self._decoder = model.make_decoder(self.config, None)
+        settled = self._decoder.config  # without a cache under gradient checkpointing
+        if not settled.use_cache or settled.cache_implementation == "sprint":
+            raise ValueError("`use_cache` must be on and `cache_implementation` be exact: rows share what is cached.")
         self.rows: list[TextRow] = []
         self._waiting: list[TextRow] = []
-        self._running: _Running | None = None
-        self._decoder = BlockDiffusionDecoder(
-            model.get_decoder(), model.lm_head, self.config, model._never_predicted(self.config)
-        )
-        self._device = model.get_decoder().device
-        self._end_ids = torch.tensor(as_list(self.config.eos_token_id), dtype=torch.long)
+        self._running: _Rows | None = None
+        self._device = self._decoder.backbone.device
+        end_ids = torch.tensor(as_list(self.config.eos_token_id), dtype=torch.long, device=self._device)
+        self._row_ends = RowEnds(end_ids, end_ids[None], StoppingCriteriaList())
 
     def add(
         self,
@@ -116,8 +120,9 @@ class ContinuousBatch:
         check_integer("max_new_tokens", max_new_tokens, minimum=1)
         check_tensor("input_ids", input_ids, ndim=1)
         check_generator(None if generator is None else [generator], 1)
-        prompts = self.model._split_rows("input_ids", input_ids[None], None)
-        self.model._check_length("max_new_tokens", prompts, max_new_tokens)
+        limits = self.model.config.get_text_config()
+        prompts = split_rows("input_ids", input_ids[None], None, limits.vocab_size)
+        check_length("max_new_tokens", prompts, max_new_tokens, limits.max_position_embeddings)
         if self.config.mask_token_id in prompts[0].tolist():
             raise ValueError("`input_ids` must hold no mask token.")
         if generator is None:
@@ -165,14 +170,14 @@ class ContinuousBatch:
                 running.runner = self._make_runner(running)
             canvas, start, stop = running.canvas, running.start, running.start + self.config.block_length
             running.runner.fill(start, canvas.masked[:, start:stop].sum(dim=-1).tolist())
-        running.start = stop
+            running.start = stop
+            has_ended = self._row_ends(canvas, running.runner.row_index, range(start, stop)).tolist()
         # 3. Hand out its tokens; let go of the rows that have ended.
-        block = canvas.ids[0, :, start:stop].cpu()
+        block = canvas.ids[0, :, start:stop].tolist()
         ends = canvas.prompt_end.tolist(), canvas.end.tolist()
-        for row, tokens, first, last in zip(running.rows, block, *ends, strict=True):
-            new = tokens[max(first - start, 0) : max(last - start, 0)]
-            row.tokens += new[: self.model._length_with_end(new, self._end_ids)].tolist()
-            row.has_ended = bool(torch.isin(new, self._end_ids).any())
+        for row, tokens, first, last, is_end in zip(running.rows, block, *ends, has_ended, strict=True):
+            row.tokens += tokens[max(first - start, 0) : max(last - start, 0)]
+            row.has_ended = is_end
             row.is_finished = row.has_ended or last <= stop
         advanced = running.rows
         self.rows = [row for row in self.rows if not row.is_finished]
@@ -181,31 +186,34 @@ class ContinuousBatch:
             self._keep(running, [row for row in advanced if not row.is_finished])
         return advanced
 
-    def _make_runner(self, running: _Running) -> EagerRunner:
-        canvas, head = running.canvas, self._decoder._guided_head(1)
-        return EagerRunner(
-            canvas,
-            [row.generator for row in running.rows],
-            self._decoder.backbone,
-            running.cache,
-            lambda num_rows: self._decoder._make_step(canvas, num_rows, head, None),
-        )
+    def _make_runner(self, running: _Rows) -> EagerRunner:
+        return self._decoder.eager_runner(running.canvas, running.cache, [row.generator for row in running.rows])
 
-    def _let_in(self, others: _Running | None, rows: list[TextRow]) -> _Running:
+    def _let_in(self, others: _Rows | None, rows: list[TextRow]) -> _Rows:
         """Lays out the new rows, forwards their prompts but for the last block, and puts them beside the others."""
         config, room = self.config, max(row.max_new_tokens for row in rows)
         assert config.mask_token_id is not None  # the settings were checked
-        canvas = Canvas.lay_out([[row.prompt for row in rows]], room, config.block_length, config.mask_token_id)
+        block_length = config.block_length
+        canvas = Canvas.lay_out([[row.prompt for row in rows]], room, block_length, config.mask_token_id)
         canvas.end = canvas.prompt_end + torch.tensor([row.max_new_tokens for row in rows], device=self._device)
         cache = BlockDiffusionCache(self._decoder.backbone.config.num_hidden_layers, canvas.num_columns)
-        start = int(canvas.prompt_end.min()) // config.block_length * config.block_length
-        new = _Running(list(rows), canvas, cache, start)
+        new = _Rows(rows, canvas, cache, int(canvas.prompt_end.min()) // block_length * block_length)
         if others is None:
             return new
-        self._make_runner(new).extend_prefix(cache, start - config.block_length)
-        return _side_by_side([others, new], config.block_length, config.mask_token_id)
+        self._make_runner(new).extend_prefix(cache, new.start - block_length)
+        # Each is moved right until their next blocks fall together.
+        parts, start = [others, new], max(others.start, new.start)
+        shifts = [start - part.start for part in parts]
+        length = max(part.canvas.num_columns + shift for part, shift in zip(parts, shifts, strict=True))
+        canvases = [
+            part.canvas.moved_right(shift, length, config.mask_token_id)
+            for part, shift in zip(parts, shifts, strict=True)
+        ]
+        caches, counts = [part.cache for part in parts], [len(part.rows) for part in parts]
+        cache = BlockDiffusionCache.side_by_side(caches, counts, shifts, start - block_length, length)
+        return _Rows(others.rows + rows, Canvas.side_by_side(canvases), cache, start)
 
-    def _keep(self, running: _Running, rows: list[TextRow]) -> None:
+    def _keep(self, running: _Rows, rows: list[TextRow]) -> None:
         """Lets go of all other rows, and of the blocks that are padding to all that stay."""
         if not rows:
             self._running = None
@@ -215,65 +223,8 @@ class ContinuousBatch:
         first = int(canvas.padding[0, kept].min()) // block_length * block_length
         first = max(min(first, running.start - block_length), 0)
         last = -(-int(canvas.end[kept].max()) // block_length) * block_length
-        canvas = Canvas(
-            canvas.ids[:, kept, first:last],
-            canvas.padding[:, kept] - first,
-            canvas.masked[kept, first:last],
-            canvas.prompt_end[kept] - first,
-            canvas.end[kept] - first,
-            canvas.confidence[kept, first:last],
-        )
-        for layer in running.cache.layers:
-            layer.select_rows(kept)
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:, :, first:last], layer.values[:, :, first:last]
-            layer.length, layer.max_length = layer.length - first, last - first
-        self._running = _Running(rows, canvas, running.cache, running.start - first)
-
-
-def _side_by_side(parts: list[_Running], block_length: int, mask_token_id: int) -> _Running:
-    """The rows of all parts on one canvas and one cache, each moved right until their next blocks fall together."""
-    start = max(part.start for part in parts)
-    shifts = [start - part.start for part in parts]
-    length = max(part.canvas.num_columns + shift for part, shift in zip(parts, shifts, strict=True))
-    moved = []
-    for part, shift in zip(parts, shifts, strict=True):
-        canvas, room = part.canvas, (shift, length - shift - part.canvas.num_columns)
-        moved.append(
-            Canvas(
-                F.pad(canvas.ids, room, value=mask_token_id),
-                canvas.padding + shift,
-                # Beyond what a row has asked for all is to be generated, as alone.
-                F.pad(F.pad(canvas.masked, (shift, 0)), (0, room[1]), value=True),
-                canvas.prompt_end + shift,
-                canvas.end + shift,
-                F.pad(canvas.confidence, room, value=1.0),
-            )
-        )
-    canvas = Canvas(
-        torch.cat([one.ids for one in moved], dim=1),
-        torch.cat([one.padding for one in moved], dim=1),
-        torch.cat([one.masked for one in moved]),
-        torch.cat([one.prompt_end for one in moved]),
-        torch.cat([one.end for one in moved]),
-        torch.cat([one.confidence for one in moved]),
-    )
-    rows = [row for part in parts for row in part.rows]
-    cache = BlockDiffusionCache(len(parts[0].cache.layers), length)
-    for index, layer in enumerate(cache.layers):
-        layers = [part.cache.layers[index] for part in parts]
-        like = next(one for one in layers if one.is_initialized)
-        layer.lazy_initialization(
-            *(states.new_empty(len(rows), *states.shape[1:]) for states in (like.keys, like.values))
-        )
-        first = 0
-        for part, one, shift in zip(parts, layers, shifts, strict=True):
-            if one.is_initialized:
-                place = slice(first, first + len(part.rows)), slice(None), slice(shift, shift + one.length)
-                layer.keys[place], layer.values[place] = one.keys[:, :, : one.length], one.values[:, :, : one.length]
-            first += len(part.rows)
-        layer.length = start - block_length
-    return _Running(rows, canvas, cache, start)
+        cache = running.cache.select(kept, first, last)
+        self._running = _Rows(rows, canvas.select(kept, first, last), cache, running.start - first)
 
 
 __all__ = ["ContinuousBatch", "TextRow"]

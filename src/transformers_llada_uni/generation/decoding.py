@@ -45,8 +45,9 @@ class BlockDiffusionDecoder:
         is_image: Use the rule for image codes, see [`select_positions`].
         guidance: `guidance_scale`, `image_guidance_scale`, `guidance_rescale`.
         generator: For sampling, one or one per row.
-        is_done: From `(tokens (rows, block), is_new (rows, block))` to `(rows,)`: rows that end with this block.
+        is_done: From `(canvas, rows, columns of a finished block)` to `(rows,)`: rows that end with this block.
         image_token_offset: First image code, for SPRINT's separate ratios.
+        on_step: Called after every step with the block and the column where it begins.
 
     Raises:
         ValueError: for `use_cuda_graphs=True` where they cannot be had.
@@ -62,13 +63,14 @@ class BlockDiffusionDecoder:
         is_image: bool = False,
         guidance: tuple[float, float, float] = (1.0, 0.0, 0.0),
         generator: Generators = None,
-        is_done: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        is_done: Callable[[Canvas, torch.Tensor, range], torch.Tensor] | None = None,
         image_token_offset: int | None = None,
+        on_step: Callable[[BlockState, int], None] | None = None,
     ):
         self.backbone, self.head, self.config = backbone, head, config
         self.never_predicted, self.allowed, self.is_image = never_predicted, allowed, is_image
         self.guidance, self.generator, self.is_done = guidance, generator, is_done
-        self.image_token_offset = image_token_offset
+        self.image_token_offset, self.on_step = image_token_offset, on_step
         self.block_length = config.block_length
         self.num_forward_passes = 0
         self.why_not_static = why_not_static(backbone, head)
@@ -92,6 +94,7 @@ class BlockDiffusionDecoder:
         # 1. Choose who runs the steps, and on which cache.
         # Triton launches kernels on the process's current device.
         with torch.cuda.device_of(canvas.ids), self._runner(canvas) as runner:
+            runner.on_step = self.on_step
             live = list(range(len(ends)))
             # 2. Walk the blocks.
             for block in range(first_block, canvas.num_columns // self.block_length):
@@ -120,10 +123,7 @@ class BlockDiffusionDecoder:
     def _rows_done(self, canvas: Canvas, runner: Runner, start: int, stop: int) -> list[bool]:
         if self.is_done is None:
             return [False] * len(runner.rows)
-        rows = runner.row_index
-        columns = torch.arange(start, stop, device=rows.device)
-        is_new = (columns >= canvas.prompt_end[rows, None]) & (columns < canvas.end[rows, None])
-        return self.is_done(canvas.ids[0, rows, start:stop], is_new).tolist()
+        return self.is_done(canvas, runner.row_index, range(start, stop)).tolist()
 
     @contextmanager
     def _runner(self, canvas: Canvas) -> Iterator[Runner]:
@@ -137,25 +137,22 @@ class BlockDiffusionDecoder:
         if self.why_not_static is not None:
             release_unused(backbone)
         if not is_exact or self.why_not_static is not None:
-            head, num_layers = self._guided_head(num_branches), backbone.config.num_hidden_layers
-
-            def make_step(num_rows: int) -> tuple[BlockState, DenoisingStep]:
-                return self._make_step(canvas, num_rows, head, sprint)
-
+            num_layers = backbone.config.num_hidden_layers
             if sprint is None:
                 cache = BlockDiffusionCache(num_layers, num_columns) if config.use_cache else None
-                yield EagerRunner(canvas, self.generator, backbone, cache, make_step)
+                yield self.eager_runner(canvas, cache, self.generator)
             else:
                 pruned = SprintCache(num_layers, num_columns)
+                state, step = self._make_step(canvas, self._guided_head(num_branches), sprint)
                 offset = self.image_token_offset
-                yield SprintRunner(canvas, self.generator, backbone, pruned, make_step, sprint, offset)
+                yield SprintRunner(canvas, self.generator, state, step, backbone, pruned, sprint, offset)
             return
 
         with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
             head = self._guided_head(num_branches)
 
         def make_buffers(pool: GraphPool | None) -> StaticBuffers:
-            state, step = self._make_step(canvas, num_rows, head, None)
+            state, step = self._make_step(canvas, head, None)
             return StaticBuffers(backbone, state, step, num_columns, pool)
 
         if config.use_cuda_graphs is False or self.why_not_recorded is not None:
@@ -165,6 +162,11 @@ class BlockDiffusionDecoder:
         fingerprint = fingerprint_of(backbone, self.head)
         with recordings_of(backbone).borrow(kind, fingerprint, num_columns, make_buffers) as buffers:
             yield StaticRunner(canvas, self.generator, buffers)
+
+    def eager_runner(self, canvas: Canvas, cache: BlockDiffusionCache | None, generator: Generators) -> EagerRunner:
+        """Who fills in blocks of a canvas behind what a cache holds of it, where rows may come and go in between."""
+        state, step = self._make_step(canvas, self._guided_head(len(canvas.ids)), None)
+        return EagerRunner(canvas, generator, state, step, self.backbone, cache)
 
     def _kind(self, canvas: Canvas) -> tuple:
         """All that a recorded step holds fixed, but for the model."""
@@ -180,14 +182,13 @@ class BlockDiffusionDecoder:
         return GuidedHead(self.head, self.allowed, self.never_predicted, self.guidance, num_branches)
 
     def _make_step(
-        self, canvas: Canvas, num_rows: int, head: GuidedHead, sprint: SprintConfig | None
+        self, canvas: Canvas, head: GuidedHead, sprint: SprintConfig | None
     ) -> tuple[BlockState, DenoisingStep]:
-        config = self.config
+        config, device = self.config, canvas.ids.device
         warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
-        state = BlockState(
-            len(canvas.ids), num_rows, self.block_length, num_steps_of(config), canvas.ids.device, config.do_sample
-        )
-        policy = CommitPolicy(config, state, self.is_image, sprint)
+        num_branches, num_rows, _ = canvas.ids.shape
+        state = BlockState(num_branches, num_rows, self.block_length, num_steps_of(config), device, config.do_sample)
+        policy = CommitPolicy(config, device, self.is_image, sprint)
         confidence = "low_confidence" if sprint is None else sprint.confidence
         return state, DenoisingStep(self.backbone, head, policy, self.block_length, self.allowed, warpers, confidence)
 

@@ -69,7 +69,10 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         refuse_settings("generate_interleaved", kwargs, {"max_length": "max_new_tokens"})
-        config = self._settle_generation_config(generation_config, kwargs)
+        config = self.settle_generation_config(generation_config, kwargs)
+        for name in ("max_time", "stop_strings"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"`generate_interleaved` ends where the model does: it takes no `{name}`.")
         for name in ("image_start_token_id", "image_end_token_id", "begin_of_image_token_id", "grid_token_ids"):
             if getattr(self.config, name) is None:
                 raise ValueError(
@@ -98,7 +101,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             num_new_tokens = check_grid(grid) + len(self._image_header(grid)) + 1
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
         self._check_length("max_new_tokens" if grid is None else "grid", prompts, num_new_tokens)
-        input_ids = self._place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
+        input_ids = self.place_images({"input_ids": input_ids}, pixel_values, image_grid_thw)["input_ids"]
 
         sequence = self._split_rows("input_ids", input_ids, attention_mask)[0]
         negative = None

@@ -15,7 +15,7 @@ class CommitPolicy:
 
     Args:
         config ([`BlockDiffusionGenerationConfig`]): Steps of a block, threshold, token editing.
-        state ([`BlockState`]): Of the block.
+        device (`torch.device`): Of the blocks.
         is_image (`bool`): Use the rule for image codes, see [`select_positions`].
         sprint ([`SprintConfig`], *optional*): Fill a block as evenly as its steps allow.
     """
@@ -23,7 +23,7 @@ class CommitPolicy:
     def __init__(
         self,
         config: BlockDiffusionGenerationConfig,
-        state: BlockState,
+        device: torch.device,
         is_image: bool,
         sprint: SprintConfig | None = None,
     ):
@@ -31,10 +31,10 @@ class CommitPolicy:
         self.schedule = schedule_of(config)
         # Steps beyond the schedule only edit.
         self.counts_of_steps = self.schedule + [0] * (num_steps_of(config) - len(self.schedule))
-        self.counts = torch.tensor(self.counts_of_steps, device=state.masked.device)
+        self.counts = torch.tensor(self.counts_of_steps, device=device)
         self.editing = None
         if config.editing_threshold is not None:
-            self.editing = TokenEditing(config.editing_threshold, config.max_post_steps, state)
+            self.editing = TokenEditing(config.editing_threshold, config.max_post_steps)
         # Where nothing can be sure, the schedule alone tells how many masks are left.
         self.is_scheduled = config.threshold >= 1 and self.editing is None and sprint is None
 
@@ -74,7 +74,7 @@ class CommitPolicy:
             state.tokens[1:].copy_(torch.where(changed & state.is_new, tokens, state.tokens[1:]))
         state.confidence.copy_(torch.where(changed, probabilities.to(state.confidence.dtype), state.confidence))
         state.masked &= ~commit
-        state.predicted.copy_(state.masked if self.editing is None else self.editing.to_predict())
+        state.predicted.copy_(state.masked if self.editing is None else self.editing.to_predict(state))
         state.num_left.copy_(state.predicted.sum(dim=-1).amax())
         state.step += 1
 

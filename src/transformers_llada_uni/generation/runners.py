@@ -19,6 +19,11 @@ from .state import BlockState
 from .step import DenoisingStep, Mask
 
 
+# A row that has nothing left to predict in a block is left out of the rest of its steps as soon as so large a share of
+# the rows has: for that keys and values of the others are copied.
+SHARE_LEFT_OUT = 1 / 8
+
+
 class Runner:
     """
     Fills in blocks of a canvas.
@@ -26,17 +31,19 @@ class Runner:
     Args:
         canvas ([`Canvas`]): Filled in place.
         generator: For sampling, one or one per row.
+        state ([`BlockState`]): Of the rows of the canvas.
+        step ([`DenoisingStep`]): What a step does to it.
 
     Attributes:
         rows: Rows of the canvas that are under work.
         num_forward_passes: Forward passes of the backbone so far.
+        on_step: Called after every step with the block and the column where it begins.
     """
 
-    state: BlockState
-    step: DenoisingStep
+    on_step: Callable[[BlockState, int], None] | None = None
 
-    def __init__(self, canvas: Canvas, generator: Generators) -> None:
-        self.canvas, self.generator = canvas, generator
+    def __init__(self, canvas: Canvas, generator: Generators, state: BlockState, step: DenoisingStep) -> None:
+        self.canvas, self.generator, self.state, self.step = canvas, generator, state, step
         self.num_branches, num_rows, _ = canvas.ids.shape
         self.rows = list(range(num_rows))
         self.row_index = torch.arange(num_rows, device=canvas.ids.device)
@@ -52,18 +59,30 @@ class Runner:
         self.state.draw(self.generator, self.rows, num_masked, self.canvas.ids.shape[1])
         policy = self.step.policy
         policy.begin(self.state)
-        num_left = max(num_masked)
+        left = num_masked
         for index, count in enumerate(policy.counts_of_steps):
-            if num_left == 0:
+            if not any(left):
                 break
-            self.run_step(start, index, num_left)
+            if index > 0:
+                left = self.leave_out(start, left)
+            self.run_step(start, index, max(left))
+            if self.on_step is not None:
+                self.on_step(self.state, start)
             # Where a block may end early the device is asked, once a step: the price of ending early.
-            num_left = max(num_left - count, 0) if policy.is_scheduled else int(self.state.num_left)
+            left = [max(num_left - count, 0) for num_left in left] if policy.is_scheduled else self.num_left()
         self.state.store(self.canvas, self.row_index, start)
 
     def run_step(self, start: int, index: int, num_left: int) -> None:
         """The step `index` of the block at `start`, in which no row has more than `num_left` masks."""
         raise NotImplementedError
+
+    def num_left(self) -> list[int]:
+        """Masks that each row has left in the block; a device is waited for."""
+        raise NotImplementedError
+
+    def leave_out(self, start: int, left: list[int]) -> list[int]:
+        """May leave rows without masks out of the rest of the block's steps; returns what is left in the others."""
+        return left
 
     def drop(self, indices: list[int]) -> None:
         """The rows of these indices (of `rows`) have ended; others go on."""
@@ -73,31 +92,50 @@ class Runner:
 class EagerRunner(Runner):
     """
     Computes what is left and no more: of the last layer and the head only the columns still masked, attention to what
-    is written, rows that go on. Right everywhere: on CPUs, over several devices, with weights that travel.
+    is written, rows that go on, of a block those that have masks left in it. Right everywhere: on CPUs, over several
+    devices, with weights that travel.
 
     Args:
-        canvas, generator: As above.
+        canvas, generator, state, step: As above.
         backbone: The model without its head.
         cache ([`BlockDiffusionCache`], *optional*): The prefix. `None`: everything is forwarded in every step.
-        make_step: Makes the state and the step for a number of rows.
     """
 
     def __init__(
         self,
         canvas: Canvas,
         generator: Generators,
+        state: BlockState,
+        step: DenoisingStep,
         backbone: PreTrainedModel,
         cache: BlockDiffusionCache | None,
-        make_step: Callable[[int], tuple[BlockState, DenoisingStep]],
     ) -> None:
-        super().__init__(canvas, generator)
-        self.backbone, self.cache, self.make_step = backbone, cache, make_step
-        self.state, self.step = make_step(len(self.rows))
+        super().__init__(canvas, generator, state, step)
+        self.backbone, self.cache = backbone, cache
+        # The plain loop, which the caches are held against, computes all that the release computes.
+        self.leaves_out_rows = cache is not None
         self.block_length = self.step.block_length
         self._is_flash = is_flash_attention_requested(backbone.config)
         self._is_padded = bool(canvas.padding.any())
         self._mask: Mask | None = None
         self._mask_columns: tuple[int, int] | None = None
+
+    def fill(self, start: int, num_masked: list[int]) -> None:
+        all_rows = self.rows, self.row_index, self.state, self.cache
+        super().fill(start, num_masked)
+        if len(self.rows) < len(all_rows[0]):
+            self.rows, self.row_index, self.state, self.cache = all_rows
+            self._mask_columns = None
+
+    def num_left(self) -> list[int]:
+        return self.state.predicted.sum(dim=-1).tolist()
+
+    def leave_out(self, start: int, left: list[int]) -> list[int]:
+        if not self.leaves_out_rows or left.count(0) < max(SHARE_LEFT_OUT * len(left), 1):
+            return left
+        self.state.store(self.canvas, self.row_index, start)
+        self._keep([index for index, num_left in enumerate(left) if num_left], start + self.block_length)
+        return [num_left for num_left in left if num_left]
 
     def run_step(self, start: int, index: int, num_left: int) -> None:
         canvas, cache = self.canvas, self.cache
@@ -117,13 +155,16 @@ class EagerRunner(Runner):
             cache.commit(start - first)
 
     def drop(self, indices: list[int]) -> None:
-        kept = [index for index in range(len(self.rows)) if index not in indices]
-        kept_index = torch.tensor(kept, device=self.row_index.device)
+        self._keep([index for index in range(len(self.rows)) if index not in indices], self.canvas.num_columns)
+
+    def _keep(self, indices: list[int], num_columns: int) -> None:
+        """Goes on with the rows of these indices, and with a cache of so many columns."""
+        kept = torch.tensor(indices, device=self.row_index.device)
         if self.cache is not None:
             branches = torch.arange(self.num_branches, device=self.row_index.device)[:, None] * len(self.rows)
-            self.cache.select_rows((branches + kept_index).flatten())
-        self.rows, self.row_index = [self.rows[index] for index in kept], self.row_index[kept_index]
-        self.state, self.step = self.make_step(len(self.rows))
+            self.cache = self.cache.select((branches + kept).flatten(), 0, num_columns)
+        self.rows, self.row_index = [self.rows[index] for index in indices], self.row_index[kept]
+        self.state = self.state.select_rows(kept)
         self._mask_columns = None
 
     def extend_prefix(self, cache: BlockDiffusionCache, stop: int) -> None:
@@ -172,7 +213,7 @@ class SprintRunner(EagerRunner):
     SPRINT: after the last of its warm-up steps a block sees only part of what is before it.
 
     Args:
-        canvas, generator, backbone, cache, make_step: As above, the cache being a [`SprintCache`].
+        canvas, generator, state, step, backbone, cache: As above, the cache being a [`SprintCache`].
         sprint ([`SprintConfig`]): The settings.
         image_token_offset (`int`, *optional*): First image code, for separate ratios.
     """
@@ -183,14 +224,16 @@ class SprintRunner(EagerRunner):
         self,
         canvas: Canvas,
         generator: Generators,
+        state: BlockState,
+        step: DenoisingStep,
         backbone: PreTrainedModel,
         cache: SprintCache,
-        make_step: Callable[[int], tuple[BlockState, DenoisingStep]],
         sprint: SprintConfig,
         image_token_offset: int | None,
     ) -> None:
-        super().__init__(canvas, generator, backbone, cache, make_step)
+        super().__init__(canvas, generator, state, step, backbone, cache)
         self.sprint, self.image_token_offset = sprint, image_token_offset
+        self.leaves_out_rows = False  # what a block sees of the prefix is chosen for all rows at once
 
     def fill(self, start: int, num_masked: list[int]) -> None:
         super().fill(start, num_masked)
@@ -243,15 +286,17 @@ class StaticRunner(Runner):
     """
 
     def __init__(self, canvas: Canvas, generator: Generators, buffers: StaticBuffers) -> None:
-        super().__init__(canvas, generator)
+        super().__init__(canvas, generator, buffers.state, buffers.step)
         self.buffers, self.cache = buffers, buffers.cache
-        self.state, self.step = buffers.state, buffers.step
         self.block_length = self.step.block_length
         buffers.padding.copy_(canvas.padding)
 
     def fill(self, start: int, num_masked: list[int]) -> None:
         self._extend_prefix(start)
         super().fill(start, num_masked)
+
+    def num_left(self) -> list[int]:
+        return [int(self.state.num_left)]  # of the row that has most
 
     def run_step(self, start: int, index: int, num_left: int) -> None:
         self.num_forward_passes += 1

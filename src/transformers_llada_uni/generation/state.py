@@ -1,5 +1,8 @@
 """What a step of denoising reads and writes of the block it works on."""
 
+import copy
+from typing import Self
+
 import torch
 
 from .canvas import Canvas
@@ -26,6 +29,9 @@ class BlockState:
         confidence: `(rows, block)`, the probability a token was committed with.
         predicted: `(rows, block)`, true where the next step needs a prediction.
         num_left: `()`, the most of them that a row has; 0 ends the block.
+        generated: `(rows, block)`, what was masked at the start of the block, for token editing; the prompt stays.
+        is_active: `(rows,)`, rows with masks, and rows whose last step has changed something, for token editing.
+        num_post_steps: `(rows,)`, steps after a row's last mask, for token editing.
         step: `()`, counts the steps.
         uniforms: `(steps, rows, block)`, a number from 0 to 1 for every draw there may be: a step draws no random
             number itself, and a row's numbers do not depend on the other rows. `None` where nothing is drawn.
@@ -47,10 +53,22 @@ class BlockState:
         self.confidence = torch.zeros(shape, dtype=torch.float32, device=device)
         self.predicted = torch.zeros(shape, dtype=torch.bool, device=device)
         self.num_left = torch.zeros((), dtype=torch.long, device=device)
+        self.generated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.is_active = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.num_post_steps = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.step = torch.zeros((), dtype=torch.long, device=device)
         self.uniforms = None
         if is_sampled:
             self.uniforms = torch.zeros(num_steps, *shape, dtype=torch.float32, device=device)
+
+    def select_rows(self, rows: torch.Tensor) -> Self:
+        """A state of these rows (shape `(rows,)`), in the midst of the same block."""
+        state = copy.copy(self)
+        for name in ("masked", "is_new", "confidence", "predicted", "generated", "is_active", "num_post_steps"):
+            setattr(state, name, getattr(self, name)[rows])
+        state.tokens = self.tokens[:, rows]
+        state.uniforms = None if self.uniforms is None else self.uniforms[:, rows]
+        return state
 
     def load(self, canvas: Canvas, rows: torch.Tensor, start: int) -> None:
         """Takes the block that begins at column `start`, of these rows, from the canvas."""

@@ -13,22 +13,16 @@ class TokenEditing:
     Args:
         threshold (`float`): Tokens predicted with more than this replace others.
         max_post_steps (`int`): Steps a block may take after its last mask.
-        state ([`BlockState`]): Of the block.
     """
 
-    def __init__(self, threshold: float, max_post_steps: int, state: BlockState):
+    def __init__(self, threshold: float, max_post_steps: int):
         self.threshold, self.max_post_steps = threshold, max_post_steps
-        # Masks of the block's first step. Only what is generated there may be replaced; the prompt stays.
-        self.generated = torch.zeros_like(state.masked)
-        # Rows with masks, and rows whose last step has changed something
-        self.is_active = torch.zeros_like(state.masked[:, 0])
-        self.num_post_steps = torch.zeros_like(self.is_active, dtype=torch.long)
 
     def begin(self, state: BlockState) -> None:
         """To be called at the start of a block."""
-        self.generated.copy_(state.masked)
-        self.is_active.copy_(state.masked.any(dim=-1))
-        self.num_post_steps.zero_()
+        state.generated.copy_(state.masked)
+        state.is_active.copy_(state.masked.any(dim=-1))
+        state.num_post_steps.zero_()
 
     def edit(
         self, state: BlockState, commit: torch.Tensor, new_tokens: torch.Tensor, probabilities: torch.Tensor
@@ -47,12 +41,12 @@ class TokenEditing:
         """
         masked = state.masked
         edits = state.predicted & ~masked & (new_tokens != state.tokens[0]) & (probabilities > self.threshold)
-        self.num_post_steps += self.is_active & ~masked.any(dim=-1)
+        state.num_post_steps += state.is_active & ~masked.any(dim=-1)
         # What a step has changed deserves another look; where it has changed nothing, neither would the next.
-        changed = (commit | edits).any(dim=-1) & (self.num_post_steps < self.max_post_steps)
-        self.is_active &= changed | (masked & ~commit).any(dim=-1)
+        changed = (commit | edits).any(dim=-1) & (state.num_post_steps < self.max_post_steps)
+        state.is_active &= changed | (masked & ~commit).any(dim=-1)
         return edits
 
-    def to_predict(self) -> torch.Tensor:
+    def to_predict(self, state: BlockState) -> torch.Tensor:
         """`(rows, block)`, true where the next step needs a prediction."""
-        return self.generated & self.is_active[:, None]
+        return state.generated & state.is_active[:, None]

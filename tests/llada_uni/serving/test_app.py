@@ -69,6 +69,9 @@ def test_stop_and_length(client, apple, said):
 def test_images_are_those_of_the_pipeline(client, pipe, apple):
     made = client.images.generate(model="emoji", prompt="red apple", size="64x64", response_format="b64_json")
     assert image_of(made.data[0]).size == (64, 64)
+    made = client.images.generate(model="emoji", prompt="red apple", extra_body={"seed": 5})
+    settings = {"generator": torch.Generator().manual_seed(5), "generation_kwargs": {"do_sample": True}}
+    assert image_of(made.data[0]).tobytes() == pipe("red apple", **settings).images[0].tobytes()
 
 
 def test_seeds(client):
@@ -83,5 +86,29 @@ def test_seeds(client):
 def test_edit(client, apple):
     file = io.BytesIO()
     apple.save(file, "PNG")
-    made = client.images.edit(model="emoji", image=("apple.png", file.getvalue(), "image/png"), prompt="make it green")
+    source = ("apple.png", file.getvalue(), "image/png")
+    made = client.images.edit(model="emoji", image=source, prompt="make it green")
     assert image_of(made.data[0]).size == apple.size
+    made = client.images.edit(model="emoji", image=[source, source], prompt="make it green", n=2, quality="auto")
+    assert [image_of(item).size for item in made.data] == [apple.size] * 2
+
+
+def test_edit_under_a_mask(client, pipe, apple):
+    """As for OpenAI what is transparent is made anew; the codes of the rest are those of the source."""
+    mask = apple.convert("RGBA")
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    files = []
+    for image in (apple, mask):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        files.append(("image.png", file.getvalue(), "image/png"))
+    made = client.images.edit(
+        model="emoji", image=files[0], mask=files[1], prompt="a green apple", extra_body={"seed": 3}
+    )
+    white_left = PIL.Image.new("L", apple.size)
+    white_left.paste(255, (0, 0, 32, 64))
+    expected = pipe(
+        "a green apple", image=apple, mask_image=white_left, generator=torch.Generator().manual_seed(3),
+        generation_kwargs={"do_sample": True},
+    ).images[0]  # fmt: skip
+    assert image_of(made.data[0]).tobytes() == expected.tobytes()

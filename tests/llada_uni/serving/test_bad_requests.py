@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import socket
+import struct
 import time
+import zlib
 
 import httpx
 import PIL.Image
@@ -21,6 +23,22 @@ def png(width: int = 8, height: int = 8, mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new(mode, (width, height)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def tiff() -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def bomb(width: int, height: int, name: bytes = b"teXt", content: bytes = b"") -> bytes:
+    """A PNG that says it is of this size, with a chunk of its own."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (name, content), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def data_url(content: bytes) -> str:
@@ -47,6 +65,7 @@ def strict(pipe):
     server.stop()
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 CHATS = {
     "no json": (b"{", 400, None),
     "not an object": (b"[]", 400, None),
@@ -79,6 +98,37 @@ CHATS = {
     "logprobs": (chat(logprobs=True), 400, "logprobs"),
     "response format": (chat(response_format={"type": "json_object"}), 400, "response_format"),
     "unknown field": (chat(colour="red"), 400, "colour"),
+    "penalty": (chat(presence_penalty=0.5), 400, "presence_penalty"),
+    "audio": (chat(modalities=["text", "audio"]), 400, "modalities"),
+    "no modality": (chat(modalities=[]), 400, "modalities"),
+    "images alone": (chat(modalities=["image"]), 400, "modalities"),
+    "images of a text": (chat(max_images=2), 400, "max_images"),
+    "size of a text": (chat(size="64x64"), 400, "size"),
+    "steps of a text": (chat(num_inference_steps=2), 400, "num_inference_steps"),
+    "nothing": (b"", 400, None),
+    "null": (b"null", 400, None),
+    "a number": (b"3", 400, None),
+    "other bytes": (b'{"model": "\xff"}', 400, None),
+    "hardly a temperature": (chat(temperature=1e-30), 400, "temperature"),
+    "seed of no number": (b'{"model": "emoji", "messages": [], "seed": NaN}', 400, None),
+    "seed beyond 64 bits": (chat(seed=2**63), 400, "seed"),
+    "two systems": (chat(messages=[{"role": "system", "content": "a"}] * 2), 400, "messages"),
+    "images of a user": (
+        chat(messages=[{"role": "user", "content": "a", "images": [IMAGE]}]),
+        400,
+        "messages.0.images",
+    ),
+    "images twice": (
+        chat(messages=[{"role": "assistant", "content": [IMAGE], "images": [IMAGE]}]),
+        400,
+        "messages.0.images",
+    ),
+    "broken image of an answer": (
+        chat(messages=[{"role": "assistant", "content": "a", "images": [IMAGE]}]),
+        400,
+        "messages.0.images.0.image_url",
+    ),
+    "deep content": (b'{"model": "emoji", "messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400, None),
     "threshold of 2": (chat(threshold=2), 400, "threshold"),
     "no steps": (chat(num_steps_per_block=0), 400, "num_steps_per_block"),
     "stop of numbers": (chat(stop=[1]), 400, "stop"),
@@ -106,6 +156,16 @@ CHATS = {
     "image without base64": (with_image("data:image/png,abc"), 400, "messages.0.content.0.image_url"),
     "image of text": (with_image(data_url(b"hello")), 400, "messages.0.content.0.image_url"),
     "image cut off": (with_image(data_url(png(90, 90)[:-30])), 400, "messages.0.content.0.image_url"),
+    "image that says it is huge": (with_image(data_url(bomb(60_000, 60_000))), 400, "messages.0.content.0.image_url"),
+    "image with a bomb of words": (
+        with_image(data_url(bomb(8, 8, b"zTXt", b"a\0\0" + zlib.compress(b"a" * 50_000_000)))),
+        400,
+        "messages.0.content.0.image_url",
+    ),
+    "image of another format": (with_image(data_url(tiff())), 400, "messages.0.content.0.image_url"),
+    "image of a drawing": (with_image(data_url(b"<svg/>")), 400, "messages.0.content.0.image_url"),
+    "image of spaces": (with_image("data:image/png;base64, AAAA"), 400, "messages.0.content.0.image_url"),
+    "image of a script": (with_image("javascript:alert(1)"), 400, "messages.0.content.0.image_url"),
     "image too large": (with_image(data_url(png(101, 100))), 400, "messages.0.content.0.image_url"),
     "url of a number": (with_image(3), 400, "messages.0.content"),
     "too many images": (
@@ -130,6 +190,15 @@ DRAWINGS = {
     "unknown field": ({"prompt": "a cat", "style": "vivid"}, 400, "style"),
     "other model": ({"prompt": "a cat", "model": "dall-e-3"}, 404, "model"),
     "guidance of text": ({"prompt": "a cat", "guidance_scale": "much"}, 400, "guidance_scale"),
+    "stream": ({"prompt": "a cat", "stream": True}, 400, "stream"),
+    "partial images": ({"prompt": "a cat", "partial_images": 2}, 400, "partial_images"),
+    "transparent": ({"prompt": "a cat", "background": "transparent"}, 400, "background"),
+    "millions of images": ({"prompt": "a cat", "n": 10**18}, 400, "n"),
+    "half an image": ({"prompt": "a cat", "n": 1.5}, 400, "n"),
+    "wide digits": ({"prompt": "a cat", "size": "\uff16\uff14x64"}, 400, "size"),
+    "too long a prompt": ({"prompt": "a" * 32_001}, 400, "prompt"),
+    "too many tokens": ({"prompt": "a " * 5000}, 400, "prompt"),
+    "half a character": ({"prompt": "\ud800"}, 400, "prompt"),
     "endless steps": ({"prompt": "a cat", "num_inference_steps": 10**9}, 400, "num_inference_steps"),
 }
 
@@ -165,7 +234,7 @@ def edit(server: Server, fields: dict, files: list) -> httpx.Response:
 
 def test_bad_edits(strict):
     image, prompt = ("image", ("a.png", png(64, 64))), {"prompt": "make it red"}
-    check(post(strict, "/v1/images/edits", {"prompt": "make it red"}), 400, None)
+    check(post(strict, "/v1/images/edits", {"prompt": "make it red"}), 415, None)
     check(edit(strict, prompt, [("mask", ("m.png", png(64, 64)))]), 400, "image")
     check(edit(strict, prompt, [("image", ("a.png", b"hello"))]), 400, "image")
     check(edit(strict, prompt, [image, ("mask", ("m.png", png(32, 64)))]), 400, "mask")
@@ -175,7 +244,7 @@ def test_bad_edits(strict):
     check(edit(strict, prompt, [image, ("mask", ("m.png", png(64, 64)))]), 400, "mask")  # black everywhere
     check(edit(strict, {}, [image]), 400, "prompt")
     check(edit(strict, {**prompt, "n": "many"}, [image]), 400, "n")
-    check(edit(strict, {**prompt, "background": "auto"}, [image]), 400, "background")
+    check(edit(strict, {**prompt, "background": "transparent"}, [image]), 400, "background")
     check(edit(strict, prompt, [("image", ("a.png", b"x" * LIMIT))]), 413, None)
 
 
@@ -209,6 +278,31 @@ def test_a_client_that_leaves_while_it_sends(strict):
         time.sleep(0.02)
 
 
+def test_bodies_that_are_not_json(strict):
+    """As of curl without a header: the sentence says what is missing."""
+    content = json.dumps(chat()).encode()
+    for path in ("/v1/chat/completions", "/v1/images/generations"):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            response = httpx.post(f"{strict.url}{path}", content=content, headers={"content-type": kind})
+            check(response, 415, None)
+            assert "application/json" in response.text
+
+
+def test_many_kinds_are_tested():
+    assert len(CHATS) + len(DRAWINGS) > 100
+
+
+def test_a_prompt_of_megabytes_is_refused_at_once(pipe):
+    server, messages = Server(pipe, ServerSettings("emoji")), [{"role": "user", "content": "a" * 10_000_000}]
+    try:
+        for fields in ({}, {"modalities": ["text", "image"]}):
+            began = time.perf_counter()
+            check(post(server, "/v1/chat/completions", chat(messages=messages, **fields)), 400, "messages")
+            assert time.perf_counter() - began < 5
+    finally:
+        server.stop()
+
+
 def test_unknown_paths_and_methods(strict):
     check(httpx.get(f"{strict.url}/v1/nothing"), 404, None)
     check(httpx.get(f"{strict.url}/v1/chat/completions"), 405, None)
@@ -217,8 +311,16 @@ def test_unknown_paths_and_methods(strict):
 
 def test_serves_on_and_counts(strict):
     assert httpx.get(f"{strict.url}/health").json() == {"status": "ok"}
-    response = post(strict, "/v1/chat/completions", chat())
-    assert response.status_code == 200
-    metrics = httpx.get(f"{strict.url}/metrics").text
-    assert 'llada_uni_requests_total{route="/v1/chat/completions",status="200"} 1.0' in metrics
-    assert "llada_uni_texts_waiting 0.0" in metrics
+    assert post(strict, "/v1/chat/completions", chat()).status_code == 200
+    assert post(strict, "/v1/chat/completions", chat(n=2)).status_code == 400
+    assert post(strict, "/v1/images/generations", {"prompt": "a cat", "num_inference_steps": 1}).status_code == 200
+    metrics = dict(line.rsplit(" ", 1) for line in httpx.get(f"{strict.url}/metrics").text.splitlines())
+    chats = 'llada_uni_requests_total{route="/v1/chat/completions",status='
+    assert float(metrics[f'{chats}"200"}}']) == 1 and float(metrics[f'{chats}"400"}}']) >= 1
+    assert float(metrics['llada_uni_request_seconds_bucket{le="+Inf",route="/v1/images/generations"}']) >= 1
+    for kind in ("text", "image", "story"):
+        assert (
+            metrics[f'llada_uni_waiting{{kind="{kind}"}}'] == metrics[f'llada_uni_running{{kind="{kind}"}}'] == "0.0"
+        )
+    assert float(metrics["llada_uni_text_tokens_total"]) >= 1 and float(metrics["llada_uni_images_total"]) >= 1
+    assert metrics["llada_uni_alive"] == "1.0" and float(metrics["process_resident_memory_bytes"]) > 1e8

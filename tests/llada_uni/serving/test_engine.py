@@ -1,110 +1,20 @@
-"""The engine and its queues, without a model."""
+"""Queues, jobs, and clients that leave, without a model."""
 
 import asyncio
 import threading
 import time
-from types import SimpleNamespace
+from contextlib import suppress
 
 import pytest
+import torch
 from starlette.requests import ClientDisconnect
 
+from llada_uni.answers import Answer
+from llada_uni.serving.chat import AnswerStream
+from llada_uni.serving.chat_answers import TextAnswer
 from llada_uni.serving.clients import while_connected
-from llada_uni.serving.engine import Engine
-from llada_uni.serving.jobs import EngineBusy, EngineStopped, ImageJob, Job, JobQueue, TextJob
-
-
-class Pipe:
-    """Draws a word for each prompt and seed; refuses "bad"; begins when `go` is set."""
-
-    def __init__(self) -> None:
-        self.code_generator = SimpleNamespace(model=None, processor=None)
-        self.calls: list[list[str]] = []
-        self.begun, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, prompts, generator, **settings):
-        self.calls.append(prompts)
-        self.begun.set()
-        assert self.go.wait(10)
-        if "bad" in prompts:
-            raise ValueError("`prompt` is bad.")
-        seeds = [one.initial_seed() for one in generator]
-        return SimpleNamespace(images=[f"{prompt} {seed}" for prompt, seed in zip(prompts, seeds, strict=True)])
-
-
-@pytest.fixture
-def pipe():
-    return Pipe()
-
-
-@pytest.fixture
-def engine(pipe):
-    engine = Engine(pipe, max_images=3)
-    engine.start()
-    yield engine
-    pipe.go.set()
-    engine.stop()
-
-
-def submit(engine, *jobs):
-    """While the first is drawn, so that the others wait together."""
-    first = ImageJob("first")
-    engine.submit(first)
-    assert engine.pipe.begun.wait(10)
-    for job in jobs:
-        engine.submit(job)
-    return first
-
-
-def test_a_bad_job_fails_alone(engine, pipe):
-    jobs = [ImageJob("a"), ImageJob("bad"), ImageJob("b")]
-    submit(engine, *jobs)
-    pipe.go.set()
-    assert jobs[0].result.result(10) == ["a 0"] and jobs[2].result.result(10) == ["b 0"]
-    with pytest.raises(ValueError, match="is bad"):
-        jobs[1].result.result(10)
-    assert pipe.calls == [["first"], ["a", "bad", "b"], ["a"], ["bad"], ["b"]]
-
-
-def test_no_more_images_at_once_than_allowed(engine, pipe):
-    many, one = ImageJob("many", [1, 2, 3, 4, 5, 6, 7]), ImageJob("one")
-    submit(engine, many, one)
-    pipe.go.set()
-    assert many.result.result(10) == [f"many {seed}" for seed in range(1, 8)]
-    assert one.result.result(10) == ["one 0"]
-    assert pipe.calls[1:] == [["many"] * 3, ["many"] * 3, ["many"], ["one"]]
-
-
-def test_jobs_of_other_settings_are_no_part_of_a_group(engine, pipe):
-    jobs = [ImageJob("a"), ImageJob("b", settings={"width": 64}), ImageJob("c"), ImageJob("d", images=["image"])]
-    submit(engine, *jobs)
-    pipe.go.set()
-    assert [job.result.result(10) for job in jobs] == [["a 0"], ["b 0"], ["c 0"], ["d 0"]]
-    assert pipe.calls[1:] == [["a", "c"], ["b"], ["d"]]
-
-
-def test_a_cancelled_job_is_not_drawn(engine, pipe):
-    gone, kept = ImageJob("gone"), ImageJob("kept")
-    first = submit(engine, gone, kept)
-    gone.cancel()
-    first.cancel()  # while it is drawn
-    pipe.go.set()
-    assert kept.result.result(10) == ["kept 0"]
-    assert pipe.calls == [["first"], ["kept"]] and engine.is_alive and not engine._unfinished
-
-
-def test_an_engine_that_dies_says_so(engine, pipe, monkeypatch):
-    waiting = ImageJob("waits")
-    first = submit(engine, waiting)
-    monkeypatch.setattr(engine, "_let_in", lambda *args: 1 / 0)
-    text = TextJob(None, 8)
-    engine.submit(text)
-    for job in (text, waiting, first):
-        with pytest.raises(EngineStopped, match="died"):
-            job.result.result(10)
-    with pytest.raises(EngineStopped):
-        engine.submit(ImageJob("late"))
-    engine._threads[0].join(10)
-    assert not engine.is_alive
+from llada_uni.serving.gate import LATER_STATUS
+from llada_uni.serving.jobs import EngineBusy, EngineStopped, Job, JobQueue, TextJob
 
 
 def test_a_queue():
@@ -148,12 +58,34 @@ def test_a_client_that_hangs_up_while_it_waits():
             return await asyncio.wrap_future(job.result)
 
         try:
-            return await while_connected(Request(), wait()), job
+            return await while_connected(Request(), job, wait()), job
         except ClientDisconnect:
-            await asyncio.sleep(0)
             return None, job
 
     answer, job = asyncio.run(ask(0.01))
     assert answer == "done" and not job.is_cancelled
     answer, job = asyncio.run(ask(5))
     assert answer is None and job.is_cancelled
+
+
+@pytest.mark.parametrize("version", ["2.3", "2.4"])
+def test_a_client_that_hangs_up_before_the_first_event(version):
+    """Nobody has begun to listen to the answer, so that nobody can stop listening."""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if version == "2.4":
+            raise OSError
+        await asyncio.sleep(10)  # until it is cancelled
+
+    async def ask():
+        job = TextJob(torch.zeros(1, dtype=torch.long), 8)
+        scope = {"type": "http", "asgi": {"spec_version": version}}
+        with suppress(ClientDisconnect):
+            await AnswerStream(TextAnswer(job, Answer(None)), {}, False)(scope, receive, send)
+        return job, scope
+
+    job, scope = asyncio.run(ask())
+    assert job.is_cancelled and scope[LATER_STATUS] == 499

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -42,17 +43,58 @@ def pixels(encoded: str) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(encoded))))
 
 
-def test_images_of_many_clients_are_those_of_one(server, client):
+def test_64_clients_of_all_kinds(client):
+    """Nothing is lost, nothing mixed up; everybody has what he would have alone."""
+    quick = {"num_inference_steps": 1, "num_steps_per_block": 2}
+
     def draw(seed):
         prompt = ["red apple", "cat face"][seed % 2]
-        return client.images.generate(model="emoji", prompt=prompt, extra_body={"seed": seed}).data[0].b64_json
+        made = client.images.generate(model="emoji", prompt=prompt, extra_body={"seed": seed, **quick})
+        return [item.b64_json for item in made.data]
 
-    with ThreadPoolExecutor(6) as clients:
-        together = list(clients.map(draw, range(6)))
-    for seed, image in enumerate(together):
-        # Rows of a batch differ from one alone by rounding.
-        difference = np.abs(pixels(image).astype(int) - pixels(draw(seed)).astype(int))
-        assert difference.max() <= 2, seed
+    def edit(seed):
+        made = client.images.edit(model="emoji", image=source, prompt="blue", extra_body={"seed": seed, **quick})
+        return [item.b64_json for item in made.data]
+
+    def tell(seed):
+        answer = client.chat.completions.create(
+            model="emoji", messages=[{"role": "user", "content": "a red apple"}], modalities=["text", "image"],
+            seed=seed, max_tokens=16,
+            extra_body={"max_images": 1, "num_inference_steps": 1, "num_image_steps_per_block": 2},
+        )  # fmt: skip
+        message = answer.choices[0].message
+        return [message.content, *(part["image_url"]["url"].partition(",")[2] for part in message.images)]
+
+    def ask(seed, **settings):
+        messages = [{"role": "user", "content": f"What is number {seed}?"}]
+        extra = {"num_steps_per_block": 4}
+        return client.chat.completions.create(
+            model="emoji", messages=messages, max_tokens=8, extra_body=extra, **settings
+        )
+
+    def stream(seed):
+        return ["".join(chunk.choices[0].delta.content or "" for chunk in ask(seed, stream=True))]
+
+    def answer(seed):
+        return [ask(seed).choices[0].message.content]
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    source = ("red.png", file.getvalue(), "image/png")
+    asked = [(draw, 0), (draw, 1), (edit, 0), (tell, 0)]
+    asked += [(kind, seed) for kind in (stream, answer) for seed in range(6)]
+    alone = {(kind, seed): kind(seed) for kind, seed in asked}
+    assert len({str(result) for result in alone.values()}) > 6
+    asked *= 4
+    assert len(asked) == 64
+    with ThreadPoolExecutor(64) as clients:
+        together = list(clients.map(lambda one: one[0](one[1]), asked))
+    for one, parts in zip(asked, together, strict=True):
+        if one[0] in (stream, answer, tell):
+            assert parts == alone[one], one
+        else:  # rows of a batch differ from one alone by rounding
+            difference = np.abs(pixels(parts[0]).astype(int) - pixels(alone[one][0]).astype(int))
+            assert difference.max() <= 2, one
 
 
 def test_a_full_queue_turns_away(pipe):
@@ -131,13 +173,8 @@ def test_a_stopped_engine_does_what_it_has(pipe):
         engine.submit(TextJob(ids, 8))
 
 
-def _accepted(metrics: str) -> float:
-    """Requests for text that the engine has, or has answered."""
-    wanted = ("llada_uni_texts_waiting ", "llada_uni_texts_running ", 'llada_uni_requests_total{route="/v1/chat')
-    return sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(wanted))
-
-
-def test_sigterm_loses_no_request(tmp_path):
+def test_sigterm_loses_no_request():
+    """What has been accepted is answered, of whatever kind; what comes later finds nobody."""
     command = [sys.executable, "-m", "llada_uni.cli", "serve", "--port", "0", "--max-new-tokens", "64"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -147,16 +184,29 @@ def test_sigterm_loses_no_request(tmp_path):
             assert line, "the server has not started"
         url = line.split("running on ")[1].split()[0]
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        body = {"model": "emoji", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 64}
-        with ThreadPoolExecutor(8) as clients:
-            answers = [
-                clients.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(8)
-            ]
-            while _accepted(httpx.get(f"{url}/metrics").text) < 8:
+        chat = {"model": "emoji", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 64}
+        tell = {**chat, "modalities": ["text", "image"], "max_images": 1}
+        asked = [("chat/completions", chat), ("chat/completions", {**chat, "stream": True})] * 3
+        asked += [("chat/completions", tell), ("chat/completions", {**tell, "stream": True})]
+        asked += [("images/generations", {"prompt": "a red apple", "n": n}) for n in (1, 2)]
+        with ThreadPoolExecutor(len(asked)) as clients:
+            answers = [clients.submit(httpx.post, f"{url}/v1/{path}", json=body, timeout=60) for path, body in asked]
+            accepted = re.compile(r"^llada_uni_(?:waiting|running|requests_total).* (\d+)\.0$", re.MULTILINE)
+            probes = 0
+            while sum(map(int, accepted.findall(httpx.get(f"{url}/metrics").text))) - probes < len(asked):
+                probes += 1  # the one that has just counted
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            statuses = [answer.result().status_code for answer in answers]
-        assert statuses == [200] * 8
+            time.sleep(0.5)
+            with pytest.raises(httpx.TransportError):
+                httpx.post(f"{url}/v1/chat/completions", json=chat)
+            for (path, body), answer in zip(asked, answers, strict=True):
+                response = answer.result()
+                assert response.status_code == 200
+                if body.get("stream"):
+                    assert response.text.endswith("data: [DONE]\n\n") and '"finish_reason": "' in response.text
+                else:
+                    assert response.json()["choices" if "chat" in path else "data"]
         assert process.wait(30) in (0, -signal.SIGTERM)
     finally:
         process.kill()

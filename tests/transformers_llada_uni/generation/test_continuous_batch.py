@@ -46,6 +46,18 @@ def test_rows_that_come_and_go(seed):
         assert row.tokens == alone(model, row, **settings)
 
 
+def test_rows_that_have_filled_their_block_are_left_out_of_it():
+    model, tokens = tiny_backbone(), []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    batch = ContinuousBatch(model, block_length=8, num_steps_per_block=8, threshold=1.0, eos_token_id=[])
+    rows = [batch.add(torch.arange(10, 10 + length), max_new_tokens=9) for length in (5, 7, 14)]
+    batch.step()  # they have 3, 1 and 2 masks in their first blocks, the last after a block of its own
+    assert tokens == [(3, 16), (2, 8), (1, 8)]
+    assert [len(row.tokens) for row in rows] == [3, 1, 2]
+
+
 def test_a_row_that_is_removed_disturbs_nobody():
     model, rng = tiny_backbone(), random.Random(0)
     batch = ContinuousBatch(model, block_length=8, num_steps_per_block=4, eos_token_id=None)
@@ -109,6 +121,13 @@ def test_what_is_refused():
         ContinuousBatch(model, use_cache=False)
     with pytest.raises(ValueError, match="`use_cuda_graphs=True` cannot be had: rows come and go"):
         ContinuousBatch(model, use_cuda_graphs=True)
+    for setting in ({"max_time": 1.0}, {"stop_strings": "end"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(setting))}` cannot be had: who reads"):
+            ContinuousBatch(model, **setting)
+    training = tiny_backbone().train()
+    training.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="`use_cache`"):  # transformers drops caches then
+        ContinuousBatch(training)
     with pytest.raises(TypeError, match="goes by `max_new_tokens`: it takes no `max_length`"):
         ContinuousBatch(model, max_length=9)
     batch = ContinuousBatch(model)

@@ -5,7 +5,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_llada_uni import LLaDA2MoeConfig
-from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeAttention
+from transformers_llada_uni.attention import LLaDA2MoeAttention
 
 
 class OnCuda(torch.Tensor):

@@ -1,6 +1,7 @@
 """How often decoding waits for the device: what every read of a tensor's value would be on an accelerator."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,16 @@ class CountReads(TorchDispatchMode):
         self.count += function.name().split(".")[0] in READS
         return function(*args, **(kwargs or {}))
 
+    def of_lists(self):
+        """`tolist` is no operator on a CPU."""
+        to_list = torch.Tensor.tolist
+
+        def counted(tensor):
+            self.count += 1
+            return to_list(tensor)
+
+        return mock.patch.object(torch.Tensor, "tolist", counted)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -33,7 +44,7 @@ def model():
 def reads_and_forwards(model, is_guided: bool, **settings) -> tuple[int, int]:
     prompt = torch.arange(5, 21)[None]  # ends with a block, so that every block takes all steps
     settings = {"block_length": 8, "return_dict_in_generate": True} | settings
-    with CountReads() as reads:
+    with CountReads() as reads, reads.of_lists():
         if is_guided:
             output = model.generate_image_codes(
                 prompt, (4, 8), negative_input_ids=prompt[:, :9], guidance_scale=2.0, **settings
