@@ -49,7 +49,8 @@ class ModelTesterMixin:
     def test_saves_safetensors_only(self, tmp_path):
         self.model().save_pretrained(tmp_path)
         suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-        assert suffixes <= {".json", ".safetensors"}
+        assert suffixes - {".py"} <= {".json", ".safetensors"}
+        assert {path.stem for path in tmp_path.rglob("*.py")} <= {"load_llada_uni"}  # which holds no model
 
     def test_saves_in_shards(self, tmp_path):
         model = self.model()

@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +19,10 @@ def official_tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def converted_dir(official_tiny, tmp_path_factory) -> Path:
-    """`official_tiny` converted by the command a user would run."""
-    target = tmp_path_factory.mktemp("converted") / "llada-uni-tiny"
-    script = ROOT / "conversion" / "convert_llada_uni_checkpoint.py"
-    subprocess.run([sys.executable, str(script), str(official_tiny), str(target)], check=True)
-    return target
+    """`official_tiny` as a pipeline."""
+    from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers  # of what few tests need
+
+    return convert_to_diffusers(official_tiny, tmp_path_factory.mktemp("converted") / "llada-uni-tiny", progress=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,6 +40,10 @@ class Hub:
         self.refused: list[str] = []
         self.num_uploads = 0
 
+    @property
+    def commit_id(self) -> str:
+        return f"{len(self.commits) + 1:040x}"
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -169,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.refuse(400, f"unknown operation {line['key']}")
         hub.repositories[repository] |= files
         hub.commits.append((repository, message))
-        return self.answer({"commitUrl": f"{self.server.url}/{repository}/commit/1", "commitOid": "1" * 40})
+        return self.answer({"commitUrl": f"{self.server.url}/{repository}/commit/1", "commitOid": hub.commit_id})
 
     def download(self, repository: str, file: str, body: bytes) -> None:
         content = self.server.hub.repositories.get(repository, {}).get(file)
@@ -177,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
             code = "EntryNotFound" if repository in self.server.hub.repositories else "RepoNotFound"
             return self.refuse(404, f"no {file} in {repository}", code)
         checksum = hashlib.sha256(content).hexdigest()
-        return self.answer(content, headers={"ETag": f'"{checksum}"', "X-Repo-Commit": "1" * 40})
+        return self.answer(content, headers={"ETag": f'"{checksum}"', "X-Repo-Commit": self.server.hub.commit_id})
 
     def info(self, repository: str, body: bytes) -> None:
         files = self.server.hub.repositories.get(repository)
@@ -185,7 +189,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, f"no {repository}", "RepoNotFound")
         siblings = [{"rfilename": name} for name in files]
         return self.answer(
-            {"id": repository, "modelId": repository, "sha": "1" * 40, "tags": [], "siblings": siblings}
+            {
+                "id": repository,
+                "modelId": repository,
+                "sha": self.server.hub.commit_id,
+                "tags": [],
+                "siblings": siblings,
+            }
         )
 
     def tree(self, repository: str, folder: str | None, body: bytes) -> None:
@@ -287,6 +297,17 @@ assert type(AutoProcessor.from_pretrained("tester/folder", subfolder="processor"
 """
 )
 
+# As a tool does that knows transformers alone.
+PULL_BY_STUB = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+assert "transformers_llada_uni" not in sys.modules
+processor = AutoProcessor.from_pretrained("tester/model", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("tester/model", trust_remote_code=True)
+assert (type(processor).__name__, type(model).__name__) == ("LLaDAUniProcessor", "LLaDAUniForConditionalGeneration")
+"""
+
 PULL_PIPELINE = (
     SAME
     + """
@@ -356,8 +377,9 @@ def test_model_arrives_byte_for_byte_with_a_card(pushed):
     assert json.loads(files["config.json"])["model_type"] == "llada_uni"
     card = card_of(files)
     assert "tiny" in card.data.tags
-    assert card.data.library_name == "transformers"
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
     assert ("tester/model", "The weights") in hub.commits
+    assert "pip install llada-uni" in card.text and "load_llada_uni.py" in saved
 
 
 def test_weights_keep_the_released_expert_names(pushed, official_tiny):
@@ -398,7 +420,10 @@ def test_pipeline_arrives_byte_for_byte_with_a_card(pushed):
     assert files.keys() - {"README.md"} == saved.keys() - {"README.md"}
     assert {name: files[name] for name in saved} == saved
     assert json.loads(files["model_index.json"])["_class_name"] == "LLaDAUniPipeline"
-    assert card_of(files).data.library_name == "diffusers"
+    card = card_of(files)
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "any-to-any"
+    assert "pip install llada-uni" in card.text and 'from_pretrained("tester/pipeline"' in card.text
+    assert "license" not in card.data.to_dict()
 
 
 def test_pipeline_keeps_a_card_that_is_there(pushed, converted_dir):
@@ -426,6 +451,16 @@ def test_large_files_go_as_large_files_and_only_once(pushed):
 
 def test_pushed_model_and_processor_load_again(pushed, server, converted_dir, tmp_path):
     run(PULL_MODEL, server, tmp_path / "home", converted_dir)
+
+
+def test_the_card_s_snippet_loads_the_model(pushed, server, tmp_path):
+    hub, _ = pushed
+    [snippet] = re.findall(r"```python\n(.*?)```", card_of(hub.repositories["tester/model"]).text, re.DOTALL)
+    run(f'{snippet}\nassert type(model).__name__ == "LLaDAUniForConditionalGeneration"', server, tmp_path / "home")
+
+
+def test_without_the_import_the_model_loads_by_its_stub(pushed, server, tmp_path):
+    run(PULL_BY_STUB, server, tmp_path / "home")
 
 
 def test_pushed_pipeline_loads_again(pushed, server, converted_dir, tmp_path):

@@ -37,6 +37,7 @@ INTERNAL_MODULES = (
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.distributed.checkpoint",
+    "transformers.models.auto.modeling_auto",
     "transformers.quantizers.quantizers_utils",
     "transformers.utils.chat_template_utils",
     "transformers.utils.generic",

@@ -295,7 +295,8 @@ class CodeDecoder:
 
     def _to_images(self, latents: torch.Tensor, output_type: str) -> Images:
         vae = loaded("vae", self.vae)
-        config, scale = vae.config, vae_scale_factor(vae)
+        config = vae.config
+        scale = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent, down and across
         latents = (latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)).to(vae.dtype)
         pixels_of_one = math.prod(latents.shape[2:]) * scale**2
         parts = latents.split(max(1, MAX_PIXELS // pixels_of_one))
@@ -309,8 +310,3 @@ class CodeDecoder:
         config = self.transformers[settings.decoder].config
         side = settings.upscale * config["all_patch_size"][0]
         return batch_size, config["in_channels"], side * grid[0], side * grid[1]
-
-
-def vae_scale_factor(vae: AutoencoderKL) -> int:
-    """Pixels per latent, down and across."""
-    return 2 ** (len(vae.config["block_out_channels"]) - 1)

@@ -18,8 +18,9 @@ from transformers_llada_uni import (
 )
 from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
 from transformers_llada_uni.generation.sampling import Generators
+from transformers_llada_uni.image_places import HEADER_LENGTH
+from transformers_llada_uni.image_sizes import UPSCALE
 from transformers_llada_uni.input_checks import check_integer, check_number
-from transformers_llada_uni.processing_llada_uni import UPSCALE
 from transformers_llada_uni.prompts import UNCONDITION
 
 from .image_inputs import touched_codes
@@ -30,8 +31,6 @@ DEFAULT_GUIDANCE_SCALE = 2.0
 # Codes that are generated at once, those of 64 images of 1024 x 1024. By then each expert gets so many tokens that a
 # larger batch is hardly faster, and keys and values take 5 GB: 41 kB of bfloat16 for each code and branch of guidance.
 MAX_CODES = 65_536
-# Tokens of `<|image|>`, height, width and `<boi>` before the codes.
-HEADER_LENGTH = 4
 
 
 @dataclass

@@ -26,6 +26,3 @@ def embedded_checkpoint(name: str = "emoji") -> Path:
 def names_of_embedded_checkpoints() -> list[str]:
     """What [`embedded_checkpoint`] knows."""
     return sorted(entry.parent.name for entry in FOLDER.glob("*/model_index.json"))
-
-
-__all__ = ["embedded_checkpoint"]

@@ -11,19 +11,22 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 # DiffusionPipeline.from_pretrained finds the components' classes only in modules that are imported already.
 from transformers_llada_uni.generation.sampling import Generators
+from transformers_llada_uni.hub_card import PushedWithCard
 from transformers_llada_uni.input_checks import check_flag, check_number
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
 
-from .code_decoding import CodeDecoder, CodeDecodingSettings, vae_scale_factor
+from .code_decoding import CodeDecoder, CodeDecodingSettings
 from .code_generation import CodeGenerator
 from .decoder_compilation import compile_decoder, quantize_decoder
 from .decoders import DECODERS, loaded
 from .lora_loading import LLaDAUniLoraLoaderMixin
+from .pipeline_card import make_pipeline_card
 from .pipeline_saving import check_adapters, saved_as_a_whole, write_transformers_files
 from .semantic_embedder import LLaDAUniSemanticEmbedder
 
@@ -31,7 +34,7 @@ from .semantic_embedder import LLaDAUniSemanticEmbedder
 Callback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, Any] | None]
 
 
-class LLaDAUniPipelineBase(LLaDAUniLoraLoaderMixin, DiffusionPipeline):
+class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPipeline):
     """See [`LLaDAUniPipeline`]."""
 
     # diffusers' default is None.
@@ -106,11 +109,6 @@ class LLaDAUniPipelineBase(LLaDAUniLoraLoaderMixin, DiffusionPipeline):
             {name: scheduler for name, scheduler in schedulers.items() if scheduler is not None},
             self._execution_device,
         )
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent, down and across."""
-        return 8 if self.vae is None else vae_scale_factor(self.vae)
 
     @property
     def loaded_decoders(self) -> list[str]:
@@ -264,6 +262,10 @@ class LLaDAUniPipelineBase(LLaDAUniLoraLoaderMixin, DiffusionPipeline):
         check_adapters(self.components)
         with saved_as_a_whole(self, save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)
+
+    def make_card(self, repo_id: str) -> ModelCard:
+        """The card for a repository of this name."""
+        return make_pipeline_card(repo_id, self.loaded_decoders, str(self.dtype).removeprefix("torch."))
 
     def save_config(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes `model_index.json`, after the components; and what transformers looks for in the folder's root."""

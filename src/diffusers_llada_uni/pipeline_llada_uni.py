@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any
 
 import PIL.Image
 import torch
@@ -21,32 +21,6 @@ from .image_inputs import images_per_prompt, masks_per_prompt
 from .pipeline_base import Callback, LLaDAUniPipelineBase
 from .pipeline_output import LLaDAUniPipelineOutput
 from .prompt_inputs import check_negative_prompt, check_prompt, check_task
-
-
-class CallSettings(TypedDict, total=False):
-    """The arguments of a call that the kind of its output does not hang on."""
-
-    mask_image: Any
-    height: int | None
-    width: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    image_guidance_scale: float
-    guidance_rescale: float
-    num_steps_per_block: int
-    thinking: bool
-    num_images_per_prompt: int
-    decoder: str | None
-    decoder_guidance_scale: float | None
-    upscale: int
-    generator: Generators
-    latents: torch.Tensor | None
-    output_type: str
-    callback_on_step_end: Callback | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
-    generation_kwargs: dict[str, Any] | None
-    thinking_kwargs: dict[str, Any] | None
-    negative_prompt: str | list[str] | None
 
 
 class LLaDAUniPipeline(LLaDAUniPipelineBase):
@@ -69,26 +43,6 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         editing_guidance_scale (`float`, defaults to 4.0): The `guidance_scale` of edits, where none is given; what is
             best is a matter of the model. Saved in `model_index.json`.
     """
-
-    @overload
-    def __call__(
-        self,
-        prompt: str | list[str],
-        image: Any = None,
-        *,
-        return_dict: Literal[True] = True,
-        **settings: Unpack[CallSettings],
-    ) -> LLaDAUniPipelineOutput: ...
-
-    @overload
-    def __call__(
-        self,
-        prompt: str | list[str],
-        image: Any = None,
-        *,
-        return_dict: Literal[False],
-        **settings: Unpack[CallSettings],
-    ) -> tuple: ...
 
     @torch.no_grad()
     def __call__(
@@ -117,7 +71,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         generation_kwargs: dict[str, Any] | None = None,
         thinking_kwargs: dict[str, Any] | None = None,
         negative_prompt: str | list[str] | None = None,
-    ) -> LLaDAUniPipelineOutput | tuple:
+    ) -> LLaDAUniPipelineOutput:
         r"""
         Makes images from prompts; edits or fills in images where `image` is given.
 
@@ -248,7 +202,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         )
         self.maybe_free_model_hooks()
         output = LLaDAUniPipelineOutput(images=images, codes=codes_of_images, thoughts=thoughts if thinking else None)
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]  # as upstream types it
 
     @torch.no_grad()
     def decode_codes(
@@ -365,6 +319,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
     ) -> list[str | PIL.Image.Image]:
         r"""
         Lets the model write and draw in turn: a story with its images, instructions with an image per step.
+        Arguments that are not listed are those of the call.
 
         Args:
             prompt (`str`): What to tell.
@@ -375,8 +330,6 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             num_steps_per_block (`int`, defaults to 8): Steps of a block of image codes.
             generation_kwargs (`dict`, *optional*): More settings of [`BlockDiffusionGenerationConfig`]:
                 `max_new_tokens` (of each stretch of text), `num_steps_per_block` (of text), `threshold`, ...
-
-            The other arguments are those of the call.
 
         Returns:
             `list[str | PIL.Image.Image]`: text and images in the order they were made; empty text is left out.

@@ -25,6 +25,3 @@ class LLaDAUniPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor
     codes: list[torch.Tensor]
     thoughts: list[str] | None = None
-
-
-__all__ = ["LLaDAUniPipelineOutput"]

@@ -72,6 +72,3 @@ class LLaDAUniSemanticEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]  
         features = features.repeat_interleave(upscale, dim=1).repeat_interleave(upscale, dim=2)
         features = features.flatten(1, 2)
         return Transformer2DModelOutput(sample=features) if return_dict else (features,)
-
-
-__all__ = ["LLaDAUniSemanticEmbedder"]

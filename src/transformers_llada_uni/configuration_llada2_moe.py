@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .checkpoint_stub import SavedWithStub
 from .input_checks import check_integer, check_number
 
 
@@ -32,7 +33,7 @@ def raises_builtin_errors(config_class: type[ConfigClass]) -> type[ConfigClass]:
     return config_class
 
 
-class CheckedFileConfig(PreTrainedConfig):
+class CheckedFileConfig(SavedWithStub, PreTrainedConfig):
     """Refuses a folder without a `config.json`, or with that of another model, where upstream takes the defaults."""
 
     @classmethod
@@ -231,6 +232,3 @@ class LLaDA2MoeConfig(CheckedFileConfig):
                 f"`partial_rotary_factor` ({rope['partial_rotary_factor']}) must leave an even number of `head_dim` "
                 f"({head_dim}) channels to rotate, got {rotated}."
             )
-
-
-__all__ = ["LLaDA2MoeConfig"]

@@ -89,6 +89,3 @@ class LLaDAUniConfig(CheckedFileConfig):
         sizes = self.grid_token_ids or []
         if len(set(sizes)) != len(sizes) or set(sizes) & framing:
             raise ValueError("`grid_token_ids` must differ from each other and from the tokens that frame an image.")
-
-
-__all__ = ["LLaDAUniConfig"]

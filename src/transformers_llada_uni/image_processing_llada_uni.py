@@ -235,11 +235,6 @@ class LLaDAUniImageProcessor(PilBackend):
         _, (crop_height, crop_width) = self.get_resize_and_crop(height, width, resize_mode, num_images)
         return crop_height // self.patch_size, crop_width // self.patch_size
 
-    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """The number of codes of an image of this size. Serving engines call it to plan without the image."""
-        processor, rest = self.configured(**(images_kwargs or {}))
-        return math.prod(processor.get_grid(height, width, rest.get("resize_mode", processor.resize_mode)))
-
     def resize_and_crop(
         self,
         image: Image.Image,
@@ -371,6 +366,3 @@ class LLaDAUniImageProcessor(PilBackend):
         height, width = image.height // side, image.width // side
         values = values.reshape(3, height, side, width, side).transpose(1, 3, 0, 2, 4)
         return values.reshape(height * width, -1).astype(np.float32, copy=False), (height, width)
-
-
-__all__ = ["LLaDAUniImageProcessor"]

@@ -42,6 +42,15 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_texts(name: str, value: Any) -> None:
+    """A string or a list of strings, none of them empty."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`{name}` must be a string or a list of strings, got {value!r}.")
+    if not texts or not all(texts):
+        raise ValueError(f"`{name}` must hold strings that are not empty, got {value!r}.")
+
+
 def check_generator(generator: Any, count: int, items: str = "rows") -> None:
     """`None`, one generator for all, or a list with one for each of `count` items."""
     for item in generator if isinstance(generator, list) else [] if generator is None else [generator]:

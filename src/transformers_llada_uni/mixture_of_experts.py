@@ -87,6 +87,3 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def _sums_in_kernel(self) -> bool:
         """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""
         return self.gate.config._experts_implementation == "triton" and not is_hooked(self.experts)
-
-
-__all__ = ["LLaDA2MoeMLP", "LLaDA2MoeSparseMoeBlock", "LLaDA2MoeTopkRouter"]

@@ -1,7 +1,6 @@
 """The LLaDA2 backbone: a mixture-of-experts transformer with block-causal attention that fills in masked tokens."""
 
 import os
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -12,23 +11,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.glm4_moe.modeling_glm4_moe import (
-    Glm4MoeExperts,
-    Glm4MoeRMSNorm,
-    Glm4MoeRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4MoeRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_shared_key_value import can_share_key_value_heads, shared_key_value_attention_forward
+from .attention import LLaDA2MoeAttention, LLaDA2MoeRMSNorm, take_positions
+from .checkpoint_stub import CodeStaysHere
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .generation.block_diffusion import BlockDiffusionGenerationMixin
 from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
+from .hub_card import PushedWithCard
 from .input_checks import check_forward_inputs, check_labels
 from .kernels import (
     can_fuse,
@@ -45,162 +40,6 @@ from .mixture_of_experts import LLaDA2MoeMLP, LLaDA2MoeSparseMoeBlock, LLaDA2Moe
 
 
 ALL_EXPERTS_FUNCTIONS.register("fused_gather", fused_gather_experts_forward)
-
-
-def take_positions(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """
-    Of states `(batch, ..., length, width)`, where the batch may be 1 for all rows, the positions of each row,
-    `(batch, kept)`: `(batch, ..., kept, width)`.
-    """
-    rows, num_kept = positions.shape
-    index = positions.view(rows, *[1] * (states.ndim - 3), num_kept, 1)
-    # Not `take_along_dim`: its broadcasting would tie a compiled graph to the length of the prefix.
-    index = index.expand(-1, *states.shape[1:-2], -1, states.shape[-1])
-    return states.expand(rows, *states.shape[1:]).gather(-2, index)
-
-
-class LLaDA2MoeRMSNorm(Glm4MoeRMSNorm):
-    """With the addition to the residual stream that goes before it; on a GPU without gradients one kernel."""
-
-    def forward(  # type: ignore[override]  # with a residual two tensors
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden_states: `(..., hidden_size)`.
-            residual: As `hidden_states`, added to them first.
-
-        Returns:
-            The normed states; with `residual`, these and the sum.
-        """
-        if can_fuse(hidden_states, self.weight):
-            from .kernels.normalization import rms_norm
-
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon, residual)
-        if residual is None:
-            return super().forward(hidden_states)
-        hidden_states = residual + hidden_states
-        return super().forward(hidden_states), hidden_states
-
-
-class LLaDA2MoeAttention(nn.Module):
-    """Grouped-query attention with RMSNorm on query and key heads and rotary embedding on the first channels."""
-
-    def __init__(self, config: LLaDA2MoeConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        self.num_heads = config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-
-        self.query_key_value = nn.Linear(
-            config.hidden_size, (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim, bias=False
-        )
-        self.query_layernorm = LLaDA2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.key_layernorm = LLaDA2MoeRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | BlockMask | PrefixMask | None,
-        past_key_values: Cache | None = None,
-        positions_to_keep: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            attention_mask: With a [`PrefixMask`] keys and values go into the static buffers of `past_key_values` and
-                are attended to there.
-            positions_to_keep: `(batch, kept)`, the positions that attend; all are attended to. Default: all.
-
-        Returns:
-            `(batch, kept, hidden_size)` and, where the implementation has them, the attention weights.
-        """
-        query_key_value = self.query_key_value(hidden_states)
-        if isinstance(attention_mask, PrefixMask) and past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]
-            attn_output = self._attend_to_prefix(query_key_value, position_embeddings, attention_mask, layer)
-            if positions_to_keep is not None:
-                attn_output = take_positions(attn_output, positions_to_keep)
-            return self.dense(attn_output), None
-
-        heads = query_key_value.view(*hidden_states.shape[:-1], -1, self.head_dim)
-        query_states, key_states, value_states = heads.split(
-            [self.num_heads, self.num_key_value_heads, self.num_key_value_heads], dim=-2
-        )
-        query_states = self.query_layernorm(query_states).transpose(1, 2)
-        key_states = self.key_layernorm(key_states).transpose(1, 2)
-        value_states = value_states.transpose(1, 2)
-
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
-            # A cache that weighs keys by how much they are looked at needs the queries too.
-            key_states, value_states = past_key_values.update(
-                key_states, value_states, self.layer_idx, query_states=query_states
-            )
-        if positions_to_keep is not None:
-            query_states = take_positions(query_states, positions_to_keep)
-            if isinstance(attention_mask, torch.Tensor):
-                attention_mask = take_positions(attention_mask, positions_to_keep)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if can_share_key_value_heads(self.config._attn_implementation, query_states, attention_mask):
-            attention_interface = shared_key_value_attention_forward
-        length = query_states.shape[-2]
-        is_flex = self.config._attn_implementation == "flex_attention" and query_states.is_cuda
-        if is_flex and length < 128 < length * self.num_key_value_groups:
-            # inductor's kernel for short queries takes all of a key head's in one block, of at most 128
-            options = {"FORCE_USE_FLEX_ATTENTION": True}
-            kwargs.setdefault("kernel_options", options)  # type: ignore[typeddict-item]  # flex attention's own
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=0.0 if not self.training else self.attention_dropout,
-            scaling=self.scaling,
-            is_causal=False,
-            **kwargs,
-        )
-        attn_output = attn_output.flatten(-2).contiguous()
-        return self.dense(attn_output), attn_weights
-
-    def _attend_to_prefix(
-        self,
-        query_key_value: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mask: PrefixMask,
-        layer: Any,
-    ) -> torch.Tensor:
-        """Norms, rotary embedding, cache and attention in two kernels (three where few programs share the keys)."""
-        from .kernels.prefix_attention import prefix_attention
-        from .kernels.rotary import rotate_and_store
-
-        query = rotate_and_store(
-            query_key_value,
-            self.query_layernorm.weight,
-            self.key_layernorm.weight,
-            self.query_layernorm.variance_epsilon,
-            *position_embeddings,
-            layer.keys,
-            layer.values,
-            mask.first_column,
-            self.num_heads,
-            self.num_key_value_heads,
-        )
-        return prefix_attention(
-            query, layer.keys, layer.values, mask.first_column, mask.padding, mask.block_length, self.scaling
-        )
 
 
 class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
@@ -234,7 +73,7 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp(hidden_states)
 
 
-class LLaDA2MoePreTrainedModel(PreTrainedModel):
+class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel):
     config: LLaDA2MoeConfig
     base_model_prefix = "model"
     _input_embed_layer = "word_embeddings"
@@ -504,6 +343,3 @@ class LLaDA2MoeForBlockDiffusion(  # type: ignore[misc]  # the mixin serves both
             **kwargs,
         )
         return self._predict(outputs, labels, logits_to_keep, **kwargs)
-
-
-__all__ = ["LLaDA2MoeForBlockDiffusion", "LLaDA2MoeModel", "LLaDA2MoePreTrainedModel"]

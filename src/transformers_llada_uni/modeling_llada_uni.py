@@ -190,7 +190,7 @@ class LLaDAUniForConditionalGeneration(  # type: ignore[misc]  # the mixin serve
         """See [`LLaDAUniModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def _place_images(
+    def place_images(
         self,
         input_ids: dict[str, torch.Tensor],
         pixel_values: torch.Tensor | None,
@@ -229,6 +229,3 @@ class LLaDAUniForConditionalGeneration(  # type: ignore[misc]  # the mixin serve
             **kwargs,
         )
         return self._predict(outputs, labels, logits_to_keep, **kwargs)
-
-
-__all__ = ["LLaDAUniForConditionalGeneration", "LLaDAUniModel", "LLaDAUniPreTrainedModel"]

@@ -2,68 +2,47 @@
 
 import math
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .chat_messages import check_conversation, cut_chat, mark_message
+from .chat_templates import CHAT_TEMPLATE, TEXT_CHAT, by_name, give_back_text_chat, text_chat_of, without_text_chat
+from .checkpoint_stub import SavedWithStub
+from .id_rows import cut_answer, left_pad, to_lists
+from .image_places import (
+    HEADER_LENGTH,
+    IMAGE_START,
+    LONE_IMAGE,
+    OPEN_PLACE,
+    ImageTokens,
+    deal_out,
+    image_block,
+    image_header,
+    place_images,
+)
 from .image_processing_llada_uni import LLaDAUniImageProcessor
+from .image_sizes import check_length, default_side, grid_of_sources, grid_to_generate, grids_of
 from .prompts import (
     ANSWER,
-    CHAT_TEMPLATE,
     TASKS,
     UNCONDITION,
     build_prompt,
-    codes_of_side,
-    cut_answer,
-    deal_out,
     flat_text,
     has_image,
-    left_pad,
     list_of_texts,
-    refuse_grid,
-    refuse_length,
-    replace,
-    replacements,
-    split_images,
-    to_lists,
+    write_task_prompts,
 )
-from .user_words import MARK_END, MARK_START, cut_words, encode_prompt, mark_words
+from .user_words import MARK_END, MARK_START, check_settings, encode_prompt, encode_prompts, mark_words
 
 
-IMAGE_START, IMAGE_END, BEGIN_OF_IMAGE = "<|image|>", "<|/image|>", "<boi>"
-GRID_TOKEN = "<|reserved_token_{}|>"
-UPSCALE = 2  # the decoder draws at twice the resolution of the image tokenizer
-
-# An `<|image|>` that stands for an image: no words of a user, and without a header yet, which begins with a number.
-_NUMBER = re.escape(GRID_TOKEN).replace(r"\{\}", r"\d+")
-_LONE_IMAGE = re.compile(f"(?<!{MARK_START}){re.escape(IMAGE_START)}(?!{_NUMBER})")
-_PLACEHOLDER = re.compile(f"(?<!{MARK_START}){re.escape(GRID_TOKEN.format(0))}")
-
-# Name under which the tokenizer's own chat template is saved: both would be `chat_template.jinja`.
-_TEXT_CHAT = "text_chat"
-
-
-def _named(templates: str | dict[str, str] | None) -> dict[str, str]:
-    """Chat templates by name; one without a name is the default."""
-    return templates if isinstance(templates, dict) else {"default": templates} if templates else {}
-
-
-def _without_text_chat(templates: dict[str, str]) -> str | dict[str, str]:
-    """Named templates without that of text-only chats; the default on its own needs no name."""
-    rest = {name: template for name, template in templates.items() if name != _TEXT_CHAT}
-    return rest["default"] if list(rest) == ["default"] else rest
-
-
-class LLaDAUniProcessor(ProcessorMixin):
+class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
     r"""
     Wraps an image processor and a tokenizer. A call returns all that a generate call needs:
 
@@ -114,69 +93,39 @@ class LLaDAUniProcessor(ProcessorMixin):
         max_position_embeddings: int | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
-        self._separate_chat_templates(chat_template)
+        give_back_text_chat(self.tokenizer)
+        self.chat_template = without_text_chat(chat_template)
         self.image_token_offset = image_token_offset
         self.codebook_size = codebook_size
         self.max_position_embeddings = max_position_embeddings
 
         self.image_token = IMAGE_START  # what finished prompts and chat templates write for an image
-        self.image_start_token_id = self._token_id(IMAGE_START)
-        self.image_end_token_id = self._token_id(IMAGE_END)
-        self.begin_of_image_token_id = self._token_id(BEGIN_OF_IMAGE)
-        self.grid_token_ids = [self._token_id(GRID_TOKEN.format(0))]
-        while (token_id := self._find_token_id(GRID_TOKEN.format(len(self.grid_token_ids)))) is not None:
-            self.grid_token_ids.append(token_id)
+        self._image_tokens = ImageTokens(self.tokenizer)
+        self.image_start_token_id = self._image_tokens.start
+        self.image_end_token_id = self._image_tokens.end
+        self.begin_of_image_token_id = self._image_tokens.begin
+        self.grid_token_ids = self._image_tokens.grid
         self.image_token_id = self.grid_token_ids[0]  # stands for a code that the model fills in
-        if len(self.grid_token_ids) < 2:
-            raise ValueError(f"`tokenizer` has no token {GRID_TOKEN.format(1)}, so no image could have a header.")
-        self._grid_number = {token_id: number for number, token_id in enumerate(self.grid_token_ids)}
 
     @property
     def default_side(self) -> int:
-        """Pixels along an image to generate where none are named: twice the largest square that the rule of editing
-        leaves, 1024 for the released model."""
-        step = self.image_processor.size_multiple
-        return UPSCALE * (math.isqrt(self.image_processor.editing_max_pixels) // step * step)
-
-    def _token_id(self, token: str) -> int:
-        token_id = self._find_token_id(token)
-        if token_id is None:
-            raise ValueError(f"`tokenizer` has no token {token}; is it a tokenizer of LLaDA2.0-Uni?")
-        return token_id
-
-    def _find_token_id(self, token: str) -> int | None:
-        token_id = self.tokenizer.convert_tokens_to_ids(token)
-        is_known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == token
-        return token_id if is_known else None  # unknown tokens have an id, or none
+        """Pixels along an image to generate where none are named: 1024 for the released model."""
+        return default_side(self.image_processor)
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
 
-    # Chat templates: the tokenizer's own and ours have the same file name, so ours is saved as the default and the
-    # tokenizer's beside it; both get their own back when loaded. Other named ones belong to both, as upstream has it.
-
-    def _separate_chat_templates(self, chat_template: str | dict[str, str] | None) -> None:
-        templates = self.tokenizer.chat_template
-        if isinstance(templates, dict) and _TEXT_CHAT in templates:
-            templates = {**templates, "default": templates[_TEXT_CHAT]}
-            self.tokenizer.chat_template = _without_text_chat(templates)
-        if isinstance(chat_template, dict):
-            chat_template = _without_text_chat(chat_template)
-        self.chat_template = chat_template or CHAT_TEMPLATE
-
-    def _text_chat(self) -> str | None:
-        """The tokenizer's own template; None if it has none, or only that of chats with images from the same file."""
-        template = _named(self.tokenizer.chat_template).get("default")
-        return None if template in (None, CHAT_TEMPLATE, _named(self.chat_template).get("default")) else template
+    # Chats
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """As any processor's; both chat templates are kept."""
-        own, text_chat = self.chat_template, self._text_chat()
+        own = self.chat_template
+        text_chat = text_chat_of(self.tokenizer, own)
         if text_chat is not None:
-            self.chat_template = {**_named(own), _TEXT_CHAT: text_chat}
+            self.chat_template = {**by_name(own), TEXT_CHAT: text_chat}
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -258,7 +207,7 @@ class LLaDAUniProcessor(ProcessorMixin):
 
     def _text_template(self, chat: list[dict], tools: list | None) -> str | None:
         """The tokenizer's own template, for a chat without images; None for what ours writes."""
-        if self._text_chat() is None or any(map(has_image, chat)):
+        if text_chat_of(self.tokenizer, self.chat_template) is None or any(map(has_image, chat)):
             return None
         return self.tokenizer.get_chat_template(tools=tools)
 
@@ -273,8 +222,9 @@ class LLaDAUniProcessor(ProcessorMixin):
         """The tokens of a chat's images, beside the `<|image|>` of each."""
         images, *_ = self._multimodal_inputs_from_conversations([chat], {})
         image_processor, images_kwargs = self._image_settings(images_kwargs)
-        grids = self._grids(image_processor, image_processor.fetch_images(images[0]), images_kwargs["resize_mode"])
-        return sum(4 + math.prod(grid) for grid in grids)  # two numbers, `<boi>`, the codes, `<|/image|>`
+        sample, mode = image_processor.fetch_images(images[0]), images_kwargs["resize_mode"]
+        grids = grids_of(image_processor, sample, mode, self._image_tokens.largest_side)
+        return sum(HEADER_LENGTH + math.prod(grid) for grid in grids)  # with `<|/image|>`, without `<|image|>`
 
     def _image_settings(
         self, images_kwargs: dict[str, Any], task: str | None = None
@@ -355,38 +305,39 @@ class LLaDAUniProcessor(ProcessorMixin):
         if not all(entry.strip() for entry in texts):
             raise ValueError("`text` is empty; a prompt needs at least one word.")
         wanted = self._wanted_grid(task, height, width, thinking_text)
-        spans = [self._lone_image_tokens(entry) if task is None else [] for entry in texts]
+        counts = [len(LONE_IMAGE.findall(entry)) for entry in texts] if task is None else None
         if images is not None:
             images = image_processor.fetch_images(images, images_kwargs.get("input_data_format"))
-        samples = deal_out(images, len(texts), [len(found) for found in spans] if task is None else None)
+        samples = deal_out(images, len(texts), counts)
         if task in ("text_to_image", "thinking") and any(samples):
             raise ValueError(f"`images` cannot be given with task {task!r}; 'editing' and 'interleaved' take images.")
         if task == "editing" and not all(samples):
             raise ValueError("`images` is missing: the task 'editing' needs at least one image for each text.")
-        grids = [self._grids(image_processor, sample, images_kwargs["resize_mode"]) for sample in samples]
-        blocks = [[self._block(*grid) for grid in sample] for sample in grids]
+        mode, largest = images_kwargs["resize_mode"], self._image_tokens.largest_side
+        grids = [grids_of(image_processor, sample, mode, largest) for sample in samples]
+        blocks = [[image_block(*grid) for grid in sample] for sample in grids]
 
         # 2. The prompt and its negative prompts, as text and as ids.
         extras: dict[str, Any] = {}
         if task is None:
-            offsets = [replacements(*row) for row in zip(texts, spans, blocks, strict=True)]
-            prompts = {"": [replace(entry, found) for entry, found in zip(texts, offsets, strict=True)]}
+            placed = [place_images(*row) for row in zip(texts, blocks, strict=True)]
+            prompts = {"": [entry for entry, _ in placed]}
             if merged["return_text_replacement_offsets"]:
-                extras["text_replacement_offsets"] = offsets
+                extras["text_replacement_offsets"] = [found for _, found in placed]
         else:
             if task == "editing" and wanted is None:
-                wanted = self._source_grid(grids)
+                wanted = grid_of_sources(grids)
             mark = partial(mark_words, self.tokenizer) if is_marked else str
             max_length = self._max_length(text_kwargs)
             text_kwargs.pop("truncation", None)
             if text_kwargs.get("padding") != "max_length":
                 text_kwargs.pop("max_length", None)
-            prompts = self._task_prompts(task, texts, blocks, wanted, thinking_text, mark, max_length)
+            header = "" if wanted is None else image_header(*wanted)
+            prompts = write_task_prompts(task, texts, blocks, header, thinking_text, mark, self.tokenizer, max_length)
         data: dict[str, Any] = {}
         for prefix, rows in prompts.items():
-            data |= {
-                prefix + name: value for name, value in self._encode(rows, wanted, is_marked, text_kwargs).items()
-            }
+            encoded = self._encode(rows, wanted, is_marked, text_kwargs)
+            data |= {prefix + name: value for name, value in encoded.items()}
         if task == "interleaved":
             data["uncondition_ids"] = [self._ids(UNCONDITION)]
         if merged["return_mm_token_type_ids"]:
@@ -400,75 +351,26 @@ class LLaDAUniProcessor(ProcessorMixin):
             data |= image_processor(samples, **images_kwargs)  # type: ignore[arg-type]
         return BatchFeature({**data, **extras}, tensor_type=return_tensors, skip_tensor_conversion=list(extras))
 
-    def _task_prompts(
-        self,
-        task: str,
-        texts: list[str],
-        blocks: list[list[str]],
-        wanted: tuple[int, int] | None,
-        thinking_text: str | list[str] | None,
-        mark: Callable[[str], str],
-        max_length: int | None,
-    ) -> dict[str, list[str]]:
-        """The prompts of a task and its negative prompts, by the prefix of their names in the output."""
-        sources = ["".join(sample) for sample in blocks]
-        thoughts = [""] * len(texts) if thinking_text is None else list_of_texts(thinking_text, "thinking_text")
-        if len(thoughts) != len(texts):
-            raise ValueError(f"`thinking_text` has {len(thoughts)} entries for {len(texts)} texts.")
-        header = "" if wanted is None else self._header(*wanted)
-
-        def write(source: str, thought: str, words: str) -> str:
-            return build_prompt(task, mark(words), source) + mark(thought) + header
-
-        if max_length is not None:
-
-            def num_tokens(source: str, thought: str, words: str) -> int:
-                return len(encode_prompt(self.tokenizer, write(source, thought, words))[0])
-
-            texts = [
-                cut_words(words, partial(num_tokens, *frame), max_length)
-                for words, *frame in zip(texts, sources, thoughts, strict=True)
-            ]
-        prompts = {"": [write(*row) for row in zip(sources, thoughts, texts, strict=True)]}
-        if wanted is not None:
-            prompts["negative_"] = [build_prompt(task, UNCONDITION, source) + header for source in sources]
-        elif task == "interleaved":  # here also the start of the negative prompt without image
-            prompts["negative_"] = [build_prompt(task, UNCONDITION)] * len(texts)
-        if task == "editing":
-            lone = [IMAGE_START * len(sample) for sample in blocks]
-            prompts["negative_image_"] = [write(image, "", words) for image, words in zip(lone, texts, strict=True)]
-        return prompts
-
     def _encode(
         self, rows: list[str], wanted: tuple[int, int] | None, is_marked: bool, text_kwargs: dict[str, Any]
     ) -> dict[str, list[list[int]]]:
-        if len(rows) > 1 and self.tokenizer.pad_token_id is None:
-            raise ValueError("`tokenizer` has no pad token, so a batch of prompts cannot be padded.")
         settings = {**text_kwargs, "padding_side": "left", "return_attention_mask": True}
-        if self.tokenizer.pad_token_id is None:
+        if len(rows) == 1 and self.tokenizer.pad_token_id is None:
             settings["padding"] = False
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             settings.pop(name, None)
-        has_marks = is_marked and any(MARK_START in row or MARK_END in row for row in rows)
-        encoded = self._encode_marked(rows, settings) if has_marks else dict(self.tokenizer(rows, **settings))
+        if is_marked:
+            check_settings(settings)
+        if is_marked and any(MARK_START in row or MARK_END in row for row in rows):
+            encoded = encode_prompts(self.tokenizer, rows, self._max_length(settings), settings)
+        else:
+            encoded = dict(self.tokenizer(rows, **settings))
         for row, ids in zip(rows, encoded["input_ids"], strict=True):
-            if settings.get("truncation") and ids.count(self.image_token_id) != len(_PLACEHOLDER.findall(row)):
+            if settings.get("truncation") and ids.count(self.image_token_id) != len(OPEN_PLACE.findall(row)):
                 raise ValueError("`truncation` to `max_length` would cut into an image.")
-        self._check_length(max(sum(mask) for mask in encoded["attention_mask"]), wanted)
+        length = max(sum(mask) for mask in encoded["attention_mask"])
+        check_length(length, self.max_position_embeddings, wanted, self.image_processor)
         return encoded
-
-    def _encode_marked(self, rows: list[str], settings: dict[str, Any]) -> dict[str, list[list]]:
-        """As the tokenizer would encode prompts with marked words."""
-        encoded = [encode_prompt(self.tokenizer, row) for row in rows]
-        names = ["padding", "pad_to_multiple_of", "padding_side"]
-        names += ["max_length"] if settings["padding"] == "max_length" else []
-        ids = [ids[: self._max_length(settings)] for ids, _ in encoded]
-        padded = self.tokenizer.pad({"input_ids": ids}, **{name: settings.get(name) for name in names})
-        if settings.get("return_offsets_mapping"):
-            padding = [mask.count(0) for mask in padded["attention_mask"]]
-            spans = [spans[: self._max_length(settings)] for _, spans in encoded]
-            padded["offset_mapping"] = [[(0, 0)] * count + row for count, row in zip(padding, spans, strict=True)]
-        return dict(padded)
 
     def add_image_header(
         self,
@@ -499,24 +401,21 @@ class LLaDAUniProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError: as in [`__call__`]; also if a row of `input_ids` holds no `<role>ASSISTANT</role>`.
         """
-        wanted = self._grid_to_generate(height, width)
-        header = self._ids(self._header(*wanted))
-        answer = self._ids(ANSWER)
+        wanted = grid_to_generate(self.image_processor, height, width, self._image_tokens.largest_side)
+        header, answer = self._ids(image_header(*wanted)), self._ids(ANSWER)
         special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.tokenizer.mask_token_id]
-        ends = {*special, self.begin_of_image_token_id, self._find_token_id("<|role_end|>")}
+        ends = {*special, self.begin_of_image_token_id, self.tokenizer.added_tokens_encoder.get("<|role_end|>")}
         rows = []
         for number, row in enumerate(to_lists(input_ids)):
-            if attention_mask is None:
-                padding = next((i for i, token in enumerate(row) if token != self.tokenizer.pad_token_id), len(row))
-            else:
-                mask = to_lists(attention_mask)[number]
-                padding = mask.index(1) if 1 in mask else len(mask)
-            kept = cut_answer(row[padding:], answer, ends, self.image_start_token_id)
+            mask = [token != self.tokenizer.pad_token_id for token in row]
+            mask = mask if attention_mask is None else to_lists(attention_mask)[number]
+            start = mask.index(1) if 1 in mask else len(mask)
+            kept = cut_answer(row[start:], answer, ends, self.image_start_token_id)
             if kept is None:
                 raise ValueError(f"`input_ids`: row {number} holds no {ANSWER}, after which a model would think.")
             rows.append(kept + header)
         negative = [self._ids(build_prompt("thinking", UNCONDITION)) + header] * len(rows)
-        self._check_length(max(map(len, rows)), wanted)
+        check_length(max(map(len, rows)), self.max_position_embeddings, wanted, self.image_processor)
         data: dict[str, Any] = {"grid": wanted}
         for prefix, sequences in (("", rows), ("negative_", negative)):
             padded, masks = left_pad(sequences, self.tokenizer.pad_token_id)
@@ -525,39 +424,6 @@ class LLaDAUniProcessor(ProcessorMixin):
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    # Grids
-
-    def _lone_image_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Where each `<|image|>` without a header is. Tokens marked as a user's own words do not count."""
-        return [match.span() for match in _LONE_IMAGE.finditer(text)]
-
-    def _header(self, height: int, width: int) -> str:
-        return IMAGE_START + GRID_TOKEN.format(height) + GRID_TOKEN.format(width) + BEGIN_OF_IMAGE
-
-    def _block(self, height: int, width: int) -> str:
-        return self._header(height, width) + GRID_TOKEN.format(0) * (height * width) + IMAGE_END
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The text that stands for a processed image. Serving engines call it."""
-        _, height, width = (int(side) for side in image_inputs["image_grid_thw"][image_idx])
-        return self._block(height, width)
-
-    def _grids(
-        self, image_processor: LLaDAUniImageProcessor, sample: list[Image.Image], resize_mode: str | None
-    ) -> list[tuple[int, int]]:
-        """The grids of a sample's images; refuses those that no header could name."""
-        largest = len(self.grid_token_ids) - 1
-
-        def grid_of(height: int, width: int) -> tuple[int, int]:
-            return image_processor.get_grid(height, width, resize_mode, len(sample))
-
-        grids = [grid_of(image.height, image.width) for image in sample]
-        for image, grid in zip(sample, grids, strict=True):
-            if max(grid) > largest:
-                step = image_processor.size_multiple if resize_mode is None else 1
-                refuse_grid(image.height, image.width, grid_of, largest, step)
-        return grids
 
     def _wanted_grid(
         self, task: str | None, height: int | None, width: int | None, thinking_text: str | list[str] | None
@@ -571,33 +437,8 @@ class LLaDAUniProcessor(ProcessorMixin):
             return None
         if height is None and width is None and task == "editing":
             return None
-        grid = self._grid_to_generate(height, width)
+        grid = grid_to_generate(self.image_processor, height, width, self._image_tokens.largest_side)
         return grid if task != "thinking" or thinking_text is not None else None
-
-    def _grid_to_generate(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The grid of an image to generate, from pixels."""
-        if (height is None) != (width is None):
-            raise ValueError("`height` and `width` must be given together.")
-        height, width = (side if side is not None else self.default_side for side in (height, width))
-        unit, largest = self.image_processor.patch_size * UPSCALE, len(self.grid_token_ids) - 1
-        return codes_of_side("height", height, unit, largest), codes_of_side("width", width, unit, largest)
-
-    def _source_grid(self, grids: list[list[tuple[int, int]]]) -> tuple[int, int]:
-        """The grid of the first image of each sample, which must be the same."""
-        first = {sample[0] for sample in grids}
-        if len(first) > 1:
-            different = ", ".join(f"{height} x {width}" for height, width in sorted(first))
-            raise ValueError(
-                f"`images`: those to edit have different grids ({different}), and a batch has one; give "
-                "`height` and `width`, or edit them one by one."
-            )
-        return first.pop()
-
-    def _check_length(self, length: int, wanted: tuple[int, int] | None) -> None:
-        """Refuses what would overrun the model's positions."""
-        limit = self.max_position_embeddings
-        if limit is not None and length + math.prod(wanted or (0,)) > limit:
-            refuse_length(length, limit, wanted, self.image_processor.patch_size * UPSCALE)
 
     # Ids to text and codes
 
@@ -625,14 +466,12 @@ class LLaDAUniProcessor(ProcessorMixin):
     def _parts(self, row: list[int], skip_special_tokens: bool, **kwargs: Any) -> list[str | torch.Tensor]:
         parts: list[str | torch.Tensor] = []
         offset = self.image_token_offset
-        for grid, ids in split_images(row, self._grid_at, self.image_end_token_id):
+        for grid, ids in self._image_tokens.split(row):
             if grid is not None and all(token == self.image_token_id for token in ids):
                 continue  # given as pixels
             if grid is not None:
                 if offset is None:
-                    raise ValueError(
-                        "`image_token_offset` of the processor is None, so codes cannot be told from text."
-                    )
+                    raise ValueError("`image_token_offset` is None, so codes cannot be told from text.")
                 if len(ids) == math.prod(grid) and all(map(self._is_code, ids)):
                     parts.append(torch.tensor(ids).view(grid) - offset)
             else:
@@ -646,20 +485,9 @@ class LLaDAUniProcessor(ProcessorMixin):
             return False
         return self.codebook_size is None or token < self.image_token_offset + self.codebook_size
 
-    def _grid_at(self, row: list[int], position: int) -> tuple[int, int] | None:
-        """The grid that the header at `position` names, if there is one."""
-        head = row[position : position + 4]
-        if len(head) < 4 or head[0] != self.image_start_token_id or head[3] != self.begin_of_image_token_id:
-            return None
-        height, width = self._grid_number.get(head[1], 0), self._grid_number.get(head[2], 0)
-        return (height, width) if height and width else None
-
     def post_process_image_text_to_text(
         self, generated_outputs: torch.Tensor | list, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """The text of each row, without its images; arguments as in [`post_process`]."""
         rows = self.post_process(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         return ["".join(part for part in row if isinstance(part, str)) for row in rows]
-
-
-__all__ = ["LLaDAUniProcessor"]

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -76,6 +76,49 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[list
             _check_words(tokenizer, prompt[start:end], words.ids)
         last = end
     return ids, spans
+
+
+# What a tokenizer gives besides ids, or reads them by, and [`encode_prompt`] does not.
+_NOT_OF_MARKED_PROMPTS = (
+    "add_special_tokens",
+    "is_split_into_words",
+    "return_length",
+    "return_overflowing_tokens",
+    "return_special_tokens_mask",
+    "return_token_type_ids",
+    "stride",
+    "text_pair",
+)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError for a setting of a tokenizer's call that cannot be had where users' words are marked."""
+    for name in _NOT_OF_MARKED_PROMPTS:
+        if settings.get(name):
+            raise ValueError(f"`{name}` cannot be had where words are words: encode prompts without a `task` with it.")
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_length: int | None, settings: dict[str, Any]
+) -> dict[str, list[list]]:
+    """
+    As the tokenizer would encode prompts with marked words: padded, cut to `max_length` where there is one, and with
+    offsets if wanted.
+
+    Args:
+        settings: Arguments of a tokenizer's call.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    names = ["padding", "pad_to_multiple_of", "padding_side"]
+    names += ["max_length"] if settings["padding"] == "max_length" else []
+    ids = [ids[:max_length] for ids, _ in encoded]
+    padding_settings: dict[str, Any] = {name: settings.get(name) for name in names}
+    padded = tokenizer.pad({"input_ids": ids}, **padding_settings)
+    if settings.get("return_offsets_mapping"):
+        padding = [mask.count(0) for mask in padded["attention_mask"]]
+        spans = [spans[:max_length] for _, spans in encoded]
+        padded["offset_mapping"] = [[(0, 0)] * count + row for count, row in zip(padding, spans, strict=True)]
+    return dict(padded)
 
 
 def _stretches_with_marks(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[tuple[int, int]]:

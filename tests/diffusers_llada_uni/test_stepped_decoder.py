@@ -127,7 +127,7 @@ def test_rows_are_taken_as_they_fit(transformer, monkeypatch, decoder, parts):
     assert set(rows) == {1} and set(shapes) == {5}
 
 
-def test_pictures_leave_the_vae_as_they_fit(transformer, monkeypatch):
+def test_images_leave_the_vae_as_they_fit(transformer, monkeypatch):
     torch.manual_seed(0)
     vae = AutoencoderKL(
         latent_channels=16, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,

@@ -1,6 +1,4 @@
-"""Run by `torchrun` in test_parallel.py: what a sharded model computes, written by the first process."""
-
-import sys
+"""What each process of test_parallel.py does: what a sharded model computes, written by the first process."""
 
 import torch
 from safetensors.torch import save_file
@@ -10,7 +8,7 @@ from transformers.distributed import DistributedConfig
 import transformers_llada_uni  # noqa: F401
 
 
-def main(checkpoint: str, output: str, settings: list[str]) -> None:
+def compute(checkpoint: str, output: str, settings: list[str]) -> None:
     sizes = {name: int(size) for name, size in (setting.split("=") for setting in settings)}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(**sizes)).eval()
     input_ids = torch.arange(48).view(2, 24)
@@ -26,7 +24,3 @@ def main(checkpoint: str, output: str, settings: list[str]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in computed.items()}, output)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

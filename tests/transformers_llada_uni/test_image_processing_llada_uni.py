@@ -110,7 +110,6 @@ def test_patches_are_in_raster_order_channel_by_channel(processor):
 )
 def test_grids(processor, size, mode, count, grid):
     assert processor.get_grid(size[1], size[0], mode, count) == grid
-    assert processor.get_number_of_image_patches(size[1], size[0], {"resize_mode": mode}) > 0
 
 
 def test_grids_never_shrink_below_the_target_nor_leave_the_multiples(processor):

@@ -133,7 +133,7 @@ def test_exif_orientation_is_applied(processor, tmp_path):
     assert processor(str(path), resize_mode=None)["image_grid_thw"].tolist() == [[1, 6, 2]]
 
 
-def test_grey_and_sixteen_bit_pictures(processor):
+def test_grey_and_sixteen_bit_images(processor):
     grey = noise(32, 32, channels=0)
     expected = np.repeat(grey[..., None], 3, axis=-1)
     sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
@@ -339,7 +339,7 @@ def truncated_png():
     return base64.b64encode(png(Image.fromarray(noise(200, 200)))[:5000]).decode()
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "corrupt file": (lambda path: path / "bad.png", ValueError, r"`images`: could not read .*bad\.png"),
     "text file": (lambda path: path / "bad.txt", ValueError, r"`images`: could not read .*bad\.txt"),
     "truncated": (lambda path: truncated_png(), ValueError, "`images`: could not read"),
@@ -366,16 +366,16 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_PICTURES)
-def test_bad_pictures_are_refused(processor, tmp_path, case):
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images_are_refused(processor, tmp_path, case):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"rubbish" * 20)
     (tmp_path / "bad.txt").write_text("not a picture")
-    make, error, message = BAD_PICTURES[case]
+    make, error, message = BAD_IMAGES[case]
     with pytest.raises(error, match=message):
         processor(make(tmp_path))
 
 
-def test_a_picture_of_another_mode_is_refused_without_conversion():
+def test_a_image_of_another_mode_is_refused_without_conversion():
     processor = LLaDAUniImageProcessor(do_convert_rgb=False)
     assert processor(Image.fromarray(noise()))["pixel_values"].shape[1] == 768
     with pytest.raises(ValueError, match="mode is L"):

@@ -75,7 +75,7 @@ class TestCommon(ModelTesterMixin):
         return LLaDAUniForConditionalGeneration(tiny_config()).eval()
 
     def inputs(self):
-        """A picture of 2 x 3 codes in each row. The rows share one picture, so that rows can be taken apart."""
+        """An image of 2 x 3 codes in each row. The rows share one image, so that rows can be taken apart."""
         ids = torch.randint(0, 40, (2, 24), generator=torch.Generator().manual_seed(0))
         ids[:, 5:9] = torch.tensor([50, 42, 43, 52])
         ids[:, 9:15] = torch.arange(64, 70)
@@ -90,7 +90,7 @@ class TestCommon(ModelTesterMixin):
         placed = {f"model.language_model.{name}": "cpu" for name in names}
         return {**backbone, **placed, "model.visual": "disk", "model.vqmodel": "cpu", "lm_head": "cpu"}
 
-    def test_pictures_are_read_from_offloaded_weights(self, tmp_path):
+    def test_images_are_read_from_offloaded_weights(self, tmp_path):
         model = self.model()
         model.save_pretrained(tmp_path / "model")
         loaded = type(model).from_pretrained(
@@ -139,7 +139,7 @@ class TestAgreesWithTheRelease:
         torch.testing.assert_close(logits, backbone["forward.logits"], rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("index", range(3))
-    def test_codes_of_pictures(self, model, processor, expected, official_tiny, index):
+    def test_codes_of_images(self, model, processor, expected, official_tiny, index):
         case = expected["images"][index]
         picture = Image.open(official_tiny / case["file"])
         for rule, resize_mode in (("understand_single", "understanding"), ("edit", "editing")):
@@ -148,7 +148,7 @@ class TestAgreesWithTheRelease:
             assert [1, *codes[0].shape] == case[rule]["grid_thw"]
             assert codes[0].flatten().tolist() == case[rule]["token_ids"]
 
-    def test_several_pictures_at_once(self, model, processor, expected, official_tiny):
+    def test_several_images_at_once(self, model, processor, expected, official_tiny):
         pictures = [Image.open(official_tiny / case["file"]) for case in expected["images"]]
         inputs = processor.image_processor(pictures, return_tensors="pt")
         codes = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -228,7 +228,7 @@ class TestImagesInPrompts:
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits, model(written).logits)
 
-    def test_batch_of_unequal_pictures_equals_singles(self, model, processor, official_tiny):
+    def test_batch_of_unequal_images_equals_singles(self, model, processor, official_tiny):
         pictures = [[Image.open(official_tiny / "images" / f"{index}.png")] for index in range(2)]
         texts = ["what is this?", "name it"]
         settings = {"max_new_tokens": 8, "block_length": 8, "eos_token_id": None}
@@ -290,7 +290,7 @@ class TestInterleaved:
     negative = torch.tensor([[1, 9]])
     uncondition = torch.tensor([[7, 8]])
 
-    def test_text_picture_text_picture_end(self, scripted):
+    def test_text_image_text_image_end(self, scripted):
         scripted.script = [[10, 11, 50, 42, 43, 52], [12, 50, 41, 44, 52], [13, 61]]
         sequence = scripted.generate_interleaved(
             self.prompt,
@@ -314,7 +314,7 @@ class TestInterleaved:
         assert second_settings["image_guidance_scale"] == 1.0
         assert scripted.text_settings[0]["eos_token_id"] == [61, 52]
 
-    def test_stops_at_the_most_pictures(self, scripted):
+    def test_stops_at_the_most_images(self, scripted):
         scripted.script = [[10, 50, 42, 43, 52]] * 3
         sequence = scripted.generate_interleaved(self.prompt, max_images=2)
         assert len(scripted.drawn) == 2 and int(sequence[0, -1]) == 51
@@ -334,7 +334,7 @@ class TestInterleaved:
         scripted.script = [[10, 11, 12, 13, 52]]
         assert scripted.generate_interleaved(self.prompt)[0].tolist() == [1, 2, 3, 10, 11, 12, 13]
 
-    def test_a_picture_without_room_is_not_begun(self, scripted):
+    def test_a_image_without_room_is_not_begun(self, scripted):
         scripted.config.text_config.max_position_embeddings = 40
         scripted.script = [[10, 50, 46, 46, 52]]
         assert scripted.generate_interleaved(self.prompt, max_new_tokens=8)[0].tolist() == [1, 2, 3, 10]

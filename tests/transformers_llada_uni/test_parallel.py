@@ -1,16 +1,14 @@
 """Two processes on a CPU (gloo) must compute what one does, under transformers' own parallelism."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import transformers_llada_uni  # noqa: F401  registers the model
+from tests.forked import run_forked
+
+from .parallel_worker import compute
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +28,8 @@ def single(official_tiny):
 
 @pytest.mark.parametrize("sizes", [["tp_size=2"], ["tp_size=2", "ep_size=2"], ["fsdp_size=2"]], ids="-".join)
 def test_two_processes_equal_one(official_tiny, single, tmp_path, sizes):
-    worker, output = Path(__file__).with_name("parallel_worker.py"), tmp_path / "computed.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
-    run = subprocess.run(
-        [*command, str(official_tiny), str(output), *sizes],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    output = tmp_path / "computed.safetensors"
+    assert run_forked(compute, str(official_tiny), str(output), sizes, num_processes=2) == [0, 0]
     computed = load_file(output)
     torch.testing.assert_close(computed["logits"], single["logits"], rtol=0, atol=1e-4)
     torch.testing.assert_close(computed["loss"], single["loss"], rtol=0, atol=1e-4)

@@ -346,3 +346,13 @@ def test_the_longest_beginning_is_kept():
     assert cut_words("abcdef", lambda words: len(words) + 2, 3) == "a"
     with pytest.raises(ValueError, match="takes 2 tokens"):
         cut_words("abcdef", lambda words: len(words) + 2, 2)
+
+
+@pytest.mark.parametrize("settings", [{"return_overflowing_tokens": True}, {"return_length": True}, {"stride": 2}])
+def test_what_a_tokenizer_gives_and_marked_words_do_not_is_refused(processor, settings):
+    [name] = settings
+    with pytest.raises(ValueError, match=f"`{name}` cannot be had where words are words"):
+        processor(text="a <|mask|>", task="text_to_image", height=32, width=32, **settings)
+    with pytest.raises(ValueError, match=f"`{name}` cannot be had where words are words"):
+        processor.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True, processor_kwargs=settings)
+    assert processor(text="a", return_special_tokens_mask=True)["special_tokens_mask"].shape[0] == 1

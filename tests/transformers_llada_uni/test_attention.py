@@ -3,7 +3,7 @@ import torch
 from transformers.integrations import sdpa_attention
 
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
-from transformers_llada_uni.attention_shared_key_value import shared_key_value_attention_forward
+from transformers_llada_uni.attention import shared_key_value_attention_forward
 
 
 class GroupsOfFour(torch.nn.Module):
