@@ -9,6 +9,7 @@ from trl import SFTConfig
 from ..input_checks import check_choice, check_number
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
+from .objective.router_balancing import BIAS_UPDATES
 from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
 from .trl_settings import refuse_without_meaning, settle_defaults
 
@@ -52,6 +53,11 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
         complementary (`bool`, *optional*): Default: the stage's.
         num_noise_samples (`int`, defaults to 1).
+        length_weighting (`bool`, *optional*): Whether a document weighs as much as the root of its length, see
+            [`length_weights`], and not as its length. Default: the stage's.
+        confidence_weight (`float`, defaults to 0.0): Weight of the entropy of predictions that are right, added to the
+            loss: a model that is sure of what it knows takes fewer steps (LLaDA2.0's CAP, arXiv 2512.15745; its
+            public code has 2.0).
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
@@ -59,6 +65,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
         expert_bias_update_rate (`float`, *optional*): Step of the auxiliary-loss-free load balancing, 0 for none; see
             [`RouterBalancing`]. Default: the stage's; with LoRA 0, as adapters hold no bias.
+        expert_bias_update (`str`, defaults to `"normalized"`): Whether the bias moves by the load's `"normalized"`
+            error or by its `"sign"`.
         router_z_loss_coefficient (`float`, defaults to 0.0): Weight of the z-loss on the routers' logits.
 
         > Data
@@ -125,6 +133,13 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         metadata={"help": "Whether each noisy copy comes with its complement. Default: the stage's."},
     )
     num_noise_samples: int = field(default=1, metadata={"help": "Noisy copies (or complementary pairs) of each row."})
+    length_weighting: bool | None = field(
+        default=None,
+        metadata={"help": "Whether a document weighs as much as the root of its length. Default: the stage's."},
+    )
+    confidence_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the entropy of right predictions, for fewer steps of decoding."}
+    )
     text_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of text tokens."})
     image_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of image codes."})
 
@@ -132,6 +147,10 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     expert_bias_update_rate: float | None = field(
         default=None,
         metadata={"help": "Step of the auxiliary-loss-free load balancing; 0 for none. Default: the stage's."},
+    )
+    expert_bias_update: str = field(
+        default="normalized",
+        metadata={"help": "Whether the bias follows the load's error or its sign.", "choices": list(BIAS_UPDATES)},
     )
     router_z_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
 
@@ -146,7 +165,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         preset = STAGES[self.stage]
-        for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing"):
+        for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing", "length_weighting"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
         settle_defaults(self)
@@ -160,7 +179,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         if self.block_length is not None:
             check_warmup("block_length_warmup_steps", self.block_length_warmup_steps, self.block_length)
         check_number("block_length_warmup_steps", self.block_length_warmup_steps, 0.0)
-        for name in ("text_weight", "image_weight", "router_z_loss_coefficient"):
+        check_choice("expert_bias_update", self.expert_bias_update, BIAS_UPDATES)
+        for name in ("text_weight", "image_weight", "confidence_weight", "router_z_loss_coefficient"):
             check_number(name, getattr(self, name), 0.0)
         if self.text_weight == self.image_weight == 0:
             raise ValueError("`text_weight` and `image_weight` are both 0: there is nothing to learn.")

@@ -50,6 +50,7 @@ class Stage:
         expert_bias_update_rate: See [`RouterBalancing`]. DeepSeek-V3 (arXiv 2412.19437, section 4.2) keeps 1e-3 for
             nearly all of pre-training and 0 at its end.
         complementary: Whether every noisy copy comes with its complement.
+        length_weighting: See [`length_weights`]. The paper's (arXiv 2604.20796, eq. 6), in all its stages.
         packing: Whether documents share rows.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     expert_bias_update_rate: float
     complementary: bool
     packing: bool
+    length_weighting: bool = True
     task_mix: dict[str, float] = field(default_factory=dict)
 
 

@@ -102,11 +102,15 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
             compares them under the same noise.
         document_ids: `(batch, length)`, see [`document_ids_of`], which makes them if they are not given.
         block_length: Default: the model's.
+        keep_entropy: Whether `confidence_loss` is returned, which costs a further backward pass through the head.
 
     Returns of the call:
         [`trl.trainer.utils.FusedCausalLMOutput`] with `log_probs` `(batch, length)`, the sum over the copies of
         weight times log-probability of the label; `entropy`, `mean_logits` and `is_top1`, of the same shape, their
-        means over the copies that mask the token; `label_mask`; and `router_logits` if they were asked for.
+        means over the copies that mask the token; `label_mask`; `router_logits` if they were asked for; and with
+        `keep_entropy` the `confidence_loss` `(batch, length)`, the sum over the copies of weight times the entropy of
+        a prediction that is right, 0 where it is not, which has a gradient (LLaDA2.0's loss for parallel decoding,
+        arXiv 2512.15745).
 
     Raises:
         ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
@@ -128,9 +132,10 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
 
 @dataclass
 class BlockDiffusionTerms(FusedCausalLMOutput):
-    """trl's output, with the routers' logits for the trainers that look at them."""
+    """trl's output, with what only some trainers look at."""
 
     router_logits: tuple[torch.Tensor, ...] | None = None
+    confidence_loss: torch.Tensor | None = None
 
 
 def _forward_objective(
@@ -144,6 +149,7 @@ def _forward_objective(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     num_items_in_batch: int | None = None,
+    keep_entropy: bool = False,
     **kwargs: Any,
 ) -> BlockDiffusionTerms:
     config = model.config.get_text_config()
@@ -181,7 +187,9 @@ def _forward_objective(
     # 3. The head, on hidden tokens only
     row, index = is_hidden.nonzero(as_tuple=True)
     place, copy = places[row, index], copies[row, index]
-    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, index], labels[row, place])
+    log_probs, entropy, mean_logits, is_top1 = _score(
+        model, outputs.last_hidden_state[row, index], labels[row, place], keep_entropy
+    )
 
     # 4. Back to where the tokens stand, summed over the copies
     flat = row * length + place
@@ -189,22 +197,30 @@ def _forward_objective(
     def sum_over_copies(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(batch_size * length).index_add(0, flat, values).view(batch_size, length)
 
+    weights_of_hidden = weights[row, copy, place].to(log_probs.dtype)
+    confidence_loss = sum_over_copies(entropy * is_top1 * weights_of_hidden) if keep_entropy else None
     times_masked = masked.sum(dim=1).clamp(min=1)
-    entropy, mean_logits, is_top1 = (sum_over_copies(values) / times_masked for values in statistics)
+    entropy, mean_logits, is_top1 = (
+        sum_over_copies(values.detach()) / times_masked for values in (entropy, mean_logits, is_top1)
+    )
     return BlockDiffusionTerms(
-        log_probs=sum_over_copies(log_probs * weights[row, copy, place].to(log_probs.dtype)),
+        log_probs=sum_over_copies(log_probs * weights_of_hidden),
         entropy=entropy,
         mean_logits=mean_logits,
         is_top1=is_top1,
         label_mask=labels != -100,
         router_logits=outputs.router_logits,
+        confidence_loss=confidence_loss,
     )
 
 
 def _score(
-    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor
+    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor, keep_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
+    """
+    Of each of `targets` `(tokens,)`: log-probability, entropy (with a gradient where it is wanted), mean logit, and
+    whether it is the likeliest.
+    """
     head = model.get_output_embeddings()
     with weights_in_place(head):
         weight = head.weight
@@ -218,7 +234,7 @@ def _score(
             log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
                 hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
             )
-    return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
+    return log_probs, entropy if keep_entropy else entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 
 def _check_inputs(input_ids: Any, labels: Any, masked: Any, weights: Any, block_length: Any) -> None:

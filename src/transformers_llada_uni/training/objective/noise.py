@@ -84,6 +84,11 @@ class BlockDiffusionNoise:
         check_choice("weighting", self.weighting, WEIGHTINGS)
         check_integer("num_noise_samples", self.num_noise_samples, 1)
 
+    @property
+    def masked_share(self) -> float:
+        """Of the tokens with a label, the share that a copy masks on average."""
+        return 0.5 if self.complementary else sum(self.noise_range) / 2
+
     def sample(
         self,
         labels: torch.Tensor,
