@@ -59,7 +59,8 @@ def merge_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -> 
     weights, never a model. What else lies in the first checkpoint, such as configurations and tokenizer, is copied.
 
     Args:
-        checkpoints: At least two folders of `save_pretrained` or of a trainer, with tensors of the same names and shapes.
+        checkpoints: At least two folders of `save_pretrained` or of a trainer, with tensors of the same names and
+            shapes.
         output: The folder to write.
 
     Raises:

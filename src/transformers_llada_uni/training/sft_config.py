@@ -7,10 +7,11 @@ from typing import Any
 from trl import SFTConfig
 
 from ..input_checks import check_choice, check_number
+from .block_schedule import check_block_schedule
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
 from .objective.router_balancing import BIAS_UPDATES
-from .stages import LANGUAGE_MODEL, STAGES, check_parts, check_warmup
+from .stages import LANGUAGE_MODEL, STAGES, check_parts
 from .trl_settings import refuse_without_meaning, settle_defaults
 
 
@@ -37,8 +38,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     Where a default is "the stage's", `None` stands for the value in `STAGES[stage]`.
 
     Parameters:
-        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"` or
-            `"supervised_finetuning"`; see `stages.py`.
+        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"`,
+            `"supervised_finetuning"` or `"from_autoregressive"`; see `stages.py`.
         trained_parts (`list[str]`, *optional*): Parts of the model to train, among `embeddings`, `head`,
             `attention`, `router`, `experts`, `dense_mlp` and `norms`. Default: the stage's. Not with LoRA, which says
             itself what it trains.
@@ -48,8 +49,9 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         > Objective
 
         block_length (`int`, *optional*): Default: the model's. The trained model is saved with it.
-        block_length_warmup_steps (`float`, *optional*): Steps over which blocks grow from one token to
-            `block_length`, by doubling; below 1 a share of all steps. Default: the stage's.
+        block_lengths (`list[int]`, *optional*): Lengths of blocks before the final one, in order, for a model that
+            learnt from left to right. Default: the stage's.
+        block_length_shares (`list[float]`, *optional*): The share of all steps that each of them lasts.
         weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
         complementary (`bool`, *optional*): Default: the stage's.
         num_noise_samples (`int`, defaults to 1).
@@ -117,12 +119,11 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     )
 
     # Objective
-    block_length_warmup_steps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Steps over which blocks grow from one token to `block_length`, by doubling; below 1 a share of "
-            "all steps. Default: the stage's."
-        },
+    block_lengths: list[int] | None = field(
+        default=None, metadata={"help": "Lengths of blocks before the final one, in order. Default: the stage's."}
+    )
+    block_length_shares: list[float] | None = field(
+        default=None, metadata={"help": "The share of all steps that each of `block_lengths` lasts."}
     )
     weighting: str = field(
         default="inverse",
@@ -165,9 +166,11 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         preset = STAGES[self.stage]
-        for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing", "length_weighting"):
+        for name in ("learning_rate", "complementary", "packing", "length_weighting"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
+        if self.block_lengths is None and self.block_length_shares is None:
+            self.block_lengths, self.block_length_shares = preset.block_lengths, preset.block_length_shares
         settle_defaults(self)
         SFTConfig.__post_init__(self)
 
@@ -176,9 +179,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
         NoiseSettings.__post_init__(self)
-        if self.block_length is not None:
-            check_warmup("block_length_warmup_steps", self.block_length_warmup_steps, self.block_length)
-        check_number("block_length_warmup_steps", self.block_length_warmup_steps, 0.0)
+        check_block_schedule(self.block_lengths, self.block_length_shares)
         check_choice("expert_bias_update", self.expert_bias_update, BIAS_UPDATES)
         for name in ("text_weight", "image_weight", "confidence_weight", "router_z_loss_coefficient"):
             check_number(name, getattr(self, name), 0.0)

@@ -22,6 +22,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
+from .block_schedule import block_length_at
 from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import mix_datasets, prepare_dataset
 from .language_model_trainer import LanguageModelTrainer, Processing
@@ -30,7 +31,7 @@ from .objective.length_weighting import length_sums, length_weights
 from .objective.noise import step_generators
 from .objective.router_balancing import RouterBalancing
 from .sft_config import LLaDAUniSFTConfig
-from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
+from .stages import STAGES, freeze_all_but
 
 
 # Arguments of trl's trainer that would put another loss, or logits of whole sequences, in the place of ours.
@@ -106,8 +107,6 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
         # 2. The model
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
-        assert args.block_length_warmup_steps is not None  # settled by the configuration
-        check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
         if args.packing and args.max_length is not None and args.max_length % self.block_length:
             raise ValueError(
                 f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
@@ -216,8 +215,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         """Of the next training step; evaluation always has the final one."""
         if not self.model.training:
             return self.block_length
-        warmup_steps = self.args.block_length_warmup_steps or 0.0
-        return block_length_at(self.state.global_step, self.state.max_steps, warmup_steps, self.block_length)
+        state, schedule = self.state, (self.args.block_lengths, self.args.block_length_shares)
+        return block_length_at(state.global_step, state.max_steps, self.block_length, *schedule)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # 1. The noise of this batch

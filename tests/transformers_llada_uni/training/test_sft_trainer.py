@@ -12,6 +12,7 @@ from trl import SFTConfig, TrlParser
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
+from transformers_llada_uni.training.block_schedule import block_length_at
 from transformers_llada_uni.training.lora import lora_config
 from transformers_llada_uni.training.objective.block_diffusion import add_block_diffusion_head, document_ids_of
 from transformers_llada_uni.training.objective.length_weighting import length_weights
@@ -19,7 +20,7 @@ from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise,
 from transformers_llada_uni.training.objective.router_balancing import RouterBalancing
 from transformers_llada_uni.training.sft_config import LLaDAUniSFTConfig
 from transformers_llada_uni.training.sft_trainer import LLaDAUniSFTTrainer
-from transformers_llada_uni.training.stages import PARTS, STAGES, block_length_at, freeze_all_but, part_of
+from transformers_llada_uni.training.stages import PARTS, STAGES, freeze_all_but, part_of
 
 
 BLOCK = 8
@@ -284,7 +285,7 @@ def test_packed_rows_have_the_loss_of_rows_apart(make_trainer, length_weighting)
 
 
 def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
-    trainer = make_trainer(block_length_warmup_steps=100, max_steps=2)
+    trainer = make_trainer(block_lengths=[1], block_length_shares=[1.0], max_steps=2)
     first = trainer.evaluate(rows(6, seed=1))
     second = trainer.evaluate(rows(6, seed=1))
     assert first["eval_loss"] == second["eval_loss"]
@@ -297,19 +298,22 @@ def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
 # Stages
 
 
-def test_blocks_grow_through_the_powers_of_two():
-    lengths = [block_length_at(step, 100, 50, 32) for step in range(60)]
-    assert lengths == [1] * 10 + [2] * 10 + [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10
-    assert [block_length_at(step, 100, 0.5, 32) for step in range(60)] == lengths
-    assert block_length_at(0, 100, 0, 24) == 24
-    with pytest.raises(ValueError, match="`warmup_steps`.*24"):
-        block_length_at(0, 100, 10, 24)
+def test_blocks_of_the_schedule_come_in_order():
+    lengths = [block_length_at(step, 50, 32, [1, 4, 64], [0.1, 0.2, 0.3]) for step in range(50)]
+    assert lengths == [1] * 5 + [4] * 10 + [64] * 15 + [32] * 20
+    assert block_length_at(0, 50, 24) == 24
+    preset = STAGES["from_autoregressive"]
+    lengths = [
+        block_length_at(step, 100, 32, preset.block_lengths, preset.block_length_shares) for step in (0, 50, 99)
+    ]
+    assert lengths == [1, 4096, 32]
 
 
-def test_training_follows_the_warm_up(make_trainer):
-    trainer = make_trainer(max_steps=8, block_length_warmup_steps=6)
+def test_training_follows_the_schedule(make_trainer):
+    """Blocks longer than a row, too: the row is the block."""
+    trainer = make_trainer(max_steps=4, block_lengths=[1, 64], block_length_shares=[0.25, 0.5])
     trainer.train()
-    assert logged(trainer, "block_length") == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert logged(trainer, "block_length") == [1, 64, 64, BLOCK]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -443,7 +447,13 @@ def test_z_loss_is_the_formula():
 @pytest.mark.parametrize("kind", ["all", "adapter", "packed"])
 def test_resumed_run_equals_the_uninterrupted_one(make_trainer, kind):
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    settings |= {"save_strategy": "steps", "save_steps": 3, "block_length_warmup_steps": 5, "num_noise_samples": 2}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "block_lengths": [2],
+        "block_length_shares": [0.5],
+        "num_noise_samples": 2,
+    }
     if kind != "adapter":
         settings |= {"expert_bias_update_rate": 0.01}
     if kind == "packed":
@@ -503,8 +513,10 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
         ({"trained_parts": ["image_tokenizer"]}, "`trained_parts`.*image_tokenizer"),
         ({"trained_parts": []}, "`trained_parts`"),
         ({"block_length": 0}, "`block_length`.*0"),
-        ({"block_length": 24, "block_length_warmup_steps": 5}, "`block_length_warmup_steps`.*24"),
-        ({"block_length_warmup_steps": -1}, "`block_length_warmup_steps`.*-1"),
+        ({"block_lengths": [1, 2]}, "`block_lengths` and `block_length_shares`"),
+        ({"block_lengths": [1, 2], "block_length_shares": [0.5]}, "`block_length_shares`.*2"),
+        ({"block_lengths": [0], "block_length_shares": [0.5]}, "`block_lengths`.*0"),
+        ({"block_lengths": [1, 2], "block_length_shares": [0.6, 0.5]}, "`block_length_shares`.*at most 1"),
         ({"noise_range": [0.5, 0.5]}, "`noise_range`"),
         ({"noise_level": "row"}, "`noise_level`.*'row'"),
         ({"weighting": "t"}, "`weighting`.*'t'"),
