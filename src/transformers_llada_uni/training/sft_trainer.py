@@ -278,10 +278,10 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         for batch in batches:
             labels = batch["labels"]
             document_ids = document_ids_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
-            sums += length_sums(labels, document_ids).cpu()
+            sums += length_sums(labels, document_ids, self.noise.masked_share(labels)).cpu()
         if self.model.training:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-        return sums[0] / sums[1].clamp(min=1) * self.noise.masked_share**0.5
+        return sums[0] / sums[1].clamp(min=1e-6)
 
     def _weighted_z_loss(self, is_token: torch.BoolTensor, num_items_in_batch: Any) -> torch.Tensor:
         z_loss = self.router_balancing.z_loss(is_token)

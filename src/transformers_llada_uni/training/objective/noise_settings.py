@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ...input_checks import check_integer
-from .noise import NOISE_LEVELS, BlockDiffusionNoise
+from .noise import IMAGE_NOISES, NOISE_LEVELS, BlockDiffusionNoise
 
 
 @dataclass
@@ -15,6 +15,7 @@ class NoiseSettings:
         noise_level (`str`, defaults to `"block"`): `"block"` or `"sample"`.
         num_noise_samples (`int`, defaults to 4): Noisy copies of each row.
         complementary (`bool`, defaults to `False`): Whether each copy comes with its complement.
+        image_noise (`str`, defaults to `"linear"`): `"linear"`, or `"cosine"` to mask more of an image.
 
     Raises:
         ValueError: naming the field, for a value out of range.
@@ -31,6 +32,10 @@ class NoiseSettings:
     )
     num_noise_samples: int = field(default=4, metadata={"help": "Noisy copies of each row."})
     complementary: bool = field(default=False, metadata={"help": "Whether each noisy copy comes with its complement."})
+    image_noise: str = field(
+        default="linear",
+        metadata={"help": "How noise levels of image codes are drawn.", "choices": list(IMAGE_NOISES)},
+    )
 
     def __post_init__(self) -> None:
         self.make_noise()
@@ -44,4 +49,5 @@ class NoiseSettings:
             noise_level=self.noise_level,
             complementary=self.complementary,
             num_noise_samples=self.num_noise_samples,
+            image_noise=self.image_noise,
         )
