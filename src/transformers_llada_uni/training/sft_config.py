@@ -11,6 +11,7 @@ from .block_schedule import check_block_schedule
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
 from .objective.router_balancing import BIAS_UPDATES
+from .objective.token_corruption import TokenCorruption
 from .stages import LANGUAGE_MODEL, STAGES, check_parts
 from .trl_settings import refuse_without_meaning, settle_defaults
 
@@ -60,6 +61,9 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         confidence_weight (`float`, defaults to 0.0): Weight of the entropy of predictions that are right, added to the
             loss: a model that is sure of what it knows takes fewer steps (LLaDA2.0's CAP, arXiv 2512.15745; its
             public code has 2.0).
+        editing_weight (`float`, defaults to 0.0): Weight of the loss of tokens that are shown, of which some are
+            wrong, for decoding with `editing_threshold`; see [`TokenCorruption`]. Masked tokens have 1.
+        corruption_rate (`float`, defaults to 0.1): How many of them are wrong.
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
@@ -141,6 +145,10 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     confidence_weight: float = field(
         default=0.0, metadata={"help": "Weight of the entropy of right predictions, for fewer steps of decoding."}
     )
+    editing_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the loss of shown tokens, some of them wrong, for token editing."}
+    )
+    corruption_rate: float = field(default=0.1, metadata={"help": "Share of shown tokens that are wrong."})
     text_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of text tokens."})
     image_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of image codes."})
 
@@ -179,6 +187,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
         NoiseSettings.__post_init__(self)
+        TokenCorruption(self.corruption_rate, self.editing_weight)
         check_block_schedule(self.block_lengths, self.block_length_shares)
         check_choice("expert_bias_update", self.expert_bias_update, BIAS_UPDATES)
         for name in ("text_weight", "image_weight", "confidence_weight", "router_z_loss_coefficient"):

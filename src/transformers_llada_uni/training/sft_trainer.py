@@ -30,6 +30,7 @@ from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_
 from .objective.length_weighting import length_sums, length_weights
 from .objective.noise import step_generators
 from .objective.router_balancing import RouterBalancing
+from .objective.token_corruption import TokenCorruption
 from .sft_config import LLaDAUniSFTConfig
 from .stages import STAGES, freeze_all_but
 
@@ -69,7 +70,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
     Logged are, besides trl's numbers: `text_loss` and `image_loss`, the mean of -log_probs_i for each modality;
     `text_accuracy` and `image_accuracy`, the share of masked tokens whose likeliest prediction is right;
-    `block_length`; `max_load_violation` and `router_z_loss`, see [`RouterBalancing`].
+    `block_length`; with `editing_weight` `repaired`, the share of tokens shown wrong that are predicted right;
+    `max_load_violation` and `router_z_loss`, see [`RouterBalancing`].
 
     Args:
         model: A model or the name of one.
@@ -147,6 +149,10 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             base_model, update_rate, self.accelerator, self._report, args.expert_bias_update
         )
         self._length_scale: torch.Tensor | None = None
+        self._corruption = TokenCorruption(args.corruption_rate, args.editing_weight) if args.editing_weight else None
+        text_config = base_model.config.get_text_config()
+        num_words = text_config.vocab_size if self._image_token_offset is None else self._image_token_offset
+        self._vocabulary = num_words, text_config.vocab_size, text_config.mask_token_id
         self.add_callback(self.router_balancing)
 
     # Model
@@ -229,7 +235,18 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         #    tokens in `attention_mask` or `position_ids`.
         kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         noised = {"masked": masked, "weights": weights, "document_ids": document_ids, "block_length": block_length}
+        if self._corruption is not None:
+            noised["shown_ids"], noised["weights"] = self._corruption.corrupt(
+                inputs["input_ids"],
+                labels,
+                masked,
+                weights,
+                self.noise.masked_share(labels),
+                self._vocabulary,
+                generators,
+            )
         statistics = torch.zeros(2, 5, device=labels.device)
+        wrong = torch.zeros(2, device=labels.device)
         is_image = torch.zeros_like(labels, dtype=torch.bool)
         if self._image_token_offset is not None:
             is_image = labels >= self._image_token_offset
@@ -247,6 +264,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             terms = (-outputs.log_probs, outputs.is_top1, outputs.entropy, seen, outputs.label_mask)
             for row, modality in zip(statistics, (~is_image, is_image), strict=True):
                 row += torch.stack([term.detach()[modality].float().sum() for term in terms])
+            wrong.add_(torch.stack([outputs.num_wrong.sum(), outputs.num_repaired.sum()]).detach())
             if outputs.confidence_loss is not None:
                 outputs.log_probs = outputs.log_probs - self.args.confidence_weight * outputs.confidence_loss
             outputs.log_probs = outputs.log_probs * loss_weights
@@ -264,6 +282,9 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         else:
             loss = super().compute_loss(forward, {**kept, "labels": labels, **noised})
         self._report_statistics(statistics, block_length)
+        if self._corruption is not None:
+            num_wrong, num_repaired = self.accelerator.reduce(wrong, reduction="sum").tolist()
+            self._report("repaired", num_repaired / max(num_wrong, 1))
         return (loss, {}) if return_outputs else loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

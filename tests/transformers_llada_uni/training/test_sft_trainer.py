@@ -18,6 +18,7 @@ from transformers_llada_uni.training.objective.block_diffusion import add_block_
 from transformers_llada_uni.training.objective.length_weighting import length_weights
 from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise, step_generators
 from transformers_llada_uni.training.objective.router_balancing import RouterBalancing
+from transformers_llada_uni.training.objective.token_corruption import TokenCorruption
 from transformers_llada_uni.training.sft_config import LLaDAUniSFTConfig
 from transformers_llada_uni.training.sft_trainer import LLaDAUniSFTTrainer
 from transformers_llada_uni.training.stages import PARTS, STAGES, freeze_all_but, part_of
@@ -213,6 +214,39 @@ def test_confidence_loss_makes_right_predictions_surer(make_trainer):
     optimizer.step()
     after, _ = entropy_and_loss()
     assert after < before - 0.01
+
+
+def test_wrong_tokens_are_shown_and_predicted():
+    """A tenth of what is shown is wrong, a word for a word and a code for a code; each token's weight is as it was."""
+    labels = torch.cat([torch.arange(400).repeat(500), IMAGE_OFFSET + torch.arange(200).repeat(1000)])[None]
+    labels[:, ::7] = -100
+    ids = labels.clamp(min=0)
+    noise = BlockDiffusionNoise((0.2, 0.6), weighting="none")
+    generators = [torch.Generator().manual_seed(0)]
+    masked, weights = noise.sample(labels, None, BLOCK, generators)
+    shown, new_weights = TokenCorruption(rate=0.1, weight=2.0).corrupt(
+        ids, labels, masked, weights, noise.masked_share(labels), (IMAGE_OFFSET, 768, 441), generators
+    )
+    is_wrong = shown[:, 0] != ids
+    is_shown = ~masked[:, 0] & (labels != -100)
+    assert not is_wrong[~is_shown].any() and not (shown == 441).any()
+    assert is_wrong[is_shown].float().mean().item() == pytest.approx(0.1, abs=0.003)
+    assert torch.equal(shown[:, 0] >= IMAGE_OFFSET, ids >= IMAGE_OFFSET)
+    assert torch.equal(new_weights[masked], weights[masked])
+    has_label = labels[0] != -100
+    assert new_weights.sum(dim=1)[0, has_label].mean().item() == pytest.approx(3.0, abs=0.02)
+    assert not new_weights.sum(dim=1)[0, ~has_label].any()
+
+
+def test_who_learns_to_edit_repairs_what_is_wrong(make_trainer):
+    dataset, repaired = rows(2), {}
+    settings = {"max_steps": 100, "learning_rate": 2e-2, "corruption_rate": 0.4}
+    for editing_weight in (2.0, 0.0):
+        trainer = make_trainer(dataset=dataset, editing_weight=editing_weight, **settings)
+        trainer.train()
+        examiner = make_trainer(trainer.model, dataset, dataset, editing_weight=1.0, num_noise_samples=8)
+        repaired[editing_weight] = examiner.evaluate()["eval_repaired"]  # of the tenth that is wrong by default
+    assert repaired[2.0] > 0.8 and repaired[0.0] < 0.5, repaired
 
 
 def test_reports_each_modality(make_trainer):
@@ -525,6 +559,8 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
         ({"image_weight": math.nan}, "`image_weight`.*nan"),
         ({"expert_bias_update_rate": -0.1}, "`expert_bias_update_rate`.*-0.1"),
         ({"expert_bias_update": "error"}, "`expert_bias_update`.*'error'"),
+        ({"editing_weight": -1.0}, "`editing_weight`.*-1"),
+        ({"corruption_rate": 1.5}, "`corruption_rate`.*1.5"),
         ({"confidence_weight": -1.0}, "`confidence_weight`.*-1"),
         ({"router_z_loss_coefficient": -0.1}, "`router_z_loss_coefficient`.*-0.1"),
         ({"caption_dropout": 1.5}, "`caption_dropout`.*1.5"),
