@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from llada_uni.conversion.diffusers_plan import make_model_card, plan_diffusers
+from llada_uni.conversion.diffusers_plan import plan_diffusers
 from llada_uni.conversion.output_plan import carry_out
 from llada_uni.conversion.released_plan import plan_released
 
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["convert_to_diffusers", "convert_to_released", "make_model_card", "main"]
+__all__ = ["convert_to_diffusers", "convert_to_released", "main"]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import torch
 from diffusers import __version__ as diffusers_version
 from diffusers.models import AutoencoderKL
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 
 from diffusers_llada_uni.decoders import DECODERS, SCHEDULER_SETTINGS
+from diffusers_llada_uni.pipeline_card import make_pipeline_card
 from llada_uni.conversion import block_fp8
 from llada_uni.conversion import llada_uni_layout as layout
 from llada_uni.conversion import tensor_files as files
@@ -26,9 +26,6 @@ from transformers_llada_uni import (
     LLaDAUniImageProcessor,
     LLaDAUniProcessor,
 )
-
-
-MODEL_CARD_TEMPLATE = Path(__file__).resolve().with_name("model_card_template.md")
 
 
 def plan_diffusers(source: Path, model_name: str, decoder: str | None, dtype: torch.dtype | None) -> Plan:
@@ -49,7 +46,8 @@ def plan_diffusers(source: Path, model_name: str, decoder: str | None, dtype: to
     plan.add_json(
         "model_index.json", {"_class_name": "LLaDAUniPipeline", "_diffusers_version": diffusers_version, **index}
     )
-    card = make_model_card(model_name, kinds, str(config.dtype).removeprefix("torch."))
+    dtype_name = str(config.dtype).removeprefix("torch.")
+    card = make_pipeline_card(model_name, kinds, dtype_name, license="apache-2.0")  # the release's
     plan.small_files.append(("README.md", card.save))
     return plan
 
@@ -190,31 +188,3 @@ def _plan_decoders(
     files.check_tensors("the VAE", refs, layout.module_shapes(vae))
     plan_component("vae", vae, refs)
     return index
-
-
-def make_model_card(model_name: str, decoders: list[str], dtype: str, **details: Any) -> ModelCard:
-    """
-    A model card from `model_card_template.md`.
-
-    Args:
-        model_name: Title of the card, and what the examples load.
-        decoders: `"turbo"`, `"normal"` or both.
-        dtype: The dtype of the weights.
-        details: Other placeholders of the template: `base_model`, `summary`, `training`, `evaluation` (Markdown).
-    """
-    card_data = ModelCardData(
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="any-to-any",
-        base_model=details.pop("base_model", None),
-        tags=["llada-uni", "masked-diffusion", "text-to-image", "image-text-to-text", "image-to-image"],
-    )
-    values = {"summary": None, "training": None, "evaluation": None, **details}
-    return ModelCard.from_template(
-        card_data,
-        template_path=str(MODEL_CARD_TEMPLATE),
-        model_name=model_name,
-        decoders=decoders,
-        dtype=dtype,
-        **values,
-    )

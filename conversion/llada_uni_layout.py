@@ -241,7 +241,7 @@ def look_up_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[
     gaps = sorted(set(range(max(reserved, default=0) + 1)) - set(reserved))
     if gaps:
         raise ValueError(
-            "The tokenizer has no " + ", ".join(f"<|reserved_token_{n}|>" for n in gaps[:4]) + "; headers of pictures "
+            "The tokenizer has no " + ", ".join(f"<|reserved_token_{n}|>" for n in gaps[:4]) + "; headers of images "
             "need the reserved tokens from 0 on without a gap."
         )
     ids: dict[str, Any] = {name: vocab[token] for name, token in tokens.items()}

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.image_processing_utils import BatchFeature
 
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
 
@@ -16,30 +17,43 @@ class PromptTooLong(ValueError):
     """A conversation of too many tokens."""
 
 
+def read_conversation(processor: Any, messages: list[dict[str, Any]], max_tokens: int | None = None) -> BatchFeature:
+    """
+    A conversation as the model's inputs, places held open for images.
+
+    Args:
+        processor: Of the pipeline.
+        messages: See the pipeline's `chat`.
+        max_tokens: Most tokens. Default: no limit here.
+
+    Raises:
+        PromptTooLong: if there are more.
+        ValueError, TypeError: if they are no conversation.
+    """
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    length = inputs["input_ids"].shape[1]
+    if max_tokens is not None and length > max_tokens:
+        raise PromptTooLong(f"`messages` are {length} tokens; at most {max_tokens} are taken.")
+    return inputs
+
+
 @torch.no_grad()
-def write_prompt(
-    model: Any, processor: Any, messages: list[dict[str, Any]], max_tokens: int | None = None
-) -> torch.Tensor:
+def write_prompt(model: Any, processor: Any, messages: list[dict[str, Any]]) -> torch.Tensor:
     """
     A conversation as ids `(length,)`, images in it as their codes.
 
     Args:
         model, processor: Of the pipeline.
         messages: See the pipeline's `chat`.
-        max_tokens: Most tokens. Default: no limit here.
 
     Raises:
-        PromptTooLong: if there are more; no image has been encoded then.
         ValueError, TypeError: if they are no conversation.
     """
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    ).to(model.device)
-    ids = inputs["input_ids"]
-    if max_tokens is not None and ids.shape[1] > max_tokens:
-        raise PromptTooLong(f"`messages` are {ids.shape[1]} tokens; at most {max_tokens} are taken.")
+    inputs = read_conversation(processor, messages).to(model.device)
     images = inputs.get("pixel_values"), inputs.get("image_grid_thw")
-    return model._place_images({"input_ids": ids}, *images)["input_ids"][0]
+    return model.place_images({"input_ids": inputs["input_ids"]}, *images)["input_ids"][0]
 
 
 class Answer:

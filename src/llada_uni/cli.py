@@ -6,10 +6,11 @@ are imported once a command runs, so that `--help` comes at once.
 import io
 import json
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from .commands.train import STAGES, prepare
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
+    from diffusers_llada_uni.evaluation.image_making import Request
 
 app = typer.Typer(
     name="llada-uni",
@@ -44,7 +46,14 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder for results and their manifest.")]
 PromptsFile = Annotated[
-    str | None, typer.Option("--prompts", "-p", help="A file of prompts: text, JSONL, CSV, parquet; - is stdin.")
+    str | None,
+    typer.Option(
+        "--prompts",
+        "-p",
+        help="A file of prompts in place of one; - is standard input. Text has one in each line; JSON, JSONL, CSV and "
+        "parquet have `prompt` and, where they are of use, `image` (a path or a list of them, seen from the file), "
+        "`mask` and `seed`.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="A line of JSON for each result, on standard output.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
@@ -77,6 +86,8 @@ def _told_in_a_line() -> Iterator[None]:
     try:
         with _interruptible():
             yield
+    except (typer.Exit, typer.Abort):  # RuntimeErrors both
+        raise
     except BrokenPipeError as error:  # `llada-uni ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from error
@@ -85,6 +96,14 @@ def _told_in_a_line() -> Iterator[None]:
         if isinstance(error, TypeError) and "llada_uni" not in frame.f_globals["__name__"]:
             raise
         typer.echo(f"llada-uni: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(2) from error
+    except (RuntimeError, MemoryError) as error:
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        line = "memory does not suffice; `llada-uni info` says what fits, --batch-size and --size make less of it."
+        typer.echo(f"llada-uni: {line}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -104,7 +123,7 @@ def _common(
 
 
 def _load(model: str, device: str | None, dtype: str) -> "LLaDAUniPipeline":
-    from .models import load_pipeline
+    from .pipeline_loading import load_pipeline
 
     is_terminal = sys.stderr.isatty()
     if not is_terminal:
@@ -127,12 +146,50 @@ def _size(size: str | None) -> dict[str, int]:
     return {"width": int(width), "height": int(height)}
 
 
-def _make(
-    command: Literal["draw", "edit", "fill"],
+def _check_request(command: str, images: Sequence[str], mask: str | None, where: str = "") -> None:
+    wants_image, wants_mask = command != "draw", command == "fill"
+    if bool(images) != wants_image and command != "ask":
+        raise ValueError(f"{where}`image` is {'missing' if wants_image else 'for `edit` and `fill`'}.")
+    if (mask is not None) != wants_mask:
+        raise ValueError(f"{where}`mask` is {'missing' if wants_mask else 'for `fill`'}.")
+
+
+def _requests(
+    command: Literal["draw", "edit", "fill", "ask"],
     prompt: str | None,
     prompts: str | None,
-    images: list[str] | None,
-    mask: str | None,
+    images: list[str] | None = None,
+    mask: str | None = None,
+) -> "list[Request]":
+    """What a command is asked, once or by a file; all is looked at before anything is made."""
+    from .commands.prompt_files import check_text, read_prompts
+
+    what = "question" if command == "ask" else "prompt"
+    if (prompt is None) == (prompts is None):
+        raise ValueError(f"Give a {what}, or `--prompts` with a file of them.")
+    if prompts is not None and (images or mask):
+        raise ValueError(f"`--image` and `--mask` are for one {what}; with `--prompts` its file names them.")
+    if prompt is not None:
+        if not prompt.strip():
+            raise ValueError(f"`{what}` is empty.")
+        check_text(prompt, f"`{what}`")
+        _check_request(command, images or [], mask)
+    requests = None if prompts is None else read_prompts(prompts)
+    for number, request in enumerate(requests or [], 1):
+        _check_request(command, request.images, request.mask, f"{prompts}, row {number}: ")
+
+    from diffusers_llada_uni.evaluation.image_making import Request, open_image
+
+    requests = [Request(prompt or "", tuple(images or ()), mask)] if requests is None else requests
+    for request in requests:
+        sizes = [open_image(path).size for path in request.images]
+        if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
+            raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
+    return requests
+
+
+def _make(
+    requests: "list[Request]",
     output: Path,
     model: tuple[str, str | None, str],
     plan: dict[str, int],
@@ -140,48 +197,31 @@ def _make(
     as_json: bool,
 ) -> None:
     """
-    What the three commands have in common.
+    What `draw`, `edit` and `fill` have in common.
 
     Args:
         model: Name, device, dtype.
         plan: `seed`, `num_images`, `batch_size`.
         settings: Of the pipeline's call; `None` is left out.
     """
-    from .commands.requests import Request, read_requests
+    from diffusers_llada_uni.evaluation.image_making import make_images
+    from diffusers_llada_uni.evaluation.manifest import Manifest
 
-    if (prompt is None) == (prompts is None):
-        raise ValueError("Give a prompt, or `--prompts` with a file of them.")
-    if prompts is not None and (images or mask):
-        raise ValueError("`--image` and `--mask` are for one prompt; with `--prompts` its file names them.")
-    requests = [Request(prompt or "", tuple(images or ()), mask)] if prompts is None else read_requests(prompts)
-    wants_image, wants_mask = command != "draw", command == "fill"
-    for number, request in enumerate(requests, 1):
-        where = "" if prompts is None else f"{prompts}, row {number}: "
-        if bool(request.images) != wants_image:
-            raise ValueError(f"{where}`image` is {'missing' if wants_image else 'for `edit` and `fill`'}.")
-        if (request.mask is not None) != wants_mask:
-            raise ValueError(f"{where}`mask` is {'missing' if wants_mask else 'for `fill`'}.")
+    from .pipeline_loading import resolve_model
 
-    from .commands.images import make_images, open_image
-    from .commands.manifest import Manifest
-    from .models import resolve_model
-
-    def tell(entry: dict[str, Any], is_new: bool) -> None:
-        if as_json:
-            typer.echo(json.dumps({**entry, "is_new": is_new}, ensure_ascii=False))
-        else:
-            seconds = f"{entry['seconds']:.1f} s" if is_new else "was there"
-            typer.echo(f"{output / entry['file']}  ({seconds})")
-
-    for request in requests:  # all are looked at before the first is made
-        sizes = [open_image(path).size for path in request.images]
-        if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
-            raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
+    resolve_model(model[0])  # before the folder is made
+    manifest = Manifest(output)
     settings = {key: value for key, value in settings.items() if value is not None}
-    if plan["num_images"] > 1:  # they would be the same one, were their codes not drawn
-        settings["generation_kwargs"] = {"do_sample": True}
-    name, manifest = resolve_model(model[0]), Manifest(output)
-    make_images(_load(*model), name, requests, manifest, settings, **plan, on_entry=tell)
+    for _, entry, is_new in make_images(_load(*model), requests, manifest, **plan, **settings):
+        _tell(entry, is_new, output, as_json)
+
+
+def _tell(entry: dict[str, Any], is_new: bool, output: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**entry, "is_new": is_new}, ensure_ascii=False))
+    else:
+        seconds = f"{entry['seconds']:.1f} s" if is_new else "was there"
+        typer.echo(f"{output / entry['file']}  ({seconds})")
 
 
 @app.command()
@@ -212,8 +252,8 @@ def draw(
             "thinking": thinking or None,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        where = output, (model, device, dtype)
-        _make("draw", prompt, prompts, None, None, *where, plan, settings, as_json)
+        requests = _requests("draw", prompt, prompts)
+        _make(requests, output, (model, device, dtype), plan, settings, as_json)
 
 
 @app.command()
@@ -243,8 +283,8 @@ def edit(
             "num_steps_per_block": steps_per_block,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        where = output, (model, device, dtype)
-        _make("edit", prompt, prompts, image, None, *where, plan, settings, as_json)
+        requests = _requests("edit", prompt, prompts, image)
+        _make(requests, output, (model, device, dtype), plan, settings, as_json)
 
 
 @app.command()
@@ -273,8 +313,8 @@ def fill(
             "num_steps_per_block": steps_per_block,
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
-        where = output, (model, device, dtype)
-        _make("fill", prompt, prompts, image, mask, *where, plan, settings, as_json)
+        requests = _requests("fill", prompt, prompts, image, mask)
+        _make(requests, output, (model, device, dtype), plan, settings, as_json)
 
 
 def _sampling(temperature: float) -> dict[str, Any]:
@@ -298,25 +338,16 @@ def ask(
 ) -> None:
     """Ask about images, or anything."""
     with _told_in_a_line():
-        from .commands.requests import Request, read_requests
+        requests = _requests("ask", question, prompts, image)
 
-        if (question is None) == (prompts is None):
-            raise ValueError("Give a question, or `--prompts` with a file of them.")
-        if prompts is not None and image:
-            raise ValueError("`--image` is for one question; with `--prompts` the file names the images.")
-        requests = [Request(question or "", tuple(image or ()))] if prompts is None else read_requests(prompts)
-        if any(request.mask is not None for request in requests):
-            raise ValueError("`mask` is for `fill`.")
+        from diffusers_llada_uni.evaluation.image_making import open_image
 
         from .answers import stream_answer
-        from .commands.images import open_image
         from .commands.talk import message
 
-        conversations = [
-            [message("user", request.prompt, [open_image(path) for path in request.images])] for request in requests
-        ]
         pipe = _load(model, device, dtype)
-        for request, messages in zip(requests, conversations, strict=True):
+        for request in requests:
+            messages = [message("user", request.prompt, [open_image(path) for path in request.images])]
             answer_seed = seed if request.seed is None else request.seed
             pieces = stream_answer(pipe, messages, max_new_tokens, answer_seed, **_sampling(temperature))
             if as_json:
@@ -341,19 +372,19 @@ def chat(
         from .commands.talk import HELP, converse
 
         pipe = _load(model, device, dtype)
+
+        def typed() -> Iterator[str]:
+            with suppress(EOFError):
+                while True:
+                    yield input("> ")
+
         is_terminal = sys.stdin.isatty()
         if is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  keys that move in a line, and bring earlier ones back
             typer.echo(HELP)
-
-        def lines() -> Iterator[str]:
-            while True:
-                if is_terminal:
-                    typer.echo("> ", nl=False)
-                if not (line := sys.stdin.readline()):
-                    return
-                yield line
-
-        converse(pipe, lines(), lambda text: typer.echo(text, nl=False), max_new_tokens, **_sampling(temperature))
+        lines = typed() if is_terminal else sys.stdin
+        converse(pipe, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **_sampling(temperature))
 
 
 @app.command()
@@ -377,8 +408,9 @@ def story(
             raise FileExistsError(f"`output` {str(output)!r} exists already.")
         import torch
 
-        from .commands.images import open_image
-        from .commands.manifest import make_folder
+        from diffusers_llada_uni.evaluation.image_making import open_image
+        from diffusers_llada_uni.evaluation.manifest import make_folder
+
         from .commands.story import write_story
 
         images = [open_image(path) for path in image or []]
@@ -397,10 +429,11 @@ def encode(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Turn images into codes: a line of JSON for each, on standard output."""
+    """Turn images into codes: on standard output, a line for each."""
     with _told_in_a_line():
+        from diffusers_llada_uni.evaluation.image_making import open_image
+
         from .commands.codes import encode_images
-        from .commands.images import open_image
 
         for path in image:
             open_image(path)
@@ -421,35 +454,39 @@ def decode(
 ) -> None:
     """Turn codes into images."""
     with _told_in_a_line():
-        from .commands.codes import decode_codes, read_codes
-        from .commands.manifest import Manifest
-        from .models import resolve_model
+        from diffusers_llada_uni.evaluation.manifest import Manifest
 
-        entries, name, manifest = read_codes(codes), resolve_model(model), Manifest(output)
-        pipe = _load(model, device, dtype)
-        for entry in decode_codes(pipe, name, entries, manifest, seed, steps):
-            typer.echo(json.dumps(entry) if as_json else output / entry["file"])
+        from .commands.codes import decode_codes, read_codes
+
+        entries, manifest = read_codes(codes), Manifest(output)
+        for entry, is_new in decode_codes(_load(model, device, dtype), entries, manifest, seed, steps):
+            _tell(entry, is_new, output, as_json)
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A folder, or `emoji`.")] = "emoji", as_json: AsJson = False
+    model: Annotated[str, typer.Argument(help="A folder, a Hub repository, or `emoji`.")] = "emoji",
+    as_json: Annotated[bool, typer.Option("--json", help="One object of JSON.")] = False,
 ) -> None:
-    """Say what a folder holds, and how it fits into this machine."""
+    """
+    Say what a folder holds, and how it fits into this machine.
+
+    Of a repository of the Hub only the configurations are fetched.
+    """
     with _told_in_a_line():
         from .commands.info import advise, describe_folder, machine_memory
-        from .models import resolve_model
+        from .pipeline_loading import configurations_of
 
-        path = model if Path(model, "config.json").is_file() else resolve_model(model)
-        described = describe_folder(path)
-        described["advice"] = advise(described["components"], machine_memory())
+        described = describe_folder(configurations_of(model))
+        described["advice"] = advise(described, machine_memory())
         if as_json:
             typer.echo(json.dumps(described))
             return
         typer.echo(described["path"])
         for name, component in described["components"].items():
             size = f"{component['parameters'] / 1e6:10.1f} M" if component["parameters"] else " " * 12
-            typer.echo(f"  {name:20} {size}  {component['class']}  {', '.join(component['dtypes'])}")
+            kinds = ", ".join(component["dtypes"]) if component["is_complete"] else "without its weights"
+            typer.echo(f"  {name:20} {size}  {component['class']}  {kinds}".rstrip())
         for line in described["advice"]:
             typer.echo(line)
 
@@ -458,7 +495,7 @@ def info(
 def serve(
     model: Model = "emoji",
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is all the world.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 is any that is free.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(envvar="LLADA_UNI_API_KEY", help="What clients must send. Default: none."),
@@ -495,17 +532,42 @@ def serve(
 
 
 @app.command()
+def demo(
+    model: Model = "emoji",
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is all the world.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 7860,
+    share: Annotated[bool, typer.Option(help="Let all the world in, through a server of Gradio's.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show the model on a web page: draw, edit, chat, stories."""
+    with _told_in_a_line():
+        from .commands.demo import run_demo
+
+        run_demo(
+            lambda: _load(model, device, dtype), host, port, share, lambda url: typer.echo(f"The page is at {url}")
+        )
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="The released checkpoint; with --to-released, ours.")],
     output: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
     to_released: Annotated[bool, typer.Option("--to-released", help="Write the released layout back.")] = False,
-    decoder: Annotated[str | None, typer.Option(help="turbo or normal. Default: both, where they are there.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="turbo, normal or both. Default: what is there.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16, of the weights. Default: as they are.")
+    ] = None,
 ) -> None:
-    """Convert a released checkpoint into a pipeline's folder, or back."""
-    from .conversion.convert_llada_uni_checkpoint import main as run
+    """Convert a released checkpoint into a pipeline, or back."""
+    with _told_in_a_line():
+        from .conversion.convert_llada_uni_checkpoint import DTYPES, convert_to_diffusers, convert_to_released
 
-    arguments = [str(source), str(output), *(["--to-released"] if to_released else [])]
-    raise typer.Exit(run([*arguments, *(["--decoder", decoder] if decoder else [])]))
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+        write = convert_to_released if to_released else convert_to_diffusers
+        typer.echo(write(source, output, decoder, None if dtype is None else DTYPES[dtype]))
 
 
 @app.command()
@@ -519,6 +581,172 @@ def consolidate(
         from transformers_llada_uni.loading.consolidation import consolidate_checkpoint
 
         consolidate_checkpoint(checkpoint, output, max_shard_size)
+
+
+evaluation = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Score a model: images, answers, likelihoods, lm-eval's tasks.",
+)
+app.add_typer(evaluation, name="evaluate")
+
+Data = Annotated[str, typer.Argument(help="A file (JSONL, CSV, parquet), a folder, or a dataset of the Hub.")]
+Results = Annotated[Path, typer.Option("--output", "-o", help="The folder for results.json and what is made.")]
+Split = Annotated[str, typer.Option(help="Of the data; files are all `train`.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
+Rows = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at once; changes no result.")]
+Samples = Annotated[int, typer.Option("--num-samples", min=1, help="Noisy copies of each text.")]
+ResultsAsJson = Annotated[bool, typer.Option("--json", help="results.json on standard output, and no table.")]
+
+
+def _report(results: dict[str, Any], output: Path, as_json: bool, **described: Any) -> None:
+    from .commands.evaluate import report, table_of
+
+    written = report(results, output, described)
+    typer.echo(json.dumps(written, ensure_ascii=False) if as_json else "\n".join(table_of(results)))
+
+
+@evaluation.command("images")
+def evaluate_images(
+    prompts: Annotated[str, typer.Option("--prompts", "-p", help="A file of prompts, as for `draw`; - is stdin.")],
+    output: Results = Path("evaluation/images"),
+    model: Model = "emoji",
+    clip: Annotated[str | None, typer.Option(help="A CLIP model, for the score of an image and its prompt.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="A folder of images, for the Frechet distance to them.")
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="The model of images that the distance is measured by.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="module.function of your own, (prompts, images) -> numbers; more than once."),
+    ] = None,
+    size: Size = None,
+    num_images: NumImages = 1,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    steps_per_block: BlockSteps = 8,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: ResultsAsJson = False,
+) -> None:
+    """
+    Draw the images of a file of prompts, and score them.
+
+    What `draw` has made in the folder is not made again.
+    """
+    with _told_in_a_line():
+        if (reference is None) != (features is None):
+            raise ValueError("`--reference` and `--features` go together: give both or neither.")
+        if not (clip or features or metric):
+            raise ValueError("Give what to score by: `--clip`, `--reference` with `--features`, or `--metric`.")
+        settings = {"guidance_scale": guidance, "num_inference_steps": steps, "num_steps_per_block": steps_per_block}
+        settings = {name: value for name, value in (_size(size) | settings).items() if value is not None}
+        requests = _requests("draw", None, prompts)
+        if any(request.seed is not None for request in requests):
+            raise ValueError(f"{prompts}: `seed` is for `draw`; here `--seed` holds for all.")
+
+        from .commands.evaluate import ReferenceImages, evaluate_images, image_metrics
+
+        plan = {"seed": seed, "num_images_per_prompt": num_images, "batch_size": batch_size}
+        images = None if reference is None else ReferenceImages(reference)
+        metrics, distances = image_metrics(clip, features, metric or [], device)
+        pipe, texts = _load(model, device, dtype), [request.prompt for request in requests]
+        pipe.set_progress_bar_config(disable=True)  # there is one of all images
+        results = evaluate_images(pipe, texts, output, metrics, distances, images, **plan, **settings)
+        _report(results, output, as_json, task="images", model=model, **plan, settings=settings)
+
+
+@evaluation.command("questions")
+def evaluate_questions(
+    data: Data,
+    output: Results = Path("evaluation/questions"),
+    model: Model = "emoji",
+    split: Split = "train",
+    limit: Limit = None,
+    max_new_tokens: Tokens = 32,
+    batch_size: Rows = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: ResultsAsJson = False,
+) -> None:
+    """
+    Ask about images, and compare with people's answers.
+
+    The accuracy is VQAv2's. Rows have `image` (in the data, or a path seen from it), `question` and `answers`, a list.
+    """
+    with _told_in_a_line():
+        from .commands.evaluate import evaluate_questions, load_rows
+
+        rows, folder = load_rows(data, split, limit), Path(data).parent if Path(data).is_file() else Path()
+        results = evaluate_questions(_load(model, device, dtype), rows, folder, output, batch_size, max_new_tokens)
+        _report(results, output, as_json, task="questions", model=model, data=data, split=split)
+
+
+@evaluation.command("likelihood")
+def evaluate_likelihood(
+    data: Data,
+    output: Results = Path("evaluation/likelihood"),
+    model: Model = "emoji",
+    split: Split = "train",
+    limit: Limit = None,
+    num_samples: Samples = 32,
+    block_length: Annotated[int | None, typer.Option(min=1, help="Default: the model's. 1 is exact.")] = None,
+    seed: Seed = 0,
+    batch_size: Rows = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: ResultsAsJson = False,
+) -> None:
+    """
+    Bound how likely the model finds texts, answers and images.
+
+    The perplexity is an upper bound. Rows are those of training: `text`; `prompt` and `completion`; `messages`;
+    `image` and `caption`. Of a row what training would learn counts, given what stands before it.
+    """
+    with _told_in_a_line():
+        from .commands.evaluate import evaluate_likelihood, load_rows
+
+        rows = load_rows(data, split, limit)
+        settings: dict[str, Any] = {"num_samples": num_samples, "block_length": block_length}
+        pipe = _load(model, device, dtype)
+        results = evaluate_likelihood(pipe, rows, output, seed=seed, batch_size=batch_size, **settings)
+        _report(
+            results, output, as_json, task="likelihood", model=model, data=data, split=split, seed=seed, **settings
+        )
+
+
+@evaluation.command("lm-eval")
+def evaluate_tasks(
+    tasks: Annotated[list[str], typer.Argument(help="Names of tasks, such as arc_easy.")],
+    output: Results = Path("evaluation/lm-eval"),
+    model: Model = "emoji",
+    include_path: Annotated[str | None, typer.Option(help="A folder with tasks of your own, as YAML.")] = None,
+    limit: Limit = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each. Default: the task's.")] = None,
+    num_samples: Samples = 32,
+    seed: Seed = 0,
+    batch_size: Rows = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: ResultsAsJson = False,
+) -> None:
+    """
+    Run tasks of lm-eval, the Language Model Evaluation Harness.
+
+    Tasks are of text alone. `python -m transformers_llada_uni.evaluation run --model llada-uni ...` has all options of
+    lm-eval.
+    """
+    with _told_in_a_line():
+        from .commands.evaluate import evaluate_tasks
+        from .pipeline_loading import best_device, dtype_of, resolve_model
+
+        path, device = resolve_model(model), device or best_device()
+        name = str(dtype_of(dtype, device)).removeprefix("torch.")
+        plan: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "num_samples": num_samples, "seed": seed}
+        results = evaluate_tasks(path, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
+        _report(results, output, as_json, task="lm-eval", model=model, **plan)
 
 
 training = typer.Typer(
@@ -548,6 +776,9 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         SystemExit: with 2 for a mistake, 130 after Ctrl-C.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, and the next file to be opened would be it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt that the terminal cannot show is no failure
             stream.reconfigure(errors="backslashreplace")

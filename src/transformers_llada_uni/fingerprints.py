@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from .weight_hooks import weights_in_place
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: Any, values_per_tensor: int | None = None) -> str:
     """
     64 hexadecimal digits, the same for the same content in every process and on every device:
 
@@ -28,45 +28,54 @@ def fingerprint(value: Any) -> str:
       were read from nor the version that wrote them;
     - of functions their code, defaults and closure; of other objects their class and what pickle would keep of them:
       a class with counters leaves them out in `__getstate__`.
+
+    Every byte of weights is read, which takes seconds for each gigabyte (1.7 on one busy core), unless
+    `values_per_tensor` says how many values of each tensor are looked at: enough to tell training from none.
     """
-    return _sha256(json.dumps(_content(value, ())).encode())
+    return _sha256(json.dumps(_content(value, (), values_per_tensor)).encode())
 
 
-@torch.no_grad()
 def weights_fingerprint(module: nn.Module) -> str:
     """
     [`fingerprint`] of the names, shapes, types and values of a module's parameters and persistent buffers, offloaded
-    ones included. Every byte is read, which takes seconds for each gigabyte (1.7 on one busy core).
+    ones included.
     """
-    return fingerprint(list(_weights("", module)))
+    return _weights_fingerprint(module, None)
 
 
-def _weights(prefix: str, module: nn.Module) -> Iterator[Any]:
+@torch.no_grad()
+def _weights_fingerprint(module: nn.Module, values_per_tensor: int | None) -> str:
+    return fingerprint(list(_weights("", module, values_per_tensor)))
+
+
+def _weights(prefix: str, module: nn.Module, values_per_tensor: int | None) -> Iterator[Any]:
     with weights_in_place(module):
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name not in module._non_persistent_buffers_set:
-                yield prefix, name, _weight(tensor.detach())
+                yield prefix, name, _weight(tensor.detach(), values_per_tensor)
         if hasattr(module, "merged_adapters"):  # a layer of peft's: how much of its adapters counts is no weight
             yield prefix, module.scaling, module.active_adapters, module.disable_adapters
         for name, child in module.named_children():
-            yield from _weights(f"{prefix}{name}.", child)
+            yield from _weights(f"{prefix}{name}.", child, values_per_tensor)
 
 
 def _sha256(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _weight(tensor: torch.Tensor) -> list[Any]:
+def _weight(tensor: torch.Tensor, num_values: int | None) -> list[Any]:
     described = [list(tensor.shape), str(tensor.dtype)]
     if hasattr(tensor, "__tensor_flatten__"):  # quantised or sharded: made of plain tensors
         names, _ = tensor.__tensor_flatten__()
-        return [*described, *(_weight(getattr(tensor, name)) for name in names)]
+        return [*described, *(_weight(getattr(tensor, name), num_values) for name in names)]
     if tensor.is_meta:
         return described
+    if num_values is not None:
+        tensor = tensor.flatten()[:: max(tensor.numel() // num_values, 1)]
     return [*described, _sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)]
 
 
-def _content(value: Any, holders: tuple[int, ...]) -> Any:
+def _content(value: Any, holders: tuple[int, ...], num_values: int | None) -> Any:
     """`value` as what JSON can write; `holders` are the objects that it is a part of, which it may hold again."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if value is None or isinstance(value, bool | int | float | complex | str | Enum | torch.dtype | torch.device):
@@ -80,27 +89,31 @@ def _content(value: Any, holders: tuple[int, ...]) -> Any:
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return ["array", str(value.dtype), value.shape, _sha256(value.tobytes())]
     if isinstance(value, torch.Tensor):
-        return ["tensor", _weight(value.detach())]
+        return ["tensor", _weight(value.detach(), num_values)]
     if id(value) in holders:
         return [kind, "holds itself"]
-    return [kind, _parts(value, (*holders, id(value)))]
+    return [kind, _parts(value, (*holders, id(value)), num_values)]
 
 
-def _parts(value: Any, holders: tuple[int, ...]) -> Any:
+def _parts(value: Any, holders: tuple[int, ...], num_values: int | None) -> Any:
     """What an object is made of."""
+
+    def content(part: Any) -> Any:
+        return _content(part, holders, num_values)
+
     if isinstance(value, Mapping):
-        return sorted(([_content(name, holders), _content(entry, holders)] for name, entry in value.items()), key=repr)
+        return sorted(([content(name), content(entry)] for name, entry in value.items()), key=repr)
     if isinstance(value, Set):
-        return sorted((_content(entry, holders) for entry in value), key=repr)
+        return sorted(map(content, value), key=repr)
     if isinstance(value, Sequence):
-        return [_content(entry, holders) for entry in value]
-    return _content(_state(value), holders)
+        return [content(entry) for entry in value]
+    return content(_state(value, num_values))
 
 
-def _state(value: Any) -> Any:
+def _state(value: Any, num_values: int | None) -> Any:
     config = getattr(value, "config", None)
     if isinstance(value, nn.Module):
-        return [_saved(config), weights_fingerprint(value)]
+        return [_saved(config), _weights_fingerprint(value, num_values)]
     if isinstance(components := getattr(value, "components", None), Mapping):
         return [_saved(config), components]
     if isinstance(value, PreTrainedTokenizerFast):

@@ -23,7 +23,6 @@ from llada_uni.conversion import tensor_files
 from llada_uni.conversion.convert_llada_uni_checkpoint import (
     convert_to_diffusers,
     convert_to_released,
-    make_model_card,
 )
 from tests.conversion.conversion_common import (
     IMAGE_TOKENIZER,
@@ -61,7 +60,8 @@ def test_layout_of_the_pipeline_folder(converted_dir):
     }
     assert all((converted_dir / name).is_dir() for name in components)
     suffixes = {path.suffix for path in converted_dir.rglob("*") if path.is_file()}
-    assert not suffixes & {".pt", ".bin", ".pth", ".pkl", ".py"}  # safetensors only, no code
+    assert not suffixes & {".pt", ".bin", ".pth", ".pkl"}  # safetensors only
+    assert {path.name for path in converted_dir.rglob("*.py")} == {"load_llada_uni.py"}  # which holds no model
     assert not any(path.name.endswith(".partial") for path in converted_dir.parent.iterdir())
 
 
@@ -251,14 +251,6 @@ def test_model_card(converted_dir):
     assert converted_dir.name in card.text
     assert "{{" not in card.content
     assert "{%" not in card.content
-
-
-def test_model_card_of_something_trained():
-    card = make_model_card("someone/model", ["turbo"], "bfloat16", base_model="a/b", training="Ten steps.")
-    assert card.data.base_model == "a/b"
-    assert "## Training\n\nTen steps." in card.text
-    assert "## Evaluation" not in card.text
-    assert "normal" not in card.text
 
 
 # Ours -> released

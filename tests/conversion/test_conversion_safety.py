@@ -1,6 +1,7 @@
 """The converter writes all or nothing, checks what it wrote, and needs the memory of one shard, not of the model."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -198,18 +200,18 @@ def test_command_both_ways(official_tiny, tmp_path, capsys):
     assert backbone_of(tmp_path / "back")["model.norm.weight"].dtype == torch.bfloat16
 
 
-SLOW_WRITER = """
-import sys, time
-sys.path.insert(0, {root!r})
-from llada_uni.conversion import convert_llada_uni_checkpoint as script, tensor_files
-write = tensor_files.write_safetensors
-def slowly(*args):
-    write(*args)
-    print("wrote", flush=True)
-    time.sleep(60)
-tensor_files.write_safetensors = slowly
-sys.exit(script.main([{source!r}, {target!r}]))
-"""
+def convert_slowly(source, target, connection):
+    """Run in a process of its own, to be interrupted after the first file."""
+    write = tensor_files.write_safetensors
+
+    def slowly(*args):
+        write(*args)
+        connection.send("wrote")
+        time.sleep(60)
+
+    tensor_files.write_safetensors = slowly
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+    sys.exit(main([source, target]))
 
 
 @pytest.mark.parametrize(
@@ -233,16 +235,18 @@ def test_command_runs_as_a_file_and_as_a_module(run, official_tiny, tmp_path, mo
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_command_leaves_nothing(official_tiny, tmp_path, number, code):
-    program = SLOW_WRITER.format(root=str(ROOT), source=str(official_tiny), target=str(tmp_path / "out"))
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=convert_slowly, args=(str(official_tiny), str(tmp_path / "out"), theirs))
+    process.start()
     try:
-        assert process.stdout.readline().strip() == b"wrote"
+        assert ours.poll(60) and ours.recv() == "wrote"
         assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-        process.send_signal(number)
-        assert process.wait(timeout=30) == code
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode == code
     finally:
         process.kill()
-        process.stdout.close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -169,3 +169,16 @@ def test_a_pipeline_is_what_it_is_made_of(tmp_path):
     with torch.no_grad():
         next(pipeline.transformer_turbo.parameters()).view(-1)[0] += 1
     assert fingerprint(pipeline) != before
+
+
+def test_some_values_of_each_tensor_tell_training_from_none():
+    module = linear()
+    before = fingerprint([module, "settings"], 4)
+    assert fingerprint([copy.deepcopy(module), "settings"], 4) == before != fingerprint([module, "settings"])
+    with torch.no_grad():
+        module.weight.add_(1e-3)
+    assert fingerprint([module, "settings"], 4) != before
+    large = torch.zeros(1000)
+    some, every = fingerprint(large, 10), fingerprint(large)
+    large[1] = 1.0
+    assert fingerprint(large, 10) == some and fingerprint(large) != every

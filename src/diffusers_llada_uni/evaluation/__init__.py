@@ -1,4 +1,4 @@
-"""Evaluation of text-to-image generation: a resumable run over prompts, and metrics of its pictures."""
+"""Evaluation of text-to-image generation: a resumable run over prompts, and metrics of its images."""
 
 from typing import TYPE_CHECKING
 
@@ -6,11 +6,11 @@ from transformers_llada_uni.lazy_names import attach
 
 
 _EXPORTS = {
-    "picture_metrics": ["CLIPScore", "FrechetDistance", "frechet_distance"],
-    "text_to_image": ["evaluate_text_to_image", "generate_pictures", "score_pictures"],
+    "image_metrics": ["CLIPScore", "FrechetDistance", "ImageFeatures", "frechet_distance"],
+    "text_to_image": ["evaluate_text_to_image", "generate_images", "score_images"],
 }
 __getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
 
 if TYPE_CHECKING:
-    from .picture_metrics import *
+    from .image_metrics import *
     from .text_to_image import *

@@ -3,27 +3,10 @@ Training of the autoencoder, the diffusion decoder, and its few-step distillatio
 docs/training.md.
 """
 
-from typing import TYPE_CHECKING
-
-from transformers_llada_uni.lazy_names import attach
-
-
-_EXPORTS = {
-    "autoencoder_config": ["LLaDAUniAutoencoderConfig"],
-    "autoencoder_trainer": ["LLaDAUniAutoencoderTrainer"],
-    "decoder_config": ["LLaDAUniDecoderConfig"],
-    "decoder_data": ["prepare_decoder_dataset"],
-    "decoder_trainer": ["LLaDAUniDecoderTrainer"],
-    "distillation_config": ["LLaDAUniDistillationConfig"],
-    "distillation_trainer": ["LLaDAUniDistillationTrainer"],
-}
-__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
-
-if TYPE_CHECKING:
-    from .autoencoder_config import *
-    from .autoencoder_trainer import *
-    from .decoder_config import *
-    from .decoder_data import *
-    from .decoder_trainer import *
-    from .distillation_config import *
-    from .distillation_trainer import *
+from .autoencoder_config import LLaDAUniAutoencoderConfig as LLaDAUniAutoencoderConfig
+from .autoencoder_trainer import LLaDAUniAutoencoderTrainer as LLaDAUniAutoencoderTrainer
+from .decoder_config import LLaDAUniDecoderConfig as LLaDAUniDecoderConfig
+from .decoder_data import prepare_decoder_dataset as prepare_decoder_dataset
+from .decoder_trainer import LLaDAUniDecoderTrainer as LLaDAUniDecoderTrainer
+from .distillation_config import LLaDAUniDistillationConfig as LLaDAUniDistillationConfig
+from .distillation_trainer import LLaDAUniDistillationTrainer as LLaDAUniDistillationTrainer

@@ -1,12 +1,14 @@
 """Settings of the autoencoder's training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers_llada_uni.input_checks import check_number
+from transformers_llada_uni.training.documented_settings import documented
 
 from .component_config import ComponentTrainingArguments
 
 
+@documented
 @dataclass
 class LLaDAUniAutoencoderConfig(ComponentTrainingArguments):
     r"""
@@ -28,11 +30,11 @@ class LLaDAUniAutoencoderConfig(ComponentTrainingArguments):
         ValueError: naming the field, for a value out of range.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = 1e-4
 
-    kl_weight: float = field(default=1e-6, metadata={"help": "Weight of the latents' divergence from a normal."})
-    absolute_error_weight: float = field(default=1.0, metadata={"help": "Weight of the mean absolute error."})
-    squared_error_weight: float = field(default=1.0, metadata={"help": "Weight of the mean squared error."})
+    kl_weight: float = 1e-6
+    absolute_error_weight: float = 1.0
+    squared_error_weight: float = 1.0
 
     def __post_init__(self):
         for name in ("kl_weight", "absolute_error_weight", "squared_error_weight"):
@@ -40,6 +42,3 @@ class LLaDAUniAutoencoderConfig(ComponentTrainingArguments):
         if not self.absolute_error_weight and not self.squared_error_weight:
             raise ValueError("`absolute_error_weight` and `squared_error_weight` are both 0, so nothing is learnt.")
         super().__post_init__()
-
-
-__all__ = ["LLaDAUniAutoencoderConfig"]

@@ -1,4 +1,4 @@
-"""Training of the autoencoder that the decoder draws with, for pictures unlike those of the released one."""
+"""Training of the autoencoder that the decoder draws with, for images unlike those of the released one."""
 
 from typing import Any
 
@@ -8,13 +8,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 
 from transformers_llada_uni import LLaDAUniImageProcessor
-from transformers_llada_uni.processing_llada_uni import UPSCALE
-from transformers_llada_uni.training.base_trainer import check_settings
+from transformers_llada_uni.image_sizes import UPSCALE
+from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
 from transformers_llada_uni.training.data.dataset_formats import stored_image
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from .autoencoder_config import LLaDAUniAutoencoderConfig
-from .component_checks import check_class, check_datasets
 from .component_trainer import ComponentModule, ComponentTrainer
 
 
@@ -24,7 +23,7 @@ class _Autoencoder(ComponentModule):
         self.vae = vae
 
     def forward(self, pixels: torch.Tensor, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pixels again `(batch, 3, height, width)`, and each picture's divergence `(batch,)`."""
+        """The pixels again `(batch, 3, height, width)`, and each image's divergence `(batch,)`."""
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         return self.vae.decode(posterior.sample(generators), return_dict=False)[0], posterior.kl()
 
@@ -54,17 +53,17 @@ class LLaDAUniAutoencoderTrainer(ComponentTrainer[_Autoencoder]):
     latents z = mean + std * noise,
 
         L = absolute_error_weight * mean |x' - x| + squared_error_weight * mean (x' - x)^2
-            + kl_weight * mean over pictures of KL(z | N(0, 1)).
+            + kl_weight * mean over images of KL(z | N(0, 1)).
 
-    When it is saved, `scaling_factor` and `shift_factor` are set so that the means of the training pictures' latents
+    When it is saved, `scaling_factor` and `shift_factor` are set so that the means of the training images' latents
     have mean 0 and deviation 1 in the decoder's eyes. Saved is the folder `vae/` of a pipeline. A decoder that was
     trained on other latents has to be trained again.
 
     Args:
         vae ([`~diffusers.AutoencoderKL`]): What is trained.
         args ([`LLaDAUniAutoencoderConfig`], *optional*): Settings.
-        train_dataset, eval_dataset: Rows with an `image`; pictures of a batch must come out at one size.
-        image_processor ([`LLaDAUniImageProcessor`]): Its rule of editing sizes the pictures, at twice the resolution.
+        train_dataset, eval_dataset: Rows with an `image`; images of a batch must come out at one size.
+        image_processor ([`LLaDAUniImageProcessor`]): Its rule of editing sizes the images, at twice the resolution.
         **kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
@@ -120,6 +119,3 @@ class LLaDAUniAutoencoderTrainer(ComponentTrainer[_Autoencoder]):
         deviation = (squares / count - mean**2).sqrt().item()
         vae.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
         return {"vae": vae}
-
-
-__all__ = ["LLaDAUniAutoencoderTrainer"]

@@ -1,26 +1,29 @@
 """What the settings of the autoencoder's, the decoder's and the distillation's training share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
 from transformers_llada_uni.input_checks import check_number
+from transformers_llada_uni.training.documented_settings import documented
 
 
+@documented
 @dataclass
 class ComponentTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] of a [`ComponentTrainer`], which knows `ema_decay`.
+    [`~transformers.TrainingArguments`] of a [`ComponentTrainer`].
+
+    Parameters:
+        ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that.
 
     Raises:
         ValueError: if `ema_decay` is no share.
     """
 
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns losses only."})
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is then saved."}
-    )
+    remove_unused_columns: bool = False
+    prediction_loss_only: bool = True
+    ema_decay: float | None = None
 
     def __post_init__(self):
         if self.ema_decay is not None:

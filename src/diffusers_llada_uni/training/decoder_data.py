@@ -11,7 +11,7 @@ from trl.data_utils import get_dataset_column_names
 
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniImageProcessor
 from transformers_llada_uni.fingerprints import fingerprint
-from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.image_sizes import UPSCALE
 from transformers_llada_uni.training.data.dataset_formats import stored_image
 
 
@@ -89,6 +89,3 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
             for row, (height, width) in zip(rows, grids, strict=True)
         ]
     return batch
-
-
-__all__ = ["prepare_decoder_dataset"]

@@ -3,10 +3,10 @@
 import torch
 from diffusers.models import ZImageTransformer2DModel
 
-from transformers_llada_uni.processing_llada_uni import UPSCALE
+from transformers_llada_uni.image_sizes import UPSCALE
+from transformers_llada_uni.training.base_trainer import check_class
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
-from .component_checks import check_class
 from .component_trainer import ComponentModule
 
 

@@ -1,4 +1,4 @@
-"""Training of the diffusion decoder: flow matching on pairs of image codes and pictures."""
+"""Training of the diffusion decoder: flow matching on pairs of image codes and images."""
 
 from typing import Any
 
@@ -10,11 +10,10 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from trl.data_utils import get_dataset_column_names
 
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniProcessor
-from transformers_llada_uni.training.base_trainer import check_settings
+from transformers_llada_uni.training.base_trainer import check_datasets, check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
-from .component_checks import check_datasets
 from .component_trainer import ComponentTrainer
 from .decoder_config import LLaDAUniDecoderConfig
 from .decoder_data import COLUMNS, collate, prepare_decoder_dataset
@@ -23,10 +22,10 @@ from .decoder_model import DecoderModule
 
 class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
     r"""
-    transformers' [`~transformers.Trainer`] for the decoder. With latents x of a picture, noise e and a noise level
+    transformers' [`~transformers.Trainer`] for the decoder. With latents x of an image, noise e and a noise level
     sigma, the decoder sees (1 - sigma) x + sigma e at time 1 - sigma and learns the velocity toward data:
 
-        L = mean over pictures of  mean | v(x_sigma, 1 - sigma, codes) - (x - e) |^2     (arXiv 2210.02747)
+        L = mean over images of  mean | v(x_sigma, 1 - sigma, codes) - (x - e) |^2     (arXiv 2210.02747)
 
     Saved are the folders `transformer/` and `semantic_embedder/` of a pipeline.
 
@@ -36,8 +35,8 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
         args ([`LLaDAUniDecoderConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Prepared by [`prepare_decoder_dataset`], or rows with an `image`, for which
             `model`, `processing_class` and `vae` are needed.
-        model ([`LLaDAUniForConditionalGeneration`]), processing_class ([`LLaDAUniProcessor`]), vae
-            ([`~diffusers.AutoencoderKL`]): *Optional*, see above.
+        model, processing_class, vae (*optional*): [`LLaDAUniForConditionalGeneration`], [`LLaDAUniProcessor`] and
+            [`~diffusers.AutoencoderKL`], see above.
         **kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
@@ -70,7 +69,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
             if model is None or processing_class is None or vae is None:
                 encoders = {"model": model, "processing_class": processing_class, "vae": vae}
                 missing = ", ".join(f"`{name}`" for name, value in encoders.items() if value is None)
-                raise ValueError(f"`train_dataset` holds pictures, which need {missing}.")
+                raise ValueError(f"`train_dataset` holds images, which need {missing}.")
             return prepare_decoder_dataset(dataset, model, processing_class.image_processor, vae)
 
         super().__init__(
@@ -86,7 +85,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
 
     def draw(self, latents: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """
-        Of each picture the noise level sigma `(batch,)`, the noise in the shape of its latents, and whether its codes
+        Of each image the noise level sigma `(batch,)`, the noise in the shape of its latents, and whether its codes
         are shown `(batch,)`.
         """
         args, device = self.args, latents[0].device
@@ -117,6 +116,3 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
     def components(self) -> dict[str, ModelMixin]:
         decoder = self.trained_model()
         return {"transformer": decoder.transformer, "semantic_embedder": decoder.semantic_embedder}
-
-
-__all__ = ["LLaDAUniDecoderTrainer"]

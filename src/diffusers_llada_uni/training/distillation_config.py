@@ -1,12 +1,14 @@
 """Settings of the few-step distillation of the decoder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers_llada_uni.input_checks import check_integer, check_number
+from transformers_llada_uni.training.documented_settings import documented
 
 from .component_config import ComponentTrainingArguments
 
 
+@documented
 @dataclass
 class LLaDAUniDistillationConfig(ComponentTrainingArguments):
     r"""
@@ -29,15 +31,13 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
         ValueError: naming the field, for a value out of range.
     """
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = 1e-5
 
-    num_teacher_steps: int = field(default=50, metadata={"help": "Points of the teacher's schedule."})
-    teacher_guidance_scale: float = field(default=1.0, metadata={"help": "Guidance that the student takes over."})
-    min_student_steps: int = field(default=4, metadata={"help": "Fewest steps the student is trained for."})
-    max_student_steps: int = field(default=8, metadata={"help": "Most steps the student is trained for."})
-    pairs_per_trajectory: int = field(
-        default=4, metadata={"help": "Noise levels that are learnt from one trajectory of the teacher."}
-    )
+    num_teacher_steps: int = 50
+    teacher_guidance_scale: float = 1.0
+    min_student_steps: int = 4
+    max_student_steps: int = 8
+    pairs_per_trajectory: int = 4
 
     def __post_init__(self):
         check_integer("num_teacher_steps", self.num_teacher_steps, 2)
@@ -46,6 +46,3 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
         check_integer("max_student_steps", self.max_student_steps, self.min_student_steps)
         check_integer("pairs_per_trajectory", self.pairs_per_trajectory, 1)
         super().__post_init__()
-
-
-__all__ = ["LLaDAUniDistillationConfig"]

@@ -8,14 +8,13 @@ from datasets import Dataset, IterableDataset
 from diffusers.models import ZImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from transformers_llada_uni.processing_llada_uni import UPSCALE
-from transformers_llada_uni.training.base_trainer import check_settings
+from transformers_llada_uni.image_sizes import UPSCALE
+from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..code_decoding import decoder_sigmas, guided_velocity
 from ..decoders import DECODERS, SCHEDULER_SETTINGS
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
-from .component_checks import check_class, check_datasets
 from .component_trainer import ComponentTrainer, Savable
 from .decoder_data import collate
 from .decoder_model import DecoderModule
@@ -33,7 +32,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
     the velocity that leads from x_sigma straight to x_0: a consistency function (arXiv 2303.01469) learnt from its
     values. The few-step sampler asks for nothing else: it goes to x_0, adds new noise, and goes again.
 
-    One trajectory gives `pairs_per_trajectory` pairs. Codes are all the data that is needed, no pictures: such as
+    One trajectory gives `pairs_per_trajectory` pairs. Codes are all the data that is needed, no images: such as
     those that the language model generates. Guidance is baked in; the student runs once a step.
 
     Saved are the folders `transformer_turbo/` and `scheduler_turbo/` of a pipeline.
@@ -91,7 +90,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
     def trajectory(self, noise: list[torch.Tensor], codes: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """
         The teacher's way from `noise`: at each of `teacher_sigmas` the latents of all rows, the last of which are the
-        pictures.
+        images.
         """
         device, batch_size = noise[0].device, len(noise)
         guidance_scale = self.args.teacher_guidance_scale
@@ -154,6 +153,3 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
             transformer: self.trained_model().transformer,
             scheduler: FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["turbo"]),
         }
-
-
-__all__ = ["LLaDAUniDistillationTrainer"]

@@ -1,7 +1,6 @@
 """`encode` and `decode`: images to codes, and codes to images."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import PIL.Image
 import torch
 
-from .images import open_image
-from .manifest import Manifest
+from diffusers_llada_uni.evaluation.image_making import describe_pipeline, open_image
+from diffusers_llada_uni.evaluation.manifest import Manifest
 
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ def read_codes(path: str) -> list[dict[str, Any]]:
                 entry = json.loads(line)
                 grid, codes = entry["grid"], entry["codes"]
                 height, width = grid
-                are_integers = all(type(value) is int for value in (height, width, *codes))
-            except (ValueError, KeyError, TypeError) as error:
+                are_integers = all(type(value) is int and 0 <= value < 2**31 for value in (height, width, *codes))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} must hold `grid` and `codes`.") from error
             if not are_integers or min(height, width) < 1 or len(codes) != height * width:
                 raise ValueError(f"{path}, line {number}: `codes` must be {height} x {width} integers.")
@@ -62,38 +61,39 @@ def read_codes(path: str) -> list[dict[str, Any]]:
 
 def decode_codes(
     pipe: "LLaDAUniPipeline",
-    model_name: str,
     entries: list[dict[str, Any]],
     manifest: Manifest,
     seed: int,
     num_inference_steps: int | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """
-    The manifest's entry of each image, made now or before.
+    The manifest's entry of each image, and whether it is new.
 
     Args:
         pipe: The pipeline.
-        model_name: Part of what an image follows from.
         entries: Of [`read_codes`].
         manifest: Takes the images.
         seed: Of the decoder's noise.
         num_inference_steps: Of the decoder.
     """
-    for entry in entries:
-        name = Path(str(entry.get("image", "codes"))).stem
-        asked = {
-            "prompt": name,
+    described = describe_pipeline(pipe, {"num_inference_steps": num_inference_steps})
+    asked = [
+        {
+            "prompt": Path(str(entry.get("image", "codes"))).stem,
             "codes": entry["codes"],
             "grid": entry["grid"],
             "seed": seed,
-            "model": model_name,
-            "settings": {"num_inference_steps": num_inference_steps},
+            **described,
         }
-        done = manifest.find(asked)
-        if done is None:
-            began = time.perf_counter()
-            codes = torch.tensor(entry["codes"]).view(1, *entry["grid"])
-            generator = torch.Generator().manual_seed(seed)
-            images = pipe.decode_codes(codes, num_inference_steps=num_inference_steps, generator=generator)
-            done = manifest.add(asked, cast(list[PIL.Image.Image], images)[0], time.perf_counter() - began)
-        yield done
+        for entry in entries
+    ]
+
+    def make(numbers: list[int]) -> list[PIL.Image.Image]:
+        (number,) = numbers  # grids may differ
+        codes = torch.tensor(entries[number]["codes"]).view(1, *entries[number]["grid"])
+        generator = torch.Generator().manual_seed(seed)
+        images = pipe.decode_codes(codes, num_inference_steps=num_inference_steps, generator=generator)
+        return cast(list[PIL.Image.Image], images)
+
+    for _, entry, is_new in manifest.complete(asked, make):
+        yield entry, is_new

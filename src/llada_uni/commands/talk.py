@@ -1,19 +1,27 @@
 """`ask` and `chat`: messages with images."""
 
 import os
+import shlex
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import PIL.Image
 
+from diffusers_llada_uni.evaluation.image_making import open_image
+
 from ..answers import stream_answer
-from .images import open_image
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
 
-HELP = "/image PATH adds an image to what you say next; /new begins again; /quit, or the end of input, ends."
+HELP = """\
+/image PATH  adds an image to what you say next; a file dropped into the terminal does, too
+/new         begins a new conversation
+/help        shows this
+/quit        ends, as does the end of input; Ctrl-C stops an answer"""
 
 
 def message(role: str, text: str, images: list[PIL.Image.Image] | None = None) -> dict[str, Any]:
@@ -22,6 +30,34 @@ def message(role: str, text: str, images: list[PIL.Image.Image] | None = None) -
         return {"role": role, "content": text}
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def paths_of(text: str) -> list[str]:
+    """
+    The paths that a line names, as they are typed or dropped into a terminal: with spaces, in quotes, with
+    backslashes, with `~`, as `file://`; several where each is a file. What is no file stays as it is.
+    """
+    text = text.strip()
+    whole = _path_of(text)
+    if os.path.exists(whole):
+        return [whole]
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that has no end
+        return [whole]
+    paths = [_path_of(word) for word in words]
+    return paths if len(paths) == 1 or (paths and all(map(os.path.exists, paths))) else [whole]
+
+
+def _path_of(word: str) -> str:
+    if word.lower().startswith("file:"):
+        return url2pathname(urlsplit(word).path)
+    return os.path.expanduser(word)
+
+
+def _is_dropped(line: str) -> bool:
+    """Whether a line is nothing but files, named from the root."""
+    return all(os.path.isabs(path) and os.path.isfile(path) for path in paths_of(line))
 
 
 def converse(
@@ -43,33 +79,32 @@ def converse(
     """
     messages: list[dict[str, Any]] = []
     images: list[PIL.Image.Image] = []
-    for line in lines:
-        command, _, rest = line.strip().partition(" ")
+    for line in map(str.strip, lines):
+        command, _, rest = line.partition(" ")
         if not command:
             continue
         if command in ("/quit", "/exit"):
             return
         if command == "/new":
             messages, images = [], []
-        elif command == "/image":
+        elif command == "/image" or _is_dropped(line):
             try:
-                images.append(open_image(os.path.expanduser(rest.strip())))
+                images += [open_image(path) for path in paths_of(rest if command == "/image" else line)]
             except ValueError as error:
                 write(f"{error}\n")
         elif command.startswith("/"):
             write(f"{HELP}\n")
         else:
-            messages.append(message("user", line.strip(), images))
-            images, answer = [], ""
+            question, images, answer = message("user", line, images), [], ""
             try:
-                for piece in stream_answer(pipe, messages, max_new_tokens, **settings):
+                for piece in stream_answer(pipe, [*messages, question], max_new_tokens, **settings):
                     answer += piece
                     write(piece)
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 pass
             except ValueError as error:  # such as a conversation that has become too long
-                messages.pop()
                 write(f"{error}\n")
                 continue
             write("\n")
-            messages.append(message("assistant", answer))
+            if answer:
+                messages += [question, message("assistant", answer)]

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 
 STAGES = {
-    "sft": "the language model, from text, conversations, captions and edits",
-    "dpo": "the language model, from preferences",
-    "grpo": "the language model, from rewards",
+    "sft": "the language model: text, chats, captions, edits",
+    "dpo": "the language model, by preferences",
+    "grpo": "the language model, by rewards",
     "image_tokenizer": "images to codes",
     "autoencoder": "latents to pixels",
     "decoder": "codes to latents",
@@ -28,8 +28,8 @@ def prepare(stage: str, options: Sequence[str]) -> Callable[[], None]:
     from transformers_llada_uni.optional_dependencies import require_extra
 
     require_extra("train", "datasets", "peft", "trl")
-    from ..stage_options import StageParser
-    from ..training_stages import finish, stages
+    from .train_options import StageParser
+    from .train_trainers import finish, stages
 
     classes, build = stages()[stage]
     trainer, script_args = build(*StageParser(stage, classes).parse(options))

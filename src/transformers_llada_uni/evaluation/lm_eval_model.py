@@ -17,11 +17,11 @@ import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
 
+from ..chat_templates import TEXT_CHAT
 from ..generation.block_diffusion import as_list
+from ..id_rows import left_pad
 from ..input_checks import check_integer
 from ..optional_dependencies import require_extra
-from ..processing_llada_uni import _TEXT_CHAT as TEXT_CHAT
-from ..prompts import left_pad
 from ..unwrapping import unwrap
 from .likelihood import completion_likelihood
 

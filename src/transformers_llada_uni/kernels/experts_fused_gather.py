@@ -9,8 +9,6 @@ import torch
 from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm_experts_forward
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
-from .experts_interface import Experts
-
 
 # Beyond so many tokens an expert the gain over `grouped_mm` shrinks, and only prompts have so many
 # (`benchmarks/experts.py`). In half precision its products of matrices are twice as fast, while this loop computes in
@@ -19,7 +17,7 @@ MAX_TOKENS_PER_EXPERT = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16,
 
 
 def fused_gather_experts_forward(
-    self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     r"""
     transformers' interface of experts, as `experts_implementation="fused_gather"`.

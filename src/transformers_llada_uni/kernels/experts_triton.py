@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from transformers.integrations.moe import (
 from . import DTYPES, IS_INTERPRETED, has_grouped_mm_kernel, has_triton, is_kernel_device
 from .expert_tiles import choose_tiles
 from .expert_weights import ExpertWeights, Kind
-from .experts_interface import Experts, Float8Experts
 
 
 # Pairs of token and expert, per expert on average, beyond which `grouped_mm` does it: 128 are 4,096 tokens of the
@@ -32,7 +31,7 @@ SMALL_SHARED_MEMORY = 99 * 1024  # that a program may have on consumers' cards
 
 
 def triton_experts_forward(
-    self: Experts,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -73,7 +72,7 @@ def triton_experts_forward(
 
 
 def triton_fp8_experts_forward(
-    self: Float8Experts,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -128,9 +127,6 @@ def triton_experts(
 
     Returns:
         `(tokens, hidden_size)`, of the type of the states.
-
-    Raises:
-        ValueError: if shapes or types do not fit.
     """
     if torch.compiler.is_compiling():
         return _triton_experts_operator(
@@ -199,7 +195,7 @@ def _put_together(
     return ExpertWeights(cast(Kind, kind), data, scales, (rows, columns), parts)
 
 
-def _can_compute(self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, kind: str) -> bool:
+def _can_compute(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, kind: str) -> bool:
     """Whether experts, states and machine are what the kernels are for, all but the types of the weights."""
     is_much = top_k_index.numel() > self.num_experts * MAX_PAIRS_PER_EXPERT[kind]
     if not HAS_TRITON or (is_much and has_grouped_mm_kernel(hidden_states.device, hidden_states.dtype)):
@@ -238,38 +234,18 @@ def _check(
     top_k_weights: torch.Tensor,
     addend: torch.Tensor | None,
 ) -> None:
-    if hidden_states.ndim != 2 or hidden_states.dtype not in DTYPES:
-        raise ValueError(
-            "`hidden_states` must be (tokens, hidden_size) of bfloat16, float16 or float32, got "
-            f"{tuple(hidden_states.shape)} of {hidden_states.dtype}."
-        )
+    """Nothing that a kernel would read beyond."""
     num_experts, (tokens, hidden_size) = len(gate_up.data), hidden_states.shape
-    if gate_up.in_features != hidden_size or gate_up.out_features % 2:
-        raise ValueError(
-            f"`gate_up` must be (experts, 2 * intermediate_size, {hidden_size}), got "
-            f"{(num_experts, gate_up.out_features, gate_up.in_features)}."
-        )
+    assert hidden_states.dtype in DTYPES and gate_up.in_features == hidden_size and gate_up.out_features % 2 == 0
     found = len(down.data), down.out_features, down.in_features
-    if found != (num_experts, hidden_size, gate_up.out_features // 2):
-        raise ValueError(f"`down` must be {(num_experts, hidden_size, gate_up.out_features // 2)}, got {found}.")
-    if gate_up.kind != "plain" and gate_up.parts != 2:
-        raise ValueError(f"`gate_up` must have two `parts`, gate and up, got {gate_up.parts}.")
-    for name, weights in (("gate_up", gate_up), ("down", down)):
-        if weights.data.device != hidden_states.device:
-            raise ValueError(f"`{name}` must be on {hidden_states.device}, it is on {weights.data.device}.")
-        if weights.kind == "plain" and weights.data.dtype != hidden_states.dtype:
-            raise ValueError(
-                f"`{name}` must be of the type of `hidden_states`, {hidden_states.dtype}, got {weights.data.dtype}."
-            )
-    if top_k_index.ndim != 2 or len(top_k_index) != tokens or top_k_index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"`top_k_index` must be ({tokens}, top_k) of integers, got {tuple(top_k_index.shape)} of "
-            f"{top_k_index.dtype}."
-        )
-    if top_k_weights.shape != top_k_index.shape:
-        raise ValueError(f"`top_k_weights` must be {tuple(top_k_index.shape)}, got {tuple(top_k_weights.shape)}.")
-    if addend is not None and addend.shape != hidden_states.shape:
-        raise ValueError(f"`addend` must be {tuple(hidden_states.shape)}, got {tuple(addend.shape)}.")
+    assert found == (num_experts, hidden_size, gate_up.out_features // 2)
+    assert gate_up.kind == "plain" or gate_up.parts == 2
+    for weights in (gate_up, down):
+        assert weights.data.device == hidden_states.device
+        assert weights.kind != "plain" or weights.data.dtype == hidden_states.dtype
+    assert len(top_k_index) == tokens and top_k_index.dtype in (torch.int64, torch.int32)
+    assert top_k_weights.shape == top_k_index.shape
+    assert addend is None or addend.shape == hidden_states.shape
 
 
 ALL_EXPERTS_FUNCTIONS.register("triton", triton_experts_forward)

@@ -24,16 +24,9 @@ def groupwise_linear(states: torch.Tensor, weights: ExpertWeights) -> torch.Tens
 
     Returns:
         `(rows, out_features)`, of the type of the states.
-
-    Raises:
-        ValueError: if shapes or the kind do not fit.
     """
-    if weights.kind not in ("int8", "int4") or len(weights.data) != 1:
-        raise ValueError(
-            f"`weights` must be of one expert in int8 or int4, got {len(weights.data)} in {weights.kind}."
-        )
-    if states.ndim != 2 or states.shape[1] != weights.in_features:
-        raise ValueError(f"`states` must be (rows, {weights.in_features}), got {tuple(states.shape)}.")
+    assert weights.kind in ("int8", "int4") and len(weights.data) == 1
+    assert states.ndim == 2 and states.shape[1] == weights.in_features
     states = states.contiguous()
     output = states.new_empty(len(states), weights.out_features)
     if len(states) == 0:

@@ -20,17 +20,13 @@ def rms_norm(
 
     Returns:
         The normed states; with `residual`, these and the sum, which is the new residual. All as `hidden`, contiguous.
-
-    Raises:
-        ValueError: if shapes or dtypes do not fit.
     """
     size = hidden.shape[-1]
-    if weight.shape != (size,) or weight.dtype != hidden.dtype:
-        raise ValueError(f"`weight` must be ({size},) of {hidden.dtype}, got {tuple(weight.shape)} of {weight.dtype}.")
-    if residual is not None:
-        _check_alike("residual", residual, hidden)
-        residual = residual.contiguous()
+    assert weight.shape == (size,) and weight.dtype == hidden.dtype
     hidden = hidden.contiguous()
+    if residual is not None:
+        assert residual.shape == hidden.shape and residual.dtype == hidden.dtype
+        residual = residual.contiguous()
     normed = torch.empty_like(hidden)
     total = None if residual is None else torch.empty_like(hidden)
     block = triton.next_power_of_2(size)
@@ -51,11 +47,8 @@ def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     Returns:
         As `gate`, contiguous.
-
-    Raises:
-        ValueError: if shapes or dtypes differ.
     """
-    _check_alike("up", up, gate)
+    assert up.shape == gate.shape and up.dtype == gate.dtype
     size = gate.shape[-1]
     output = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if output.numel() > 0:
@@ -66,13 +59,6 @@ def silu_multiply(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             gate, up, output, gate.stride(0), up.stride(0), size, block, num_warps=min(max(block // 256, 1), 4)
         )
     return output
-
-
-def _check_alike(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        raise ValueError(
-            f"`{name}` must be {tuple(wanted.shape)} of {wanted.dtype}, got {tuple(found.shape)} of {found.dtype}."
-        )
 
 
 @triton.jit

@@ -58,27 +58,12 @@ def prefix_attention(
 
     Returns:
         `(rows, width, heads * head_dim)`, contiguous.
-
-    Raises:
-        ValueError: if shapes or layouts do not fit, or for heads that [`can_attend_to_prefix`] refuses.
     """
     rows, width, heads, head_dim = query.shape
     _, key_value_heads, buffer_length, _ = keys.shape
-    if not can_attend_to_prefix(query.dtype, head_dim, heads, key_value_heads) or not query.is_contiguous():
-        raise ValueError(
-            f"`query` must be contiguous, with heads that `can_attend_to_prefix` allows, got {tuple(query.shape)} of "
-            f"{query.dtype} for {key_value_heads} key heads."
-        )
-    if keys.shape[0] != rows or keys.shape[-1] != head_dim or keys.dtype != query.dtype:
-        raise ValueError(
-            f"`keys` must be ({rows}, key_value_heads, buffer_length, {head_dim}) of {query.dtype}, got "
-            f"{tuple(keys.shape)} of {keys.dtype}."
-        )
-    if padding.shape != (rows,):
-        raise ValueError(f"`padding` must be ({rows},), got {tuple(padding.shape)}.")
-    if block_length < 1:
-        raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
-
+    assert can_attend_to_prefix(query.dtype, head_dim, heads, key_value_heads) and query.is_contiguous()
+    assert (keys.shape[0], keys.shape[-1], keys.dtype) == (rows, head_dim, query.dtype)
+    assert padding.shape == (rows,) and block_length >= 1
     row_stride, head_stride = buffer_strides(keys, values)
     block_queries, block_columns, num_stages = TILES[query.dtype]
     tiles = triton.cdiv(width, block_queries // (heads // key_value_heads))

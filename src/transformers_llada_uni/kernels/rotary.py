@@ -41,29 +41,14 @@ def rotate_and_store(
 
     Returns:
         The queries, `(rows, width, num_heads, head_dim)`, contiguous: as [`prefix_attention`] takes them.
-
-    Raises:
-        ValueError: if shapes or layouts do not fit.
     """
     rows, width, features = query_key_value.shape
     head_dim, rotary_dim = query_weight.numel(), cos.shape[-1]
     vectors = rows * width * (num_heads + 2 * num_key_value_heads)
-    if features != (num_heads + 2 * num_key_value_heads) * head_dim or not query_key_value.is_contiguous():
-        raise ValueError(
-            f"`query_key_value` must be contiguous and have {num_heads} + 2 * {num_key_value_heads} heads of "
-            f"{head_dim}, got {tuple(query_key_value.shape)}."
-        )
-    if cos.shape != sin.shape or cos.shape[0] not in (1, rows) or cos.shape[1] != width or rotary_dim > head_dim:
-        raise ValueError(
-            f"`cos` and `sin` must be ({rows} or 1, {width}, at most {head_dim}), "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
-        )
-    if not (cos.is_contiguous() and sin.is_contiguous()):
-        raise ValueError("`cos` and `sin` must be contiguous.")
-    if keys.shape[:2] != (rows, num_key_value_heads) or keys.shape[-1] != head_dim:
-        raise ValueError(
-            f"`keys` must be ({rows}, {num_key_value_heads}, buffer_length, {head_dim}), got {tuple(keys.shape)}."
-        )
+    assert features == (num_heads + 2 * num_key_value_heads) * head_dim and query_key_value.is_contiguous()
+    assert cos.shape == sin.shape and cos.shape[0] in (1, rows) and cos.shape[1] == width and rotary_dim <= head_dim
+    assert cos.is_contiguous() and sin.is_contiguous()
+    assert keys.shape[:2] == (rows, num_key_value_heads) and keys.shape[-1] == head_dim
     row_stride, head_stride = buffer_strides(keys, values)
     query = query_key_value.new_empty(rows, width, num_heads, head_dim)
     if vectors > 0:
@@ -99,20 +84,13 @@ def buffer_strides(keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
     """
     The strides of rows and heads of two buffers `(rows, heads, buffer_length, head_dim)`, in columns.
 
-    Kernels take them in columns, so that the compiler knows every address to be a multiple of `head_dim`.
-
-    Raises:
-        ValueError: unless both have one shape, dtype and layout, in which the columns of a head lie side by side.
+    Kernels take them in columns, so that the compiler knows every address to be a multiple of `head_dim`. Both buffers
+    have one shape, dtype and layout, in which the columns of a head lie side by side.
     """
     head_dim = keys.shape[-1]
-    if (keys.shape, keys.dtype, keys.stride()) != (values.shape, values.dtype, values.stride()):
-        raise ValueError(
-            f"`keys` and `values` must be alike, got {tuple(keys.shape)} of {keys.dtype} with strides "
-            f"{keys.stride()}, and {tuple(values.shape)} of {values.dtype} with strides {values.stride()}."
-        )
+    assert (keys.shape, keys.dtype, keys.stride()) == (values.shape, values.dtype, values.stride())
     row_stride, head_stride, *inner_strides = keys.stride()
-    if inner_strides != [head_dim, 1] or row_stride % head_dim or head_stride % head_dim:
-        raise ValueError(f"`keys` and `values` must be contiguous within a head, got strides {keys.stride()}.")
+    assert inner_strides == [head_dim, 1] and row_stride % head_dim == head_stride % head_dim == 0
     return row_stride // head_dim, head_stride // head_dim
 
 

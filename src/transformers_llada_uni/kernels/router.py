@@ -25,19 +25,11 @@ def router_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(tokens, experts)`, float32.
-
-    Raises:
-        ValueError: if shapes, dtypes or layouts do not fit.
     """
     tokens, hidden_size = hidden.shape
     experts = len(weight)
-    if weight.shape != (experts, hidden_size) or weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"`weight` must be (experts, {hidden_size}) of {hidden.dtype}, "
-            f"got {tuple(weight.shape)} of {weight.dtype}."
-        )
-    if not (hidden.is_contiguous() and weight.is_contiguous()):
-        raise ValueError("`hidden` and `weight` must be contiguous.")
+    assert weight.shape == (experts, hidden_size) and weight.dtype == hidden.dtype
+    assert hidden.is_contiguous() and weight.is_contiguous()
     logits = hidden.new_empty(tokens, experts, dtype=torch.float32)
     if hidden.dtype == torch.float32:
         block_tokens, block_experts, block_channels = TILE_IN_FLOAT32
@@ -83,21 +75,11 @@ def choose_experts(
 
     Returns:
         Weights, float32, and indices, int64, `(tokens, top_k)`, best biased score first.
-
-    Raises:
-        ValueError: if shapes or dtypes do not fit, or the groups are no such groups.
     """
     tokens, experts = router_logits.shape
-    if router_logits.dtype != torch.float32 or not router_logits.is_contiguous():
-        raise ValueError(f"`router_logits` must be contiguous and float32, got {router_logits.dtype}.")
-    if expert_bias.shape != (experts,) or expert_bias.dtype != torch.float32:
-        raise ValueError(
-            f"`expert_bias` must be ({experts},) of float32, got {tuple(expert_bias.shape)} of {expert_bias.dtype}."
-        )
-    if experts % n_group or experts < 2 * n_group:
-        raise ValueError(f"`n_group` must divide {experts} experts into groups of two or more, got {n_group}.")
-    if not (1 <= topk_group <= n_group and 1 <= top_k <= experts // n_group * topk_group):
-        raise ValueError(f"`top_k` {top_k} of `topk_group` {topk_group} groups of {experts // n_group} cannot be had.")
+    assert router_logits.dtype == expert_bias.dtype == torch.float32 and router_logits.is_contiguous()
+    assert expert_bias.shape == (experts,) and experts % n_group == 0 and experts >= 2 * n_group
+    assert topk_group <= n_group and top_k <= experts // n_group * topk_group
     weights = router_logits.new_empty(tokens, top_k)
     index = router_logits.new_empty(tokens, top_k, dtype=torch.int64)
     if tokens > 0:

@@ -122,6 +122,3 @@ def _means(names: list[str], places: list[dict[str, Path]]) -> Iterator[tuple[st
             for tensor in tensors:
                 total += tensor
             yield name, (total / len(tensors)).to(tensors[0].dtype)
-
-
-__all__ = ["best_checkpoints", "merge_checkpoints"]

@@ -55,6 +55,3 @@ def _place(module: nn.Module, name: str, device: int | str, experts_device: int 
     for child, part in module.named_children():
         places |= _place(part, f"{prefix}{child}", device, experts_device)
     return places
-
-
-__all__ = ["expert_offload_device_map"]

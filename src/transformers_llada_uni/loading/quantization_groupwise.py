@@ -167,6 +167,3 @@ class GroupwiseHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Through adapters; the quantised weights themselves take no gradient."""
         return True
-
-
-__all__ = ["GroupwiseQuantizationConfig"]

@@ -58,6 +58,3 @@ def compute_torchao_experts_eagerly(model: PreTrainedModel) -> None:
             "`quantization_config` quantises; leave it out, or quantise attention only."
         )
     model.set_experts_implementation("eager")
-
-
-__all__ = ["backbone_quantization_config"]

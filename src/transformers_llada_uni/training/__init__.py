@@ -1,48 +1,29 @@
+# ruff: noqa: E402
 """
 Training of the language model and of the image tokenizer, on trl and transformers' Trainer (`pip install
 llada-uni[train]`). See docs/training.md.
 """
 
-from typing import TYPE_CHECKING
-
-from ..lazy_names import attach
 from ..optional_dependencies import require_extra
 
 
 require_extra("train", "datasets", "trl")
 
-_EXPORTS = {
-    "data.preparation": ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"],
-    "dpo_config": ["LLaDAUniDPOConfig"],
-    "dpo_trainer": ["LLaDAUniDPOTrainer"],
-    "grpo_config": ["LLaDAUniGRPOConfig"],
-    "grpo_trainer": ["LLaDAUniGRPOTrainer"],
-    "data.image_codes": ["encode_images"],
-    "image_tokenizer_config": ["LLaDAUniImageTokenizerConfig"],
-    "image_tokenizer_trainer": ["LLaDAUniImageTokenizerTrainer"],
-    "lora": ["lora_config"],
-    "objective.noise": ["BlockDiffusionNoise"],
-    "objective.block_diffusion": ["add_block_diffusion_head"],
-    "objective.router_balancing": ["RouterBalancing"],
-    "sft_config": ["LLaDAUniSFTConfig"],
-    "sft_trainer": ["LLaDAUniSFTTrainer"],
-    "stages": ["STAGES"],
-}
-__getattr__, __dir__, __all__ = attach(globals(), _EXPORTS)
-
-if TYPE_CHECKING:
-    from .data.image_codes import *
-    from .data.preparation import *
-    from .dpo_config import *
-    from .dpo_trainer import *
-    from .grpo_config import *
-    from .grpo_trainer import *
-    from .image_tokenizer_config import *
-    from .image_tokenizer_trainer import *
-    from .lora import *
-    from .objective.block_diffusion import *
-    from .objective.noise import *
-    from .objective.router_balancing import *
-    from .sft_config import *
-    from .sft_trainer import *
-    from .stages import *
+from .data.image_codes import encode_images as encode_images
+from .data.preparation import mix_datasets as mix_datasets
+from .data.preparation import prepare_dataset as prepare_dataset
+from .data.preparation import prepare_preference_dataset as prepare_preference_dataset
+from .data.preparation import prepare_prompts as prepare_prompts
+from .dpo_config import LLaDAUniDPOConfig as LLaDAUniDPOConfig
+from .dpo_trainer import LLaDAUniDPOTrainer as LLaDAUniDPOTrainer
+from .grpo_config import LLaDAUniGRPOConfig as LLaDAUniGRPOConfig
+from .grpo_trainer import LLaDAUniGRPOTrainer as LLaDAUniGRPOTrainer
+from .image_tokenizer_config import LLaDAUniImageTokenizerConfig as LLaDAUniImageTokenizerConfig
+from .image_tokenizer_trainer import LLaDAUniImageTokenizerTrainer as LLaDAUniImageTokenizerTrainer
+from .lora import lora_config as lora_config
+from .objective.block_diffusion import add_block_diffusion_head as add_block_diffusion_head
+from .objective.noise import BlockDiffusionNoise as BlockDiffusionNoise
+from .objective.router_balancing import RouterBalancing as RouterBalancing
+from .sft_config import LLaDAUniSFTConfig as LLaDAUniSFTConfig
+from .sft_trainer import LLaDAUniSFTTrainer as LLaDAUniSFTTrainer
+from .stages import STAGES as STAGES

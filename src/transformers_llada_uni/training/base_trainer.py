@@ -1,13 +1,16 @@
-"""What every trainer of the project does beyond transformers': resume to the bit, and write its model card."""
+"""What every trainer of the project does: check its arguments, resume to the bit, and write its model card."""
 
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from trl.data_utils import get_dataset_column_names
 
 from .checkpointing import last_complete_checkpoint
 from .model_card import write_model_card
@@ -30,6 +33,30 @@ def check_settings(args: Any, config_class: type[Settings], default_output_dir: 
     if not isinstance(args, config_class):
         raise TypeError(f"`args` must be a {config_class.__name__}, got {type(args).__name__}.")
     return args
+
+
+def check_class(name: str, value: Any, expected: type) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(value).__name__}.")
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any, columns: Collection[str]) -> None:
+    """Both must be datasets with these columns and rows; `eval_dataset` may be `None`."""
+    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if dataset is None and name == "eval_dataset":
+            continue
+        if not isinstance(dataset, Dataset | IterableDataset):
+            hint = f"; choose one of its splits {sorted(dataset)}" if isinstance(dataset, dict) else ""
+            raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}{hint}.")
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"`{name}` has no rows.")
+        found = get_dataset_column_names(dataset)
+        missing = [column for column in columns if column not in found]
+        if missing:
+            raise ValueError(
+                f"`{name}` must have a column {' and a column '.join(f'`{column}`' for column in missing)}, it has "
+                f"{sorted(found)}."
+            )
 
 
 class BaseTrainer(Trainer):

@@ -1,9 +1,10 @@
 """Settings of preference training by block diffusion."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl import DPOConfig
 
+from .documented_settings import documented
 from .objective.noise_settings import NoiseSettings
 from .trl_settings import refuse_without_meaning, settle_defaults
 
@@ -19,6 +20,7 @@ WITHOUT_MEANING = {
 }
 
 
+@documented
 @dataclass
 class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
     """
@@ -33,18 +35,11 @@ class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
         ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
     """
 
-    max_length: int | None = field(
-        default=4096, metadata={"help": "Longest prompt with answer in tokens; longer pairs are left out."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation returns losses only: logits of whole sequences are never made."}
-    )
+    max_length: int | None = 4096
+    prediction_loss_only: bool = True
 
     def __post_init__(self):
         NoiseSettings.__post_init__(self)
         refuse_without_meaning(self, WITHOUT_MEANING)
         settle_defaults(self)
         DPOConfig.__post_init__(self)
-
-
-__all__ = ["LLaDAUniDPOConfig"]

@@ -120,6 +120,3 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
         with self.accelerator.autocast():
             loss = super()._compute_loss(forward, {**inputs, **noised}, return_outputs=False)
         return (loss, {}) if return_outputs else loss
-
-
-__all__ = ["LLaDAUniDPOTrainer"]

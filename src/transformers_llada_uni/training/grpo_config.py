@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from ..input_checks import check_choice, check_integer, check_number
+from .documented_settings import documented
 from .objective.noise import BlockDiffusionNoise
 from .trl_settings import refuse_without_meaning, settle_defaults
 
@@ -26,6 +27,7 @@ WITHOUT_MEANING = {
 }
 
 
+@documented
 @dataclass
 class LLaDAUniGRPOConfig(GRPOConfig):
     r"""
@@ -50,21 +52,12 @@ class LLaDAUniGRPOConfig(GRPOConfig):
         ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
     """
 
-    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
-    num_steps_per_block: int = field(default=32, metadata={"help": "Steps a block of a rollout may take."})
-    threshold: float = field(
-        default=0.95, metadata={"help": "Tokens predicted with a higher probability are committed at once."}
-    )
-    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance of text-to-image rollouts; 1.0 for none."})
-    log_probability_estimate: str = field(
-        default="full_mask",
-        metadata={
-            "help": "How a token's log-probability is estimated: with its whole block masked, or averaged over pairs "
-            "of complementary masks.",
-            "choices": list(ESTIMATES),
-        },
-    )
-    num_noise_samples: int = field(default=1, metadata={"help": "Pairs of masks for 'complementary'."})
+    block_length: int | None = None
+    num_steps_per_block: int = 32
+    threshold: float = 0.95
+    guidance_scale: float = 1.0
+    log_probability_estimate: str = field(default="full_mask", metadata={"choices": list(ESTIMATES)})
+    num_noise_samples: int = 1
 
     def __post_init__(self):
         refuse_without_meaning(self, WITHOUT_MEANING)
@@ -85,6 +78,3 @@ class LLaDAUniGRPOConfig(GRPOConfig):
         return BlockDiffusionNoise(
             noise_range=(0.0, 1.0), weighting="none", complementary=True, num_noise_samples=self.num_noise_samples
         )
-
-
-__all__ = ["LLaDAUniGRPOConfig"]

@@ -16,8 +16,9 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..generation.configuration import BlockDiffusionGenerationConfig
+from ..image_sizes import UPSCALE
 from ..input_checks import check_grid
-from ..processing_llada_uni import UPSCALE, LLaDAUniProcessor
+from ..processing_llada_uni import LLaDAUniProcessor
 from ..seeding import seeded_generator
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
@@ -379,6 +380,3 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             "answer_positions": answer_positions,
             "is_answer": is_answer,
         }
-
-
-__all__ = ["LLaDAUniGRPOTrainer"]

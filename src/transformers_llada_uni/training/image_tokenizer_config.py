@@ -6,11 +6,13 @@ from transformers import TrainingArguments
 
 from ..image_processing_llada_uni import RESIZE_MODES
 from ..input_checks import check_choice, check_integer, check_number
+from .documented_settings import documented
 
 
 CODEBOOK_UPDATES = ("ema", "gradient")
 
 
+@documented
 @dataclass
 class LLaDAUniImageTokenizerConfig(TrainingArguments):
     r"""
@@ -48,40 +50,22 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         ValueError: naming the field, for a value out of range.
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes what it needs."})
+    learning_rate: float = 1e-4
+    remove_unused_columns: bool = False
 
-    commitment_weight: float = field(
-        default=0.25, metadata={"help": "Weight of the loss that draws features to their code."}
-    )
-    reconstruction_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the loss of a patch's pixels, said by its code."}
-    )
-    reconstruction_layers: int = field(
-        default=0, metadata={"help": "Layers in which codes see each other before they say pixels."}
-    )
-    num_style_codes: int = field(
-        default=0, metadata={"help": "Codes of an image that are shared by images of one `style`."}
-    )
-    sharing_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss by which an image finds the codes it shares."}
-    )
-    group_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the loss that keeps styles, and contents, apart."}
-    )
-    codebook_update: str = field(
-        default="ema", metadata={"help": "How codes follow their features.", "choices": list(CODEBOOK_UPDATES)}
-    )
-    codebook_decay: float = field(default=0.99, metadata={"help": "Decay of the codebook's moving averages."})
-    codebook_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook's loss for 'gradient'."})
-    revival_threshold: float = field(
-        default=0.01, metadata={"help": "A code used less than this share of the mean is dead; 0 revives none."}
-    )
-    revival_interval: int = field(default=10, metadata={"help": "Steps between revivals of dead codes."})
-    resize_mode: str = field(
-        default="editing", metadata={"help": "The rule by which images are sized.", "choices": list(RESIZE_MODES)}
-    )
-    max_text_length: int = field(default=64, metadata={"help": "Captions are cut to so many tokens."})
+    commitment_weight: float = 0.25
+    reconstruction_weight: float = 0.0
+    reconstruction_layers: int = 0
+    num_style_codes: int = 0
+    sharing_weight: float = 1.0
+    group_weight: float = 1.0
+    codebook_update: str = field(default="ema", metadata={"choices": list(CODEBOOK_UPDATES)})
+    codebook_decay: float = 0.99
+    codebook_weight: float = 1.0
+    revival_threshold: float = 0.01
+    revival_interval: int = 10
+    resize_mode: str = field(default="editing", metadata={"choices": list(RESIZE_MODES)})
+    max_text_length: int = 64
 
     def __post_init__(self):
         for name in ("commitment_weight", "reconstruction_weight", "codebook_weight", "sharing_weight"):
@@ -96,6 +80,3 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         check_integer("revival_interval", self.revival_interval, 1)
         check_integer("max_text_length", self.max_text_length, 1)
         super().__post_init__()
-
-
-__all__ = ["LLaDAUniImageTokenizerConfig"]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading.folder_writing import folder_at_once
 from ..processing_llada_uni import LLaDAUniProcessor
-from .base_trainer import BaseTrainer, check_settings
+from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
 from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
@@ -101,15 +101,9 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         holder: Any = getattr(model, "model", model)
         if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
             raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
-        if not isinstance(processing_class, LLaDAUniProcessor):
-            raise TypeError(f"`processing_class` must be a LLaDAUniProcessor, got {type(processing_class).__name__}.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is None and name == "eval_dataset":
-                continue
-            columns = getattr(dataset, "column_names", None) or []
-            wanted = COLUMNS + (SHARING_COLUMNS if args.num_style_codes else ())
-            if not set(wanted) <= set(columns):
-                raise ValueError(f"`{name}` must have the columns {', '.join(wanted)}, it has {sorted(columns)}.")
+        check_class("processing_class", processing_class, LLaDAUniProcessor)
+        assert processing_class is not None
+        check_datasets(train_dataset, eval_dataset, COLUMNS + (SHARING_COLUMNS if args.num_style_codes else ()))
         self._holder = holder
         self._text_tokenizer = processing_class.tokenizer if text_tokenizer is None else text_tokenizer
         self._image_processor = processing_class.image_processor
@@ -271,6 +265,3 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
             for key, tensor in part.state_dict().items()
         }
         save_file(tensors, folder / "image_tokenizer.safetensors", metadata={"format": "pt"})
-
-
-__all__ = ["LLaDAUniImageTokenizerTrainer"]

@@ -1,15 +1,13 @@
 """Low-rank adapters for the language model (LoRA, arXiv 2106.09685), and how to leave them behind."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..input_checks import check_integer, check_number
 from ..optional_dependencies import require_extra
 
 
-require_extra("train", "peft")
-
-from peft import LoraConfig  # noqa: E402
-
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Linear layers by the end of their name: attention, and the dense MLPs and shared experts.
 ATTENTION = ("query_key_value", "dense")
@@ -26,7 +24,7 @@ def lora_config(
     mlps: bool = True,
     experts: bool = True,
     **kwargs: Any,
-) -> LoraConfig:
+) -> "LoraConfig":
     """
     The [`~peft.LoraConfig`] that reaches all of the language model's layers; peft's `"all-linear"` misses the routed
     experts and takes in the vision tower. Give it to a trainer as `peft_config`, then
@@ -55,6 +53,9 @@ def lora_config(
     Raises:
         ValueError: if nothing is adapted, or for `lora_dropout` with `experts`.
     """
+    require_extra("train", "peft")
+    from peft import LoraConfig
+
     check_integer("r", r, 1)
     check_number("lora_alpha", lora_alpha, 0.0, exclude_minimum=True)
     if not (attention or mlps or experts):
@@ -66,6 +67,3 @@ def lora_config(
     settings["target_modules"] = rf".*layers\.\d+\.(attention|mlp|mlp\.shared_experts)\.({layers})" if layers else []
     settings["target_parameters"] = list(FUSED_EXPERTS) if experts else None
     return LoraConfig(**settings | kwargs)
-
-
-__all__ = ["lora_config"]

@@ -8,11 +8,12 @@ from trl import SFTConfig
 
 from ..input_checks import check_choice, check_number
 from .block_schedule import check_block_schedule
+from .documented_settings import documented
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
 from .objective.router_balancing import BIAS_UPDATES
 from .objective.token_corruption import TokenCorruption
-from .stages import LANGUAGE_MODEL, STAGES, check_parts
+from .stages import STAGES, check_parts
 from .trl_settings import refuse_without_meaning, settle_defaults
 
 
@@ -30,6 +31,7 @@ WITHOUT_MEANING = {
 }
 
 
+@documented
 @dataclass
 class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     r"""
@@ -55,7 +57,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         block_length_shares (`list[float]`, *optional*): The share of all steps that each of them lasts.
         weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
         complementary (`bool`, *optional*): Default: the stage's.
-        num_noise_samples (`int`, defaults to 1).
+        num_noise_samples (`int`, defaults to 1): Independent noisy copies of each row.
         length_weighting (`bool`, *optional*): Whether a document weighs as much as the root of its length, see
             [`length_weights`], and not as its length. Default: the stage's.
         confidence_weight (`float`, defaults to 0.0): Weight of the entropy of predictions that are right, added to the
@@ -64,7 +66,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         editing_weight (`float`, defaults to 0.0): Weight of the loss of tokens that are shown, of which some are
             wrong, for decoding with `editing_threshold`; see [`TokenCorruption`]. Masked tokens have 1.
         corruption_rate (`float`, defaults to 0.1): How many of them are wrong.
-        text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. A
+        text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. An
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
         > Routers
@@ -94,82 +96,38 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["task_mix"]
 
     # Overridden defaults
-    learning_rate: float | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None, metadata={"help": "The initial learning rate for AdamW. Default: the stage's."}
-    )
-    max_length: int | None = field(
-        default=4096, metadata={"help": "Longest row in tokens; an image of 1024 x 1024 takes 1029."}
-    )
-    packing: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None, metadata={"help": "Whether documents share rows of `max_length` tokens. Default: the stage's."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient; here all have one."}
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation returns losses only: logits of whole sequences are never made."}
-    )
+    learning_rate: float | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    max_length: int | None = 4096
+    packing: bool | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    ddp_find_unused_parameters: bool | None = False
+    prediction_loss_only: bool = True
 
     # What is trained
-    stage: str = field(
-        default="supervised_finetuning",
-        metadata={"help": "Preset of what is trained on what mix of tasks.", "choices": list(STAGES)},
-    )
-    trained_parts: list[str] | None = field(
-        default=None, metadata={"help": f"Parts to train, among {', '.join(LANGUAGE_MODEL)}. Default: the stage's."}
-    )
-    task_mix: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Share of each task in a dict of datasets. Default: the stage's."}
-    )
+    stage: str = field(default="supervised_finetuning", metadata={"choices": list(STAGES)})
+    trained_parts: list[str] | None = None
+    task_mix: dict[str, Any] | str | None = None
 
     # Objective
-    block_lengths: list[int] | None = field(
-        default=None, metadata={"help": "Lengths of blocks before the final one, in order. Default: the stage's."}
-    )
-    block_length_shares: list[float] | None = field(
-        default=None, metadata={"help": "The share of all steps that each of `block_lengths` lasts."}
-    )
-    weighting: str = field(
-        default="inverse",
-        metadata={"help": "Weight of a masked token: 1/t (a likelihood bound) or 1.", "choices": list(WEIGHTINGS)},
-    )
-    complementary: bool | None = field(  # type: ignore[assignment]  # `None` until the stage is known
-        default=None,
-        metadata={"help": "Whether each noisy copy comes with its complement. Default: the stage's."},
-    )
-    num_noise_samples: int = field(default=1, metadata={"help": "Noisy copies (or complementary pairs) of each row."})
-    length_weighting: bool | None = field(
-        default=None,
-        metadata={"help": "Whether a document weighs as much as the root of its length. Default: the stage's."},
-    )
-    confidence_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the entropy of right predictions, for fewer steps of decoding."}
-    )
-    editing_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the loss of shown tokens, some of them wrong, for token editing."}
-    )
-    corruption_rate: float = field(default=0.1, metadata={"help": "Share of shown tokens that are wrong."})
-    text_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of text tokens."})
-    image_weight: float = field(default=1.0, metadata={"help": "Factor on the loss of image codes."})
+    block_lengths: list[int] | None = None
+    block_length_shares: list[float] | None = None
+    weighting: str = field(default="inverse", metadata={"choices": list(WEIGHTINGS)})
+    complementary: bool | None = None  # type: ignore[assignment]  # `None` until the stage is known
+    num_noise_samples: int = 1
+    length_weighting: bool | None = None
+    confidence_weight: float = 0.0
+    editing_weight: float = 0.0
+    corruption_rate: float = 0.1
+    text_weight: float = 1.0
+    image_weight: float = 1.0
 
     # Routers
-    expert_bias_update_rate: float | None = field(
-        default=None,
-        metadata={"help": "Step of the auxiliary-loss-free load balancing; 0 for none. Default: the stage's."},
-    )
-    expert_bias_update: str = field(
-        default="normalized",
-        metadata={"help": "Whether the bias follows the load's error or its sign.", "choices": list(BIAS_UPDATES)},
-    )
-    router_z_loss_coefficient: float = field(default=0.0, metadata={"help": "Weight of the routers' z-loss."})
+    expert_bias_update_rate: float | None = None
+    expert_bias_update: str = field(default="normalized", metadata={"choices": list(BIAS_UPDATES)})
+    router_z_loss_coefficient: float = 0.0
 
     # Data
-    caption_dropout: float = field(
-        default=0.1, metadata={"help": "How often the text of an image to generate is left out, for guidance."}
-    )
-    image_dropout: float = field(
-        default=0.1, metadata={"help": "How often the source image of an edit is left out, for guidance."}
-    )
+    caption_dropout: float = 0.1
+    image_dropout: float = 0.1
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
@@ -216,6 +174,3 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
     def make_noise(self) -> BlockDiffusionNoise:
         return dataclasses.replace(super().make_noise(), weighting=self.weighting)
-
-
-__all__ = ["LLaDAUniSFTConfig"]

@@ -331,6 +331,3 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["entropy"][-1] = entropy / max(num_masked, 1)
         metrics["mean_token_accuracy"][-1] = correct / max(num_masked, 1)
-
-
-__all__ = ["LLaDAUniSFTTrainer"]

@@ -132,6 +132,3 @@ def freeze_all_but(model: nn.Module, trained_parts: Iterable[str]) -> None:
                 "adapter (`peft_config`) instead."
             )
         parameter.requires_grad_(is_trained)
-
-
-__all__ = ["STAGES", "Stage", "freeze_all_but"]

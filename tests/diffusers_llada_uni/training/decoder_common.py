@@ -1,4 +1,4 @@
-"""A decoder small enough to learn within a test, and pictures it can learn: what its trainers' tests share."""
+"""A decoder small enough to learn within a test, and images it can learn: what its trainers' tests share."""
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,7 @@ RUN = {
     "logging_steps": 25,
     "save_strategy": "no",
 }
-# What a code looks like in the latents: 4 x 4 of one colour of 4 channels. A picture shows all of its codes like this
+# What a code looks like in the latents: 4 x 4 of one colour of 4 channels. An image shows all of its codes like this
 # or all negated: a decoder that averages the two has learnt nothing.
 LOOKS = torch.randn(8, 1, 1, 4, generator=torch.Generator().manual_seed(0))[:CODES].expand(CODES, 4, 4, 4).contiguous()
 
@@ -46,7 +46,7 @@ def latents_of(codes: torch.LongTensor) -> torch.Tensor:
     return LOOKS[codes].permute(0, 3, 1, 4, 2, 5).reshape(batch_size, 4, 4 * height, 4 * width)
 
 
-def dataset_of_pictures(num_rows: int, seed: int = 1, grid: tuple[int, int] = (1, 1)) -> Dataset:
+def dataset_of_images(num_rows: int, seed: int = 1, grid: tuple[int, int] = (1, 1)) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, CODES, (num_rows, *grid), generator=generator)
     signs = torch.randint(0, 2, (num_rows, 1, 1, 1), generator=generator) * 2 - 1
@@ -76,8 +76,8 @@ def make_pipeline(transformer, semantic_embedder, transformer_turbo=None) -> LLa
     return pipe
 
 
-def picture_error(pipe: LLaDAUniPipeline, decoder: str, num_inference_steps: int | None = None, **settings) -> float:
-    """Mean square distance of decoded latents from the nearer of the two pictures that their codes stand for."""
+def image_error(pipe: LLaDAUniPipeline, decoder: str, num_inference_steps: int | None = None, **settings) -> float:
+    """Mean square distance of decoded latents from the nearer of the two images that their codes stand for."""
     codes = torch.randint(0, CODES, (64, 1, 1), generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(0)
     latents = pipe.decode_codes(

@@ -1,4 +1,4 @@
-"""The autoencoder's training: the formula, that pictures come back, and the scale of what is saved."""
+"""The autoencoder's training: the formula, that images come back, and the scale of what is saved."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_loss_equals_the_formula(tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
-def test_pictures_come_back_and_latents_have_the_scale_that_is_saved(tmp_path):
+def test_images_come_back_and_latents_have_the_scale_that_is_saved(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=150, learning_rate=5e-3, lr_scheduler_type="cosine")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -15,7 +15,7 @@ from tests.diffusers_llada_uni.training import (
     test_decoder_trainer,
     test_distillation_trainer,
 )
-from tests.diffusers_llada_uni.training.decoder_common import RUN, dataset_of_pictures, make_components
+from tests.diffusers_llada_uni.training.decoder_common import RUN, dataset_of_images, make_components
 
 
 TRAINERS = {
@@ -81,16 +81,16 @@ def test_the_old_result_stands_until_all_of_the_new_one_is_written(tmp_path, mon
 @pytest.mark.parametrize("config_class", [LLaDAUniAutoencoderConfig, LLaDAUniDistillationConfig])
 def test_settings_of_another_trainer_are_refused(tmp_path, config_class):
     with pytest.raises(TypeError, match="`args` must be a LLaDAUniDecoderConfig"):
-        LLaDAUniDecoderTrainer(*make_components(), config_class(str(tmp_path), **RUN), dataset_of_pictures(2))
+        LLaDAUniDecoderTrainer(*make_components(), config_class(str(tmp_path), **RUN), dataset_of_images(2))
 
 
 @pytest.mark.parametrize(
     ("dataset", "error", "words"),
     [
         (None, TypeError, ["`train_dataset`", "NoneType"]),
-        (DatasetDict(train=dataset_of_pictures(2)), TypeError, ["`train_dataset`", "DatasetDict", "['train']"]),
+        (DatasetDict(train=dataset_of_images(2)), TypeError, ["`train_dataset`", "DatasetDict", "['train']"]),
         ([{"codes": [1]}], TypeError, ["`train_dataset`", "list"]),
-        (dataset_of_pictures(2).select([]), ValueError, ["`train_dataset`", "no rows"]),
+        (dataset_of_images(2).select([]), ValueError, ["`train_dataset`", "no rows"]),
         (Dataset.from_dict({"text": ["a"]}), ValueError, ["`image`", "['text']"]),
     ],
     ids=["none", "several splits", "list", "empty", "other columns"],

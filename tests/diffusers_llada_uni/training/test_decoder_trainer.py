@@ -1,4 +1,4 @@
-"""The decoder's training by flow matching: the formula, and that pictures get closer to what their codes stand for."""
+"""The decoder's training by flow matching: the formula, and that images get closer to what their codes stand for."""
 
 import copy
 
@@ -18,10 +18,10 @@ from diffusers_llada_uni.training import (
 from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
     RUN,
-    dataset_of_pictures,
+    dataset_of_images,
+    image_error,
     make_components,
     make_pipeline,
-    picture_error,
 )
 
 
@@ -31,8 +31,8 @@ def make_trainer(output_dir, components=None, dataset=None, **settings):
         transformer,
         semantic_embedder,
         LLaDAUniDecoderConfig(str(output_dir), **{**RUN, "per_device_train_batch_size": 4, **settings}),
-        train_dataset=dataset_of_pictures(16) if dataset is None else dataset,
-        eval_dataset=dataset_of_pictures(8, seed=9),
+        train_dataset=dataset_of_images(16) if dataset is None else dataset,
+        eval_dataset=dataset_of_images(8, seed=9),
     )
 
 
@@ -82,8 +82,8 @@ def test_noise_levels_have_their_distribution(tmp_path, sampling):
     assert is_conditional.float().mean().item() == pytest.approx(0.8, abs=0.03)
 
 
-def test_pictures_of_different_sizes_share_a_batch(tmp_path):
-    rows = [dataset_of_pictures(1, grid=grid)[0] for grid in ((1, 2), (2, 1))]
+def test_images_of_different_sizes_share_a_batch(tmp_path):
+    rows = [dataset_of_images(1, grid=grid)[0] for grid in ((1, 2), (2, 1))]
     trainer = make_trainer(tmp_path, dataset=Dataset.from_list(rows))
     trainer.model.eval()
     with torch.no_grad():
@@ -96,29 +96,20 @@ def test_pictures_of_different_sizes_share_a_batch(tmp_path):
 # Training
 
 
-def test_the_loss_falls_and_pictures_get_closer(tmp_path):
-    transformer, semantic_embedder = components = make_components()
-    trainer = make_trainer(
-        tmp_path,
-        components,
-        dataset_of_pictures(256),
-        max_steps=200,
-        per_device_train_batch_size=16,
-        learning_rate=5e-3,
-        ema_decay=0.95,
-    )
-    before = picture_error(make_pipeline(*make_components()), "normal", 12)
-    trainer.train()
+def test_the_loss_falls_and_images_get_closer(trained_decoder):
+    trainer, folder = trained_decoder
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
-    trainer.save_model(str(tmp_path / "final"))
+    components = make_components()
+    before = image_error(make_pipeline(*components), "normal", 12)
     trained = [
-        type(part).from_pretrained(tmp_path / "final" / name)
+        type(part).from_pretrained(folder / name)
         for part, name in zip(components, ("transformer", "semantic_embedder"), strict=True)
     ]
-    assert picture_error(make_pipeline(*trained), "normal", 12) < 0.6 * before
+    assert image_error(make_pipeline(*trained), "normal", 12) < 0.6 * before
     # What was saved is the average, not the last weights
-    assert not torch.equal(trained[0].all_x_embedder["2-1"].weight, transformer.all_x_embedder["2-1"].weight)
+    last = trainer.model.transformer.all_x_embedder["2-1"].weight
+    assert not torch.equal(trained[0].all_x_embedder["2-1"].weight, last)
 
 
 def test_the_embedder_can_be_frozen(tmp_path):
@@ -156,7 +147,7 @@ def picture(size=(96, 64)):
     return PILImage.fromarray(noise.numpy()).resize(size)
 
 
-def test_pictures_become_codes_and_latents(encoders, tmp_path):
+def test_images_become_codes_and_latents(encoders, tmp_path):
     dataset = Dataset.from_dict({"image": [picture()], "caption": ["?"]}).cast_column("image", Image())
     dataset.save_to_disk(tmp_path)
     image_processor = encoders["processing_class"].image_processor
@@ -178,7 +169,7 @@ def test_pictures_become_codes_and_latents(encoders, tmp_path):
         )
     assert pixels.shape == target.shape
     assert abs(pixels.mean() / config.scaling_factor + config.shift_factor) < 100
-    # The same from pictures given as they come, row by row
+    # The same from images given as they come, row by row
     streamed = prepare_decoder_dataset(dataset.to_iterable_dataset(), *arguments)
     for name, value in next(iter(streamed)).items():
         assert list(value) == row[name]
@@ -218,7 +209,7 @@ def test_an_autoencoder_may_have_no_shift(encoders):
     assert latents[0] == latents[1]
 
 
-def test_trains_a_converted_pipeline_from_pictures(encoders, converted_dir, tmp_path):
+def test_trains_a_converted_pipeline_from_images(encoders, converted_dir, tmp_path):
     pipe = LLaDAUniPipeline.from_pretrained(converted_dir)
     dataset = Dataset.from_dict({"image": [picture(), picture((64, 96))]}).cast_column("image", Image())
     trainer = LLaDAUniDecoderTrainer(
@@ -261,8 +252,8 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`model`, `processing_class`, `vae`"):
         LLaDAUniDecoderTrainer(transformer, semantic_embedder, args, train_dataset=pictures)
     with pytest.raises(TypeError, match="`transformer`"):
-        LLaDAUniDecoderTrainer(semantic_embedder, semantic_embedder, args, train_dataset=dataset_of_pictures(2))
+        LLaDAUniDecoderTrainer(semantic_embedder, semantic_embedder, args, train_dataset=dataset_of_images(2))
     with pytest.raises(ValueError, match="`semantic_embedder`"):
-        LLaDAUniDecoderTrainer(transformer, type(semantic_embedder)(8, 24), args, train_dataset=dataset_of_pictures(2))
+        LLaDAUniDecoderTrainer(transformer, type(semantic_embedder)(8, 24), args, train_dataset=dataset_of_images(2))
     with pytest.raises(ValueError, match="`image`"):
         prepare_decoder_dataset(Dataset.from_dict({"text": ["a"]}), None, None, None)

@@ -7,18 +7,16 @@ from datasets import Dataset
 from diffusers_llada_uni import LLaDAUniPipeline
 from diffusers_llada_uni.code_decoding import decoder_sigmas
 from diffusers_llada_uni.training import (
-    LLaDAUniDecoderConfig,
-    LLaDAUniDecoderTrainer,
     LLaDAUniDistillationConfig,
     LLaDAUniDistillationTrainer,
 )
 from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
     RUN,
-    dataset_of_pictures,
+    dataset_of_images,
+    image_error,
     make_components,
     make_pipeline,
-    picture_error,
 )
 from transformers_llada_uni.training.objective.noise import step_generators
 
@@ -30,7 +28,7 @@ def make_trainer(output_dir, components=None, **settings):
         transformer,
         semantic_embedder,
         args=LLaDAUniDistillationConfig(str(output_dir), **{**RUN, **settings}),
-        train_dataset=dataset_of_pictures(512, seed=5).remove_columns("latents"),
+        train_dataset=dataset_of_images(512, seed=5).remove_columns("latents"),
     )
 
 
@@ -101,17 +99,14 @@ def test_loss_equals_the_formula(tmp_path):
     torch.testing.assert_close(loss, torch.stack(errors).mean(), atol=1e-5, rtol=1e-4)
 
 
-def test_few_steps_do_what_many_did(tmp_path):
-    """Pictures as good as the teacher's for a fifth of its passes or fewer, and at one step nearly the same ones."""
-    transformer, semantic_embedder = components = make_components()
-    LLaDAUniDecoderTrainer(
-        transformer,
-        semantic_embedder,
-        LLaDAUniDecoderConfig(
-            str(tmp_path / "teacher"), max_steps=300, per_device_train_batch_size=16, learning_rate=5e-3, **RUN
-        ),
-        train_dataset=dataset_of_pictures(256),
-    ).train()
+def test_few_steps_do_what_many_did(trained_decoder, tmp_path):
+    """Images as good as the teacher's for a fifth of its passes or fewer, and at one step nearly the same ones."""
+    _, folder = trained_decoder
+    components = [
+        type(part).from_pretrained(folder / name)
+        for part, name in zip(make_components(), ("transformer", "semantic_embedder"), strict=True)
+    ]
+    transformer, semantic_embedder = components
     trainer = make_trainer(
         tmp_path / "student",
         components,
@@ -120,7 +115,7 @@ def test_few_steps_do_what_many_did(tmp_path):
         per_device_train_batch_size=8,
         learning_rate=1e-3,
     )
-    held_out = dataset_of_pictures(32, seed=6)
+    held_out = dataset_of_images(32, seed=6)
     before = trainer.evaluate(held_out)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(held_out)["eval_loss"] < 0.6 * before
@@ -134,11 +129,11 @@ def test_few_steps_do_what_many_did(tmp_path):
 
     transformer.register_forward_pre_hook(count("normal", 2))  # guidance makes two rows of one
     student.register_forward_pre_hook(count("turbo", 1))
-    teacher_error = picture_error(pipe, "normal", 24)
+    teacher_error = image_error(pipe, "normal", 24)
     assert passes["normal"] == 46
     for num_inference_steps in (4, 6, 8):
         passes["turbo"] = 0
-        error = picture_error(pipe, "turbo", num_inference_steps)
+        error = image_error(pipe, "turbo", num_inference_steps)
         assert passes["turbo"] == num_inference_steps < passes["normal"] / 5
         assert error < teacher_error
 
@@ -202,4 +197,4 @@ def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` must have a column `codes` and a column `grid`"):
         LLaDAUniDistillationTrainer(*make_components(), args=args, train_dataset=Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(TypeError, match="`scheduler` must be a FlowMatchEulerDiscreteScheduler"):
-        LLaDAUniDistillationTrainer(*make_components(), 1, args=args, train_dataset=dataset_of_pictures(2))
+        LLaDAUniDistillationTrainer(*make_components(), 1, args=args, train_dataset=dataset_of_images(2))

@@ -6,8 +6,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbeddin
 
 from tests.transformers_llada_uni.kernels.common import DEVICE, DTYPES, assert_equal_but_for_rounding, random
 from transformers_llada_uni import LLaDA2MoeConfig
+from transformers_llada_uni.attention import LLaDA2MoeAttention
 from transformers_llada_uni.kernels.rotary import rotate_and_store
-from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeAttention
 
 
 pytestmark = pytest.mark.parametrize("dtype", DTYPES)
@@ -115,18 +115,16 @@ def test_columns_behind_the_buffer_are_dropped(dtype):
         assert bool((buffer[:, :, 10:] == UNTOUCHED).all() and (buffer[:, :, :6] == UNTOUCHED).all())
 
 
-def test_names_what_does_not_fit(dtype):
+def test_refuses_what_does_not_fit(dtype):
     case = Case(dtype)
     keys, values = case.buffers(20)
-    with pytest.raises(ValueError, match="`query_key_value` must be contiguous and have 5"):
-        case.run(keys, values, 0, num_heads=5)
-    with pytest.raises(ValueError, match="`cos` and `sin` must be \\(3 or 1, 7"):
-        case.run(keys, values, 0, cos=case.cos[:2], sin=case.sin[:2])
-    with pytest.raises(ValueError, match="`cos` and `sin` must be contiguous"):
-        case.run(keys, values, 0, cos=case.cos[:1].expand(3, -1, -1))
-    with pytest.raises(ValueError, match="`keys` must be \\(3, 2, buffer_length, 16\\)"):
-        case.run(keys[:2], values[:2], 0)
-    with pytest.raises(ValueError, match="`keys` and `values` must be alike"):
-        case.run(keys, values[:, :, 1:], 0)
-    with pytest.raises(ValueError, match="`keys` and `values` must be contiguous within a head"):
-        case.run(keys[:, :, ::2], values[:, :, ::2], 0)
+    for call in (
+        lambda: case.run(keys, values, 0, num_heads=5),
+        lambda: case.run(keys, values, 0, cos=case.cos[:2], sin=case.sin[:2]),
+        lambda: case.run(keys, values, 0, cos=case.cos[:1].expand(3, -1, -1)),
+        lambda: case.run(keys[:2], values[:2], 0),
+        lambda: case.run(keys, values[:, :, 1:], 0),
+        lambda: case.run(keys[:, :, ::2], values[:, :, ::2], 0),
+    ):
+        with pytest.raises(AssertionError):
+            call()

@@ -97,7 +97,7 @@ def test_a_model_by_name_is_quantised(official_tiny, tmp_path, stage):
 
 @pytest.mark.parametrize("package", [transformers_llada_uni.training, diffusers_llada_uni.training])
 def test_every_trainer_is_one(package):
-    trainers = [getattr(package, name) for name in package.__all__ if name.endswith("Trainer")]
+    trainers = [getattr(package, name) for name in vars(package) if name.endswith("Trainer")]
     assert len(trainers) >= 3
     for trainer in trainers:
         assert trainer.train is BaseTrainer.train and trainer._init_training_state is BaseTrainer._init_training_state

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
+from tests.forked import run_forked
 from tests.transformers_llada_uni.training.training_common import BLOCK, RUN
 from tests.transformers_llada_uni.training.training_common import tiny_model as small_model
 from transformers_llada_uni.training import BlockDiffusionNoise, LLaDAUniDPOConfig, LLaDAUniDPOTrainer
@@ -166,9 +165,7 @@ STEPS = {**RUN, "max_steps": 3, "learning_rate": 1e-3, "block_length": BLOCK}
 
 
 def run_sharded(checkpoint, output_dir):
-    """Run by `torchrun` on each of two processes, see below."""
-    from transformers.distributed import DistributedConfig
-
+    """What each of two processes does, see below."""
     trainer = LLaDAUniDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(fsdp_size=2)),
         args=LLaDAUniDPOConfig(output_dir, per_device_train_batch_size=2, **STEPS),
@@ -191,17 +188,7 @@ def test_two_sharded_processes_train_as_one_does(official_tiny, tokenizer, tmp_p
         processing_class=tokenizer,
     )
     trainer.train()
-    root = Path(__file__).resolve().parents[3]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, "-m", "tests.transformers_llada_uni.training.test_dpo_trainer", str(official_tiny), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert run_forked(run_sharded, str(official_tiny), str(tmp_path), num_processes=2) == [0, 0]
     sharded = json.loads((tmp_path / "history.json").read_text())
     whole = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(sharded) == 3 and sharded[0]["rewards/margins"] == 0 < sharded[2]["rewards/margins"]
@@ -277,8 +264,3 @@ def test_bad_arguments_are_refused(tokenizer, tmp_path):
         LLaDAUniDPOTrainer(tiny_model(), args=LLaDAUniDPOConfig(str(tmp_path), **RUN), processing_class=tokenizer)
     with pytest.raises(ValueError, match="'text'"):
         make_trainer(tokenizer, tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_sharded(*sys.argv[1:])

@@ -253,7 +253,7 @@ def test_prompts_of_unequal_length_are_not_padded(converted_dir, tmp_path, kind)
 
 
 @pytest.mark.parametrize("place", ["column", "messages"])
-def test_prompts_show_their_pictures(converted_dir, tmp_path, place):
+def test_prompts_show_their_images(converted_dir, tmp_path, place):
     """To the model as codes, and to the reward as they are; one row has none."""
     pictures = [picture(0), picture(1, width=192), None, picture(2)]
     rows, given = [], {}
@@ -286,7 +286,7 @@ def test_prompts_show_their_pictures(converted_dir, tmp_path, place):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_pictures_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_scale):
+def test_images_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_scale):
     processor = AutoProcessor.from_pretrained(converted_dir / "processor")
     model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
     offset = model.config.text_config.image_token_offset
@@ -322,7 +322,7 @@ def test_pictures_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_
     assert not torch.equal(before, model.model.language_model.layers[0].attention.dense.weight)
 
 
-def test_the_reward_of_pictures_rises_to_its_optimum(converted_dir, tmp_path):
+def test_the_reward_of_images_rises_to_its_optimum(converted_dir, tmp_path):
     def share_of_low_codes(image_codes, **kwargs):
         return [float((codes < 128).float().mean()) for codes in image_codes]
 
@@ -393,7 +393,7 @@ def test_bad_rows_are_refused_before_the_run(converted_dir, tmp_path, columns, m
         rollouts_of(converted_dir, tmp_path, Dataset.from_dict(columns))
 
 
-def test_decoder_must_return_a_picture_per_grid(converted_dir, tmp_path):
+def test_decoder_must_return_a_image_per_grid(converted_dir, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["a cat"] * 4, "grid": [[2, 2]] * 4})
     trainer, _, _ = rollouts_of(converted_dir, tmp_path, dataset)
     trainer.decode_images = lambda codes: []

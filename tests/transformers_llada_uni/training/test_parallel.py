@@ -4,9 +4,7 @@ resumed ends at the weights of the run that nobody killed.
 """
 
 import json
-import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,24 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from llada_uni.cli import main
+from tests.forked import run_forked
 from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 
+from .training_worker import train
 
-WORKER = Path(__file__).with_name("training_worker.py")
+
 SHARDED = ["fsdp_size=2", "ep_size=2"]
 
 
 def run(checkpoint, output_dir, *settings, num_processes=1, is_killed=False):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), str(WORKER)]
-    result = subprocess.run(
-        [*command, str(checkpoint), str(output_dir), *settings],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert (result.returncode != 0) == is_killed, result.stderr[-3000:]
+    codes = run_forked(train, str(checkpoint), str(output_dir), settings, num_processes=num_processes)
+    assert codes == [-signal.SIGKILL if is_killed else 0] * num_processes
 
 
 def weights(output_dir):

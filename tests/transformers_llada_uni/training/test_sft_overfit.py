@@ -39,10 +39,10 @@ def answer(seed):
 
 
 def conversations(seed):
-    """Eight chats, eight questions about pictures, and eight pictures to make."""
+    """Four chats, four questions about images, and four images to make."""
     chats = [
         {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": answer(seed + i)}]}
-        for i in range(8)
+        for i in range(4)
     ]
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Name it"}]}
     questions = [
@@ -53,9 +53,9 @@ def conversations(seed):
             ],
             "images": [picture(i)],
         }
-        for i in range(8)
+        for i in range(4)
     ]
-    drawings = [{"caption": f"scene {i}", "image": picture(seed + 50 + i)} for i in range(8)]
+    drawings = [{"caption": f"scene {i}", "image": picture(seed + 50 + i)} for i in range(4)]
     return {
         "text": Dataset.from_list(chats),
         "understanding": Dataset.from_list(questions),
@@ -72,7 +72,7 @@ def train(model, rows, processor, folder, **settings):
     peft_config = settings.pop("peft_config", None)
     args = LLaDAUniSFTConfig(
         str(folder),
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=12,
         block_length=BLOCK,
         weighting="none",
         warmup_steps=20,
@@ -116,16 +116,16 @@ def count_verbatim(model, rows, processor):
 
 
 def test_learns_adapts_merges_and_exports(converted_dir, processor, tmp_path):
-    everything = {"text": 8, "understanding": 8, "text_to_image": 8}
+    everything = {"text": 4, "understanding": 4, "text_to_image": 4}
 
-    # 1. In full: 24 conversations by heart.
+    # 1. In full: twelve conversations by heart.
     model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
     rows = prepared(0, processor, model)
     assert sum(count_verbatim(model, rows, processor).values()) == 0
-    trainer = train(model, rows, processor, tmp_path / "full", max_steps=140, learning_rate=1e-2)
+    trainer = train(model, rows, processor, tmp_path / "full", max_steps=90, learning_rate=1e-2)
     assert count_verbatim(trainer.model, rows, processor) == everything
 
-    # 2. By an adapter alone: 24 others, to the same questions.
+    # 2. By an adapter alone: twelve others, to the same questions.
     rows = prepared(1000, processor, model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = train(
@@ -133,7 +133,7 @@ def test_learns_adapts_merges_and_exports(converted_dir, processor, tmp_path):
         rows,
         processor,
         tmp_path / "adapter",
-        max_steps=140,
+        max_steps=90,
         learning_rate=1.5e-2,
         peft_config=lora_config(r=16, lora_alpha=16),
     )
@@ -167,10 +167,10 @@ def test_learns_adapts_merges_and_exports(converted_dir, processor, tmp_path):
     assert expected.block_length == BLOCK
     backbone.generation_config.block_length = BLOCK  # the released layout has no field for it
     text = {"text": rows["text"]}
-    assert count_verbatim(backbone, text, processor) == {"text": 8}
+    assert count_verbatim(backbone, text, processor) == {"text": 4}
 
 
-def test_trains_on_a_mix_of_tasks_with_pictures(converted_dir, processor, tmp_path):
+def test_trains_on_a_mix_of_tasks_with_images(converted_dir, processor, tmp_path):
     """The trainer makes codes and ids by itself; its checkpoint is a model with its processor."""
     model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
     args = LLaDAUniSFTConfig(

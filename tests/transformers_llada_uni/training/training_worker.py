@@ -1,12 +1,11 @@
 """
-Run by test_parallel.py, alone or by `torchrun`: a short training run whose losses and final weights are
-written down. With `kill_at=N` the process dies by SIGKILL in step N.
+What each process of test_parallel.py does: a short training run whose losses and final weights are written down. With
+`kill_at=N` the process dies by SIGKILL in step N.
 """
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(checkpoint: str, output_dir: str, settings: list[str]) -> None:
+def train(checkpoint: str, output_dir: str, settings: tuple[str, ...]) -> None:
     sizes = {name: int(size) for name, size in (setting.split("=") for setting in settings)}
     kill_at, batch_size = sizes.pop("kill_at", None), sizes.pop("batch_size", 1)
     torch.manual_seed(0)
@@ -69,7 +68,3 @@ def main(checkpoint: str, output_dir: str, settings: list[str]) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

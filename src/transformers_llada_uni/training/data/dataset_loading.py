@@ -60,6 +60,8 @@ def load_training_dataset(
         raise FileNotFoundError(f"`dataset_name`: there is no folder {name_or_path!r}, and the Hub has no such names.")
     try:
         return load_dataset(source, name=config_name, data_files=pattern, streaming=streaming)
+    except StopIteration as error:  # what `datasets` raises of files without a row
+        raise ValueError(f"`dataset_name`: {name_or_path!r} has no rows.") from error
     except DatasetGenerationError as error:
         raise ValueError(f"`dataset_name`: {name_or_path!r} cannot be read: {error.__cause__ or error}") from error
 

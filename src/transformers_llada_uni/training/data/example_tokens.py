@@ -7,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from ...processing_llada_uni import IMAGE_END, IMAGE_START, LLaDAUniProcessor
-from ...prompts import SYSTEM_PROMPTS, UNCONDITION, build_prompt, flat_text, has_image, replace, replacements
+from ...image_places import IMAGE_END, IMAGE_START, LONE_IMAGE, image_block, image_header, place_images
+from ...processing_llada_uni import LLaDAUniProcessor
+from ...prompts import SYSTEM_PROMPTS, UNCONDITION, build_prompt, flat_text, has_image
 from ...user_words import encode_prompt, encode_words, mark_words
 from .dataset_formats import (
     CODES_COLUMN,
@@ -117,7 +118,7 @@ class ExampleTokenizer:
         processor = self._needs_processor(index)
         caption = UNCONDITION if drop_text else self._marked(row["caption"], index, "caption")
         (image,) = self._codes(row, index, 1)
-        header, codes = processor._header(*image["grid"]), self._learnt_image(processor, image)
+        header, codes = image_header(*image["grid"]), self._learnt_image(processor, image)
         if row.get("thinking") is None or drop_text:
             task = "text_to_image" if row.get("thinking") is None else "thinking"
             return [(self.frame(build_prompt(task, caption) + header), False), (codes, True)]
@@ -138,7 +139,7 @@ class ExampleTokenizer:
                 "edited image has the shape of its source.",
             )
         keeps_image = drop_text or not drop_image
-        prompt = build_prompt("editing", instruction, IMAGE_START) + processor._header(*target["grid"])
+        prompt = build_prompt("editing", instruction, IMAGE_START) + image_header(*target["grid"])
         ids = self._fill(prompt, iter([source]), index) if keeps_image else self.frame(prompt)
         return [(ids, False), (self._learnt_image(processor, target), True)]
 
@@ -234,12 +235,12 @@ class ExampleTokenizer:
         processor = self.processor
         if processor is None:
             return self.frame(text)
-        spans = processor._lone_image_tokens(text)
-        images = list(islice(codes, len(spans)))
-        if len(images) != len(spans):
+        num_places = len(LONE_IMAGE.findall(text))
+        images = list(islice(codes, num_places))
+        if len(images) != num_places:
             refuse_row(index, f"the chat template writes {IMAGE_START} in more places than there are images.")
-        blocks = [processor._block(*image["grid"]) for image in images]
-        ids = self.frame(replace(text, replacements(text, spans, blocks)))
+        text, _ = place_images(text, [image_block(*image["grid"]) for image in images])
+        ids = self.frame(text)
         numbers = (token for image in images for token in self._tokens(processor, image))
         return [next(numbers) if token == processor.image_token_id else token for token in ids]
 

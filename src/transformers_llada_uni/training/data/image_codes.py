@@ -125,6 +125,3 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, dict):
         return "image" in feature or any(map(_holds_images, feature.values()))
     return isinstance(feature, Image) or (hasattr(feature, "feature") and _holds_images(feature.feature))
-
-
-__all__ = ["encode_images"]

@@ -243,6 +243,3 @@ def _fitting(dataset: AnyDataset, max_length: int, names: tuple[str, ...]) -> An
             "%d of %d rows are longer than `max_length` (%d) and left out.", num_left_out, len(dataset), max_length
         )
     return fitting
-
-
-__all__ = ["mix_datasets", "prepare_dataset", "prepare_preference_dataset", "prepare_prompts"]

@@ -265,6 +265,3 @@ def _check_inputs(input_ids: Any, labels: Any, masked: Any, weights: Any, block_
     check_tensor("weights", weights, ndim=3)
     check_shape("weights", weights, tuple(masked.shape))
     check_integer("block_length", block_length, 1)
-
-
-__all__ = ["add_block_diffusion_head"]

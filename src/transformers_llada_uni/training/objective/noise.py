@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from ...input_checks import check_choice, check_integer, check_number, check_shape, check_tensor
 from ...seeding import seeded_generator
@@ -178,20 +178,13 @@ class NoiseStream(TrainerCallback):
     def __init__(self) -> None:
         self.num_rows = {"train": 0, "eval": 0}
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.num_rows["train"] = 0
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.num_rows["eval"] = 0
 
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        self.num_rows["eval"] = 0
+    on_predict = on_evaluate
 
     def generators(self, trainer: Trainer, num_rows: int) -> list[torch.Generator]:
         assert trainer.model is not None
@@ -221,6 +214,3 @@ def step_generators(trainer: Trainer, num_rows: int) -> list[torch.Generator]:
 def step_generator(trainer: Trainer) -> torch.Generator:
     """One generator, on the CPU, for a draw of `trainer` that does not belong to a row."""
     return step_generators(trainer, 1)[0]
-
-
-__all__ = ["BlockDiffusionNoise"]

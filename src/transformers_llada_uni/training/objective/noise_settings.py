@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 from ...input_checks import check_integer
+from ..documented_settings import documented
 from .noise import IMAGE_NOISES, NOISE_LEVELS, BlockDiffusionNoise
 
 
+@documented
 @dataclass
 class NoiseSettings:
     """
@@ -21,21 +23,12 @@ class NoiseSettings:
         ValueError: naming the field, for a value out of range.
     """
 
-    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block. Default: the model's."})
-    noise_range: list[float] = field(
-        default_factory=lambda: [1e-3, 1.0],
-        metadata={"help": "Lowest and highest noise level: the share of tokens that is masked."},
-    )
-    noise_level: str = field(
-        default="block",
-        metadata={"help": "One noise level for each block or for each sample.", "choices": list(NOISE_LEVELS)},
-    )
-    num_noise_samples: int = field(default=4, metadata={"help": "Noisy copies of each row."})
-    complementary: bool = field(default=False, metadata={"help": "Whether each noisy copy comes with its complement."})
-    image_noise: str = field(
-        default="linear",
-        metadata={"help": "How noise levels of image codes are drawn.", "choices": list(IMAGE_NOISES)},
-    )
+    block_length: int | None = None
+    noise_range: list[float] = field(default_factory=lambda: [1e-3, 1.0])
+    noise_level: str = field(default="block", metadata={"choices": list(NOISE_LEVELS)})
+    num_noise_samples: int = 4
+    complementary: bool = False
+    image_noise: str = field(default="linear", metadata={"choices": list(IMAGE_NOISES)})
 
     def __post_init__(self) -> None:
         self.make_noise()

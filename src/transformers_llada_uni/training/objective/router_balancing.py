@@ -108,6 +108,3 @@ class RouterBalancing(TrainerCallback):
                 direction = error / error.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
             for router, step in zip(self.routers, direction * self.update_rate, strict=True):
                 router.expert_bias.add_(step.to(router.expert_bias))
-
-
-__all__ = ["RouterBalancing"]

@@ -66,6 +66,3 @@ class TokenCorruption:
         shown_ids = torch.where(is_shown & (is_wrong < self.rate), others, input_ids[:, None])
         shown_share = (1 - masked_share).clamp(min=1e-6)[:, None] * num_copies
         return shown_ids, weights + self.weight * is_shown / shown_share
-
-
-__all__ = ["TokenCorruption"]

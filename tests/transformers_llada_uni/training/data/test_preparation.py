@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import pack_dataset
 
 from transformers_llada_uni.generation.canvas import Canvas
+from transformers_llada_uni.image_places import image_header
 from transformers_llada_uni.training import (
     encode_images,
     mix_datasets,
@@ -55,7 +56,7 @@ def answer_of(row):
 
 
 def with_codes(processor, model, inputs):
-    """The processor's ids with the codes of its pictures in their places."""
+    """The processor's ids with the codes of its images in their places."""
     images = inputs["pixel_values"], inputs["image_grid_thw"]
     return model.model.place_images({"input_ids": inputs["input_ids"]}, *images)["input_ids"][0].tolist()
 
@@ -117,7 +118,7 @@ TEXT_TEMPLATE = (
 
 @pytest.fixture
 def text_processor(converted_dir):
-    """A processor whose tokenizer writes chats without pictures in a way of its own, as the released one does."""
+    """A processor whose tokenizer writes chats without images in a way of its own, as the released one does."""
     processor = AutoProcessor.from_pretrained(converted_dir / "processor")
     processor.tokenizer.chat_template = TEXT_TEMPLATE
     return processor
@@ -145,7 +146,7 @@ def test_a_tokenizer_alone_writes_its_own_template(text_processor, chat):
     assert prepare_prompts(Dataset.from_dict({"prompt": [chat[:3]]}), tokenizer)[0]["prompt_ids"] == sum(turns[:3], [])
 
 
-def test_one_picture_decides_the_template_of_a_chat(text_processor, model):
+def test_one_image_decides_the_template_of_a_chat(text_processor, model):
     """Also of the turns before it, as when a model is asked with all of them."""
     chat = in_parts(CHAT)
     chat[2]["content"].insert(0, {"type": "image", "image": picture()})
@@ -158,7 +159,7 @@ def test_one_picture_decides_the_template_of_a_chat(text_processor, model):
 
 
 @pytest.mark.parametrize("as_stream", [False, True])
-def test_pictures_inside_messages_of_any_row_are_found(processor, model, as_stream):
+def test_images_inside_messages_of_any_row_are_found(processor, model, as_stream):
     shown = in_parts(CHAT[:2])
     shown[0]["content"].insert(0, {"type": "image", "image": picture()})
     rows = [{"messages": in_parts(CHAT)}, {"messages": shown}]
@@ -170,7 +171,7 @@ def test_pictures_inside_messages_of_any_row_are_found(processor, model, as_stre
 
 
 @pytest.mark.parametrize("asks_with_picture", [False, True])
-def test_answers_with_pictures_are_those_of_the_interleaved_task(text_processor, model, asks_with_picture):
+def test_answers_with_images_are_those_of_the_interleaved_task(text_processor, model, asks_with_picture):
     processor = text_processor
     pictures = [picture(1)] if asks_with_picture else None
     asked = [{"type": "image", "image": picture(1)}] if asks_with_picture else []
@@ -184,7 +185,7 @@ def test_answers_with_pictures_are_those_of_the_interleaved_task(text_processor,
     asked_ids = with_codes(processor, model, inputs) if asks_with_picture else inputs["input_ids"][0].tolist()
     assert prompt_of(row) == asked_ids
     grid = codes_of(model, processor, picture(), "editing")
-    header = processor.tokenizer("One. " + processor._header(*grid.shape))["input_ids"]
+    header = processor.tokenizer("One. " + image_header(*grid.shape))["input_ids"]
     codes = (grid.flatten() + processor.image_token_offset).tolist()
     end = processor.tokenizer("<|/image|>Two.<|role_end|>")["input_ids"]
     assert answer_of(row) == closed(processor, prompt_of(row), header + codes + end)
@@ -252,7 +253,7 @@ def test_only_the_completions_answers_are_learnt(processor):
 
 
 @pytest.mark.parametrize("with_parts", [False, True])
-def test_pictures_of_a_chat_are_those_of_inference(processor, model, with_parts):
+def test_images_of_a_chat_are_those_of_inference(processor, model, with_parts):
     words = "What is this?"
     chat = [{"role": "user", "content": words}, CHAT[1]]
     if with_parts:
@@ -267,7 +268,7 @@ def test_pictures_of_a_chat_are_those_of_inference(processor, model, with_parts)
     assert prompt_of(row) == with_codes(processor, model, task)
 
 
-def test_an_answers_picture_is_learnt_with_its_header(processor, model):
+def test_an_answers_image_is_learnt_with_its_header(processor, model):
     content = [{"type": "text", "text": "Here: "}, {"type": "image"}]
     asked = [{"type": "text", "text": "Draw."}]
     chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": content}]
@@ -289,7 +290,7 @@ def test_text_to_image_is_the_prompt_of_inference_and_the_codes(processor, model
     assert answer_of(row) == closed(processor, prompt_of(row), answer)
 
 
-def test_thoughts_are_learnt_before_the_picture(processor, model):
+def test_thoughts_are_learnt_before_the_image(processor, model):
     image = picture(size=(128, 96))
     columns = {"image": [image], "caption": ["a cat"], "thinking": ["It is black."]}
     dataset = Dataset.from_dict(columns).cast_column("image", Image())
@@ -400,7 +401,7 @@ def test_preferences(processor):
         assert row[f"{name}_ids"] == answer_of(single)
 
 
-def test_preferences_between_pictures(processor, model):
+def test_preferences_between_images(processor, model):
     asked = in_parts([{"role": "user", "content": "Draw."}])
     drawn = [[{"role": "assistant", "content": [{"type": "image", "image": picture(seed)}]}] for seed in (1, 2)]
     columns = {"prompt": [asked], "chosen": [drawn[0]], "rejected": [drawn[1]]}
@@ -422,7 +423,7 @@ def test_prompts_keep_their_columns(processor):
     assert (row["solution"], row["caption"]) == ("cat", "of a reward")
 
 
-def test_prompts_with_pictures(processor, model):
+def test_prompts_with_images(processor, model):
     asked = in_parts(CHAT[:1])
     asked[0]["content"].insert(0, {"type": "image", "image": picture()})
     dataset = Dataset.from_dict({"prompt": [asked]})
@@ -438,17 +439,17 @@ def test_prompts_with_pictures(processor, model):
         prepare_dataset(answered, processor, **NO_DROPOUT)
 
 
-def test_a_text_beside_a_picture_is_its_caption(processor, model):
+def test_a_text_beside_a_image_is_its_caption(processor, model):
     dataset = Dataset.from_dict({"image": [picture()], "text": ["a cat"]}).cast_column("image", Image())
     expected = prepare_dataset(dataset.rename_column("text", "caption"), processor, model=model, **NO_DROPOUT)[0]
     assert prepare_dataset(dataset, processor, model=model, **NO_DROPOUT)[0] == expected
     assert prepare_dataset(encode_images(dataset, model, processor), processor, **NO_DROPOUT)[0] == expected
 
 
-def test_codes_fill_the_last_block_and_are_followed_by_what_closes_the_picture(processor, model, monkeypatch):
+def test_codes_fill_the_last_block_and_are_followed_by_what_closes_the_image(processor, model, monkeypatch):
     """
-    `generate_image_codes` allows only codes in the columns after a picture, too, and cuts them off. What is learnt
-    there is the end of the picture; prompt and codes stand in the same columns.
+    `generate_image_codes` allows only codes in the columns after an image, too, and cuts them off. What is learnt
+    there is the end of the image; prompt and codes stand in the same columns.
     """
     lay_out, canvases = Canvas.lay_out.__func__, []
     monkeypatch.setattr(
@@ -517,12 +518,12 @@ def test_rows_that_do_not_fit_are_refused(processor, model, columns, message):
         prepare_dataset(Dataset.from_dict(columns), processor, model=model, **settings)
 
 
-def test_pictures_without_a_model_are_refused(processor):
+def test_images_without_a_model_are_refused(processor):
     with pytest.raises(ValueError, match="`model`"):
         prepare_dataset(editing_dataset(), processor, **NO_DROPOUT)
 
 
-def test_pictures_that_do_not_fit_the_places_are_refused(processor, model):
+def test_images_that_do_not_fit_the_places_are_refused(processor, model):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hm?"}]}, CHAT[1]]
     features = Features(
         {

@@ -1,0 +1,117 @@
+"""What a command is asked to do, once or many times: from its arguments, a file, or standard input."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from diffusers_llada_uni.evaluation.image_making import Request
+
+COLUMNS = ("prompt", "image", "mask", "seed")
+MAX_SEED = 2**63 - 1
+
+
+def read_prompts(path: str) -> list["Request"]:
+    """
+    Requests of a file: lines of text, or rows of JSON, JSONL, CSV, TSV or parquet with the columns `prompt` and, as
+    far as a command takes them, `image` (a path or a list of them), `mask` and `seed`. Paths are seen from the file's
+    folder.
+
+    Args:
+        path: A file; `-` is standard input, as text or JSONL.
+
+    Raises:
+        ValueError: naming the file and the row, if a row cannot be read.
+        OSError: if there is no such file, or it cannot be read.
+    """
+    folder = Path(path).parent if path != "-" else Path()
+    source = "standard input" if path == "-" else path
+    requests = [_request(row, f"{source}, row {number}", folder) for number, row in enumerate(_rows(path, source), 1)]
+    if not requests:
+        raise ValueError(f"{source} holds no prompts.")
+    return requests
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses what no tokenizer can read: bytes of a terminal that are no UTF-8, half of a surrogate pair in JSON."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{where} holds half a character: {text!r:.100}.")
+
+
+def _rows(path: str, source: str) -> Iterator[Any]:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".parquet":
+        from transformers_llada_uni.optional_dependencies import require_extra
+
+        require_extra("train", "pyarrow")
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+        return
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is no text in UTF-8: {error}.") from error
+    if suffix in (".csv", ".tsv"):
+        # Spreadsheets of some languages write semicolons; names of columns hold none of these.
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        try:
+            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        except csv.Error as error:
+            raise ValueError(f"{source} is no CSV: {error}.") from error
+        return
+    if suffix == ".json":
+        rows = _parse(text, source)
+        if not isinstance(rows, list):
+            raise ValueError(f"{source} must be a list of prompts, got {rows!r:.100}.")
+        yield from rows
+        return
+    # Lines end as files' lines do; `splitlines` ends them at characters that JSON may have in its strings, too.
+    lines = [line for line in io.StringIO(text, newline=None) if line.strip()]
+    is_json = suffix in (".jsonl", ".ndjson") or (path == "-" and lines and lines[0].lstrip().startswith("{"))
+    for number, line in enumerate(lines, 1):
+        yield _parse(line, f"{source}, row {number}") if is_json else line
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}.") from error
+
+
+def _request(row: Any, where: str, folder: Path) -> "Request":
+    if isinstance(row, str):
+        row = {"prompt": row.strip()}
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object with a `prompt`, got {row!r:.100}.")
+    row = {name: value for name, value in row.items() if value is not None and value != "" and value != []}
+    if None in row:  # what `csv` calls it
+        raise ValueError(f"{where} has more cells than the first line has names.")
+    if unknown := sorted(set(map(str, row)) - set(COLUMNS)):
+        raise ValueError(f"{where} has `{unknown[0]}`; known are {', '.join(COLUMNS)}.")
+    prompt, images, seed = row.get("prompt"), row.get("image", []), row.get("seed")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where} has no `prompt`.")
+    check_text(prompt, f"{where}: `prompt`")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"{where}: `image` must be a path or a list of paths, got {images!r:.100}.")
+    mask = row.get("mask")
+    if mask is not None and not isinstance(mask, str):
+        raise ValueError(f"{where}: `mask` must be a path, got {mask!r:.100}.")
+    if isinstance(seed, str) and seed.strip().isdecimal() or isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+        raise ValueError(f"{where}: `seed` must be an integer from 0 to {MAX_SEED}, got {seed!r:.100}.")
+    from diffusers_llada_uni.evaluation.image_making import Request
+
+    return Request(
+        prompt, tuple(str(folder / image) for image in images), None if mask is None else str(folder / mask), seed
+    )

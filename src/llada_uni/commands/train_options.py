@@ -1,0 +1,70 @@
+"""The options of a training stage: of the command line and of a configuration file, the project's own ones first."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from trl import TrlParser
+
+
+OWN_PACKAGES = ("transformers_llada_uni", "diffusers_llada_uni", "llada_uni")
+OWN, MODEL_AND_DATA = "options of this stage", "model and data"
+
+
+def section_of(option: str, dataclasses: Sequence[type]) -> str:
+    """Under which heading `--help` shows an option: by the class that declares it."""
+    for dataclass in dataclasses:
+        for owner in dataclass.__mro__:
+            if option not in owner.__dict__.get("__annotations__", {}):
+                continue
+            if owner.__module__.split(".")[0] in OWN_PACKAGES:
+                return OWN
+            is_training = hasattr(dataclass, "output_dir")
+            return f"{owner.__name__} of {owner.__module__.split('.')[0]}" if is_training else MODEL_AND_DATA
+    return OWN  # --help
+
+
+class StageParser(TrlParser):
+    """
+    trl's parser for the options of `llada-uni train <stage>`.
+
+    Args:
+        stage: Its name.
+        dataclasses: Whose fields are the options.
+    """
+
+    def __init__(self, stage: str, dataclasses: Sequence[type]):
+        self._dataclasses = dataclasses
+        super().__init__(
+            dataclasses,  # type: ignore[arg-type]  # trl's name for classes of dataclasses
+            prog=f"llada-uni train {stage}",
+            usage="%(prog)s [--config FILE.yaml] [--option value ...]",
+            description="Options are read from a YAML file and from the command line, which has the last word.",
+        )
+
+    def format_help(self) -> str:
+        sections: dict[str, list[argparse.Action]] = {OWN: [], MODEL_AND_DATA: []}
+        for action in self._actions:
+            sections.setdefault(section_of(action.dest, self._dataclasses), []).append(action)
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        for heading in sorted(sections, key=lambda heading: heading.endswith("of transformers")):
+            formatter.start_section(heading)
+            formatter.add_arguments(sections[heading])
+            formatter.end_section()
+        return formatter.format_help()
+
+    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """
+        An instance of each dataclass.
+
+        Raises:
+            ValueError: for an option that nobody knows, or a value that its dataclass refuses.
+        """
+        words: list[str] = []
+        for argument in arguments:
+            words += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+        if words and words[-1] == "--config":
+            self.error("argument --config: expected a file")
+        return self.parse_args_and_config(words, fail_with_unknown_args=True)

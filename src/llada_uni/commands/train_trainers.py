@@ -1,0 +1,284 @@
+"""
+What `llada-uni train <stage>` runs. Each stage is a pair: the dataclasses that its options come from, and a function
+that makes its trainer of their instances. [`finish`] trains, saves, and writes a model card.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+import trl.rewards
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from peft import PeftConfig
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    GRPOConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+from trl.data_utils import get_dataset_column_names
+from trl.scripts.grpo import GRPOScriptArguments
+
+from diffusers_llada_uni.semantic_embedder import LLaDAUniSemanticEmbedder
+from diffusers_llada_uni.training.autoencoder_config import LLaDAUniAutoencoderConfig
+from diffusers_llada_uni.training.autoencoder_trainer import LLaDAUniAutoencoderTrainer
+from diffusers_llada_uni.training.decoder_config import LLaDAUniDecoderConfig
+from diffusers_llada_uni.training.decoder_data import prepare_decoder_dataset
+from diffusers_llada_uni.training.decoder_trainer import LLaDAUniDecoderTrainer
+from diffusers_llada_uni.training.distillation_config import LLaDAUniDistillationConfig
+from diffusers_llada_uni.training.distillation_trainer import LLaDAUniDistillationTrainer
+from transformers_llada_uni import LLaDAUniForConditionalGeneration, training
+from transformers_llada_uni.loading.model_loading import load_model, load_processor
+from transformers_llada_uni.training.base_trainer import BaseTrainer
+from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
+
+from .user_functions import user_function
+
+
+logger = logging.get_logger(__name__)
+Reward = Callable[..., Any] | str
+Built = tuple[BaseTrainer, ScriptArguments]
+
+
+@dataclass
+class ImageTokenizerArguments:
+    """
+    Args:
+        text_model_name_or_path (`str`, *optional*): The encoder of the captions; of a model of both, its text tower.
+    """
+
+    text_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The encoder of the captions; of a model of both, its text tower."}
+    )
+
+
+def load_data(
+    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig | None, wants_evaluation: bool
+) -> tuple[AnyDataset, AnyDataset | None]:
+    """The training split and, if wanted, the evaluation split, of [`load_training_dataset`] or a mixture."""
+    name = script_args.dataset_name
+    if dataset_args is not None and dataset_args.datasets:
+        if name is not None:
+            raise ValueError("Give `dataset_name` or a mixture in `datasets`, not both.")
+        data = get_dataset(dataset_args)
+    elif name is None:
+        raise ValueError("Give `dataset_name` (or a mixture in `datasets`): there is nothing to train on.")
+    else:
+        data = load_training_dataset(name, script_args.dataset_config, script_args.dataset_streaming)
+    train_dataset = split_of(data, script_args.dataset_train_split, "dataset_train_split")
+    if not wants_evaluation:
+        return train_dataset, None
+    return train_dataset, split_of(data, script_args.dataset_test_split, "dataset_test_split")
+
+
+def load_language_model(
+    model_args: ModelConfig, training_args: TrainingArguments, model_init_kwargs: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The language model of `model_name_or_path` and its processor, as the options say."""
+    path, revision = _path(model_args), model_args.model_revision
+    settings: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    quantization_config = get_quantization_config(model_args)
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
+    settings |= model_init_kwargs or {}
+    if settings["attn_implementation"] == "flex_attention" and training_args.device.type == "cpu":
+        settings["attn_implementation"] = "sdpa"
+        logger.warning("`attn_implementation`: flex_attention does not train on a CPU; sdpa takes its place.")
+    return load_model(path, revision, **settings), load_processor(path, revision)
+
+
+def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
+    """With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss."""
+    if not model_args.use_peft:
+        return None
+    if model_args.lora_target_modules or model_args.lora_target_parameters:
+        return get_peft_config(model_args)
+    return training.lora_config(r=model_args.lora_r, lora_alpha=model_args.lora_alpha)
+
+
+def _path(model_args: ModelConfig) -> str:
+    if model_args.model_name_or_path is None:
+        raise ValueError("Give `model_name_or_path`.")
+    return model_args.model_name_or_path
+
+
+def reward_functions(script_args: GRPOScriptArguments) -> list[Reward]:
+    """trl's rewards by name, others by the path `module.function`, seen from the working directory."""
+    rewards: list[Reward] = []
+    if script_args.reward_model_name_or_path:
+        rewards.append(script_args.reward_model_name_or_path)
+    for name in script_args.reward_funcs or []:
+        if "." not in name:
+            if not hasattr(trl.rewards, name):
+                raise ValueError(f"`reward_funcs`: {name!r} is no reward of trl, and no path `module.function`.")
+            rewards.append(getattr(trl.rewards, name))
+            continue
+        rewards.append(user_function(name, "reward_funcs"))
+    if not rewards:
+        raise ValueError("Give `reward_funcs` or `reward_model_name_or_path`: there is nothing to reward.")
+    return rewards
+
+
+def image_decoder(
+    rewards: list[Reward], model_args: ModelConfig, device: torch.device
+) -> Callable[[list[torch.Tensor]], list[Any]] | None:
+    """Makes images of codes, with the decoder of the pipeline, if a reward has an argument `generated_images`."""
+    if not any(callable(reward) and "generated_images" in signature(reward).parameters for reward in rewards):
+        return None
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+    # Codes are decoded without the language model, most of the weights, which the trainer holds.
+    pipe = LLaDAUniPipeline.from_pretrained(_path(model_args), revision=model_args.model_revision, model=None)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return lambda grids: [pipe.decode_codes(codes[None].to(device))[0] for codes in grids]
+
+
+def finish(trainer: BaseTrainer, script_args: ScriptArguments) -> None:
+    """Trains (or goes on), saves, writes the card, and pushes if that was asked for."""
+    args = trainer.args
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+# The stages
+
+
+def language_model_trainer(
+    trainer_class: Any,
+    script_args: ScriptArguments,
+    training_args: SFTConfig | DPOConfig | GRPOConfig,
+    model_args: ModelConfig,
+    dataset_args: DatasetMixtureConfig,
+) -> Built:
+    """Supervised fine-tuning, DPO and GRPO, which differ in the trainer and in GRPO's rewards."""
+    further: dict[str, Any] = {}
+    if isinstance(script_args, GRPOScriptArguments):
+        further["reward_funcs"] = reward_functions(script_args)
+    train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
+    model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
+    training_args.model_init_kwargs = None  # used up
+    if "reward_funcs" in further and "grid" in get_dataset_column_names(train_dataset):
+        further["decode_images"] = image_decoder(further["reward_funcs"], model_args, training_args.device)
+    trainer = trainer_class(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=adapter_of(model_args),
+        **further,
+    )
+    return trainer, script_args
+
+
+def image_tokenizer_trainer(
+    script_args: ScriptArguments,
+    tokenizer_args: ImageTokenizerArguments,
+    training_args: training.LLaDAUniImageTokenizerConfig,
+    model_args: ModelConfig,
+) -> Built:
+    if tokenizer_args.text_model_name_or_path is None:
+        raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    model, processor = load_language_model(model_args, training_args)
+    # Of a model of both, such as SigLIP, the text tower alone
+    text_model = AutoModel.from_pretrained(tokenizer_args.text_model_name_or_path)
+    trainer = training.LLaDAUniImageTokenizerTrainer(
+        model,
+        getattr(text_model, "text_model", text_model),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        text_tokenizer=AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path),
+    )
+    return trainer, script_args
+
+
+def _component(component_class: Any, name: str, model_args: ModelConfig) -> Any:
+    return component_class.from_pretrained(_path(model_args), subfolder=name, revision=model_args.model_revision)
+
+
+def _decoder_data(
+    script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelConfig
+) -> dict[str, AnyDataset | None]:
+    """Both datasets as codes and latents; images need the rest of the pipeline for that."""
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    if "codes" not in get_dataset_column_names(train_dataset):
+        model, processor = load_language_model(model_args, training_args)
+        if not isinstance(model, LLaDAUniForConditionalGeneration):
+            raise ValueError(f"`model_name_or_path` {_path(model_args)!r} has no image tokenizer.")
+        rest = (model, processor.image_processor, _component(AutoencoderKL, "vae", model_args))
+        train_dataset = prepare_decoder_dataset(train_dataset, *rest)
+        eval_dataset = None if eval_dataset is None else prepare_decoder_dataset(eval_dataset, *rest)
+    return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+
+
+def autoencoder_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniAutoencoderConfig, model_args: ModelConfig
+) -> Built:
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    trainer = LLaDAUniAutoencoderTrainer(
+        _component(AutoencoderKL, "vae", model_args),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        image_processor=load_processor(_path(model_args), model_args.model_revision).image_processor,
+    )
+    return trainer, script_args
+
+
+def decoder_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniDecoderConfig, model_args: ModelConfig
+) -> Built:
+    data = _decoder_data(script_args, training_args, model_args)
+    transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
+    semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
+    return LLaDAUniDecoderTrainer(transformer, semantic_embedder, args=training_args, **data), script_args
+
+
+def distillation_trainer(
+    script_args: ScriptArguments, training_args: LLaDAUniDistillationConfig, model_args: ModelConfig
+) -> Built:
+    data = _decoder_data(script_args, training_args, model_args)
+    transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
+    semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
+    scheduler = _component(FlowMatchEulerDiscreteScheduler, "scheduler", model_args)
+    trainer = LLaDAUniDistillationTrainer(transformer, semantic_embedder, scheduler, args=training_args, **data)
+    return trainer, script_args
+
+
+def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., Built]]]:
+    """Per stage the dataclasses of its options and what makes its trainer of them."""
+    sft, dpo, grpo = (
+        functools.partial(language_model_trainer, trainer)
+        for trainer in (training.LLaDAUniSFTTrainer, training.LLaDAUniDPOTrainer, training.LLaDAUniGRPOTrainer)
+    )
+    image_tokenizer = (ImageTokenizerArguments, training.LLaDAUniImageTokenizerConfig)
+    return {
+        "sft": ((ScriptArguments, training.LLaDAUniSFTConfig, ModelConfig, DatasetMixtureConfig), sft),
+        "dpo": ((ScriptArguments, training.LLaDAUniDPOConfig, ModelConfig, DatasetMixtureConfig), dpo),
+        "grpo": ((GRPOScriptArguments, training.LLaDAUniGRPOConfig, ModelConfig, DatasetMixtureConfig), grpo),
+        "image_tokenizer": ((ScriptArguments, *image_tokenizer, ModelConfig), image_tokenizer_trainer),
+        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), autoencoder_trainer),
+        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), decoder_trainer),
+        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distillation_trainer),
+    }

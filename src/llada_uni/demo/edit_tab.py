@@ -1,0 +1,142 @@
+"""Edit: an image and what to change; with a brush, only a part of it is made anew."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+import PIL.Image
+from PIL import ImageChops
+
+from .draw_tab import DrawTab
+from .examples import Examples
+from .image_panel import TURNS, gallery, show_images
+from .image_work import ImageRequest
+from .messages import told_in_a_sentence
+from .model_turns import ModelTurns
+from .settings import SeedInputs, image_settings, settle_seed
+
+
+# Pixels of the shorter side below which an image is enlarged to be painted on: an emoji has 64.
+SIDE_TO_PAINT = 512
+Drawn = list[tuple[PIL.Image.Image, str | None]] | None
+
+
+def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tabs, tab_id: str) -> None:
+    with gr.Row(equal_height=False, elem_classes="sides"):
+        with gr.Column(scale=2, min_width=300):
+            editor = gr.ImageEditor(
+                label="Image",
+                type="pil",
+                format="png",
+                sources=["upload", "clipboard"],
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=60, colors=["#7c3aed"], color_mode="fixed"),
+                eraser=gr.Eraser(default_size=60),
+                buttons=["fullscreen"],
+                placeholder="# An image\nDrop it here, or click",
+                height=380,
+                elem_classes="editor",
+            )
+            take = gr.Button("Take what was drawn last", size="sm")
+            instruction = gr.Textbox(
+                label="What to change",
+                info="Paint over a part to make only that anew; then say what the whole image shows.",
+                lines=2,
+                max_lines=6,
+                placeholder="make it winter",
+            )
+            with gr.Row():
+                stop = gr.Button("Stop", min_width=80)
+                edit = gr.Button("Edit", variant="primary", min_width=80)
+            has_files = any(path is not None for path, _ in examples.edits)
+            samples = gr.Dataset(
+                components=[gr.Image(visible=False), instruction] if has_files else [instruction],
+                headers=["Image", "What to change"] if has_files else None,
+                samples=[[str(path), words] if has_files else [words] for path, words in examples.edits],
+                label="Examples",
+                type="index",
+                elem_classes="later",
+            )
+            with gr.Accordion("Settings", open=False, elem_classes="later"):
+                seed = SeedInputs.show()
+                settings = image_settings(turns.pipe, is_edit=True)
+        with gr.Column(scale=3, min_width=300, elem_classes="result"):
+            images = gallery("Edited")
+            status = gr.Markdown(elem_classes="status")
+            again = gr.Button("Edit it further", size="sm")
+
+    async def run(
+        edited: dict[str, Any] | None,
+        instruction: str,
+        seed: float | None,
+        is_random: bool,
+        num_images: int,
+        guidance: float,
+        block_steps: int,
+        steps: int,
+    ) -> AsyncIterator[tuple[Any, Any, Any]]:
+        with told_in_a_sentence():
+            if not edited or edited["background"] is None:
+                raise ValueError("There is no image to edit yet: upload one, or take what was drawn last.")
+            if not instruction.strip():
+                raise ValueError("Write what to change first.")
+            request = ImageRequest(
+                instruction,
+                num_images,
+                settle_seed(seed, is_random),
+                edited["background"],
+                painted(edited),
+                guidance_scale=guidance,
+                num_steps_per_block=block_steps,
+                num_inference_steps=steps,
+            )
+        async for shown in show_images(turns, request):
+            yield shown
+
+    def take_last(images: Drawn) -> Any:
+        with told_in_a_sentence():
+            if not images:
+                raise ValueError("Nothing has been drawn yet.")
+        return to_paint(images[0][0])
+
+    def choose(index: int) -> tuple[Any, str]:
+        path, words = examples.edits[index]
+        return gr.skip() if path is None else to_paint(PIL.Image.open(path)), words
+
+    quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+    inputs = [editor, instruction, *seed.components, *settings]
+    outputs = [images, status, seed.seed]
+    asked = gr.on([edit.click, instruction.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
+    chosen = samples.click(choose, samples, [editor, instruction], **quiet)
+    events = [asked, chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)] if has_files else [asked]
+    stop.click(lambda: "Stopped.", None, status, cancels=events, **quiet)
+    # Only errors of what goes through the queue are shown.
+    queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+    take.click(take_last, drawn.gallery, editor, **queued)
+    again.click(take_last, images, editor, **queued)
+    drawn.edit_button.click(take_last, drawn.gallery, editor, **queued).success(
+        lambda: gr.Tabs(selected=tab_id), None, tabs, **quiet
+    )
+
+
+def to_paint(image: PIL.Image.Image) -> dict[str, Any]:
+    """What the editor shows: the image, enlarged by a whole number if it is small, and nothing painted on it."""
+    times = -(-SIDE_TO_PAINT // min(image.size))
+    if times > 1:
+        image = image.resize((times * image.width, times * image.height), PIL.Image.Resampling.BICUBIC)
+    return {"background": image, "layers": [], "composite": image}
+
+
+def painted(edited: dict[str, Any]) -> PIL.Image.Image | None:
+    """
+    White where a visitor has painted; `None` if nowhere.
+
+    Args:
+        edited: Of the editor; in its layers everything is transparent but what is painted.
+    """
+    mask = PIL.Image.new("L", edited["background"].size)
+    for layer in edited["layers"]:
+        touched = layer.resize(mask.size).getchannel("A").point(lambda value: 255 if value else 0)
+        mask = ImageChops.lighter(mask, touched)
+    return mask if mask.getbbox() else None

@@ -1,0 +1,144 @@
+"""The pipeline that a name means, loaded for this machine."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_model(name: str) -> str:
+    """
+    A folder or a repository of the Hub.
+
+    Args:
+        name: A folder, a repository, or the name of a checkpoint that comes with the package (`emoji`).
+
+    Raises:
+        ValueError: if it is a path to nothing, or a folder without a pipeline.
+    """
+    from diffusers_llada_uni.embedded_checkpoints import embedded_checkpoint, names_of_embedded_checkpoints
+
+    path = Path(name).expanduser()
+    if path.exists():
+        if (path / "model_index.json").is_file():
+            kind = read_object(path / "model_index.json").get("_class_name")
+            if kind != "LLaDAUniPipeline":
+                raise ValueError(f"`model` {name!r} is a pipeline of another kind: {kind}.")
+            return str(path)
+        hint = "it is a model alone" if (path / "config.json").is_file() else "it holds no `model_index.json`"
+        raise ValueError(
+            f"`model` {name!r} is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
+        )
+    if name in names_of_embedded_checkpoints():
+        return str(embedded_checkpoint(name))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"`model` {name!r} is no folder here, no repository of the Hub (owner/name), and none of "
+            f"{', '.join(names_of_embedded_checkpoints())}."
+        )
+    return name
+
+
+def configurations_of(name: str) -> str:
+    """
+    A folder with the configurations of a model: of a repository of the Hub these alone are fetched.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    path = resolve_model(name)
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json"])
+    except Exception as error:  # of the Hub, or of the network
+        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    What a JSON file holds.
+
+    Raises:
+        ValueError: naming the file, if it is no JSON, or no object.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, got a {type(content).__name__}.")
+    return content
+
+
+def best_device() -> str:
+    """`cuda` where there is one, then `mps`, else `cpu`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def dtype_of(name: str, device: str) -> "torch.dtype":
+    """The type of weights: `auto` is bfloat16 but on a CPU, where float32 is faster."""
+    import torch
+
+    if name not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {name!r}.")
+    if name == "auto":
+        name = "float32" if device.startswith("cpu") else "bfloat16"
+    return getattr(torch, name)
+
+
+def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> "LLaDAUniPipeline":
+    """
+    The pipeline of a name, on a device.
+
+    Args:
+        name: See [`resolve_model`].
+        device: Default: [`best_device`].
+        dtype: See [`dtype_of`].
+
+    Raises:
+        ValueError: if there is no such pipeline or device, or the pipeline cannot be loaded.
+    """
+    path = resolve_model(name)
+    device = best_device() if device is None else device
+    _check_device(device)
+    torch_dtype = dtype_of(dtype, device)
+    for file in Path(path).glob("*/*config.json"):  # those who read them next would look for them on the Hub
+        read_object(file)
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+    try:
+        return LLaDAUniPipeline.from_pretrained(path, dtype=torch_dtype).to(device)
+    except Exception as error:
+        if should_reduce_batch_size(error):  # out of memory
+            raise
+        # A folder that is damaged or incomplete raises whatever its first reader raises.
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"`model` {name!r} cannot be loaded: {kind}{error}") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # whatever a build of torch raises
+        raise ValueError(f"`device` {device!r} cannot be had here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,55 @@
+import socket
+
+import pytest
+
+from llada_uni.cli import main
+from llada_uni.commands.demo import run_demo
+
+
+def never() -> None:
+    raise AssertionError("the model has been loaded")
+
+
+def test_what_is_missing_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("transformers_llada_uni.optional_dependencies.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "llada-uni\[demo\]"'):
+        run_demo(never, "127.0.0.1", 7860, False, print)
+
+
+def test_a_port_that_is_taken_is_told_in_a_line(monkeypatch, capsys):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr("llada_uni.cli._load", lambda *args: never())
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit) as end:
+        main(["demo", "--port", str(other.getsockname()[1])])
+    assert end.value.code == 2
+    assert "Address already in use" in capsys.readouterr().err
+
+
+def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
+    app = pytest.importorskip("llada_uni.demo.app")
+    launched = {}
+
+    class Page:
+        @staticmethod
+        def block_thread() -> None:
+            raise KeyboardInterrupt
+
+    class Demo:
+        page = Page
+
+        def __init__(self, pipe):
+            launched["pipe"] = pipe
+
+        def launch(self, host, port, **settings):
+            launched.update(host=host, port=port, **settings)
+            return f"http://{host}:{port}/"
+
+    monkeypatch.setattr(app, "Demo", Demo)
+    monkeypatch.setattr("llada_uni.cli._load", lambda *args: "the pipeline")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--port", str(port)])
+    assert end.value.code == 130
+    assert launched["pipe"] == "the pipeline" and launched["host"] == "127.0.0.1" and launched["share"] is False
+    assert f"The page is at http://127.0.0.1:{port}/\n" in capsys.readouterr().out

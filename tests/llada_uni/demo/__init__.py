@@ -1,0 +1,1 @@
+"""Tests of `llada_uni.demo`, in a real browser where there is one."""
