@@ -1,5 +1,6 @@
 """What the trainers of the language model have in common: the model they begin with, and its checkpoints."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ class LanguageModelTrainer(BaseTrainer):
         if (name / "model_index.json").is_file():
             # An adapter says by this name what it belongs to.
             base.name_or_path = base.config.name_or_path = str(name / "model")
-        self.noise = args.make_noise()
+        self.noise = dataclasses.replace(args.make_noise(), image_token_offset=config.image_token_offset)
+        if self.noise.image_noise != "linear" and config.image_token_offset is None:
+            raise ValueError(f"`image_noise` is {self.noise.image_noise!r}, but the model has no image codes.")
         self._data_model = base
         return model, processing_class
 

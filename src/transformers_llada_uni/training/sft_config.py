@@ -7,10 +7,13 @@ from typing import Any
 from trl import SFTConfig
 
 from ..input_checks import check_choice, check_number
+from .block_schedule import check_block_schedule
 from .documented_settings import documented
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
 from .objective.noise_settings import NoiseSettings
-from .stages import STAGES, check_parts, check_warmup
+from .objective.router_balancing import BIAS_UPDATES
+from .objective.token_corruption import TokenCorruption
+from .stages import STAGES, check_parts
 from .trl_settings import refuse_without_meaning, settle_defaults
 
 
@@ -38,8 +41,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     Where a default is "the stage's", `None` stands for the value in `STAGES[stage]`.
 
     Parameters:
-        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"` or
-            `"supervised_finetuning"`; see `stages.py`.
+        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"`,
+            `"supervised_finetuning"` or `"from_autoregressive"`; see `stages.py`.
         trained_parts (`list[str]`, *optional*): Parts of the model to train, among `embeddings`, `head`,
             `attention`, `router`, `experts`, `dense_mlp` and `norms`. Default: the stage's. Not with LoRA, which says
             itself what it trains.
@@ -49,11 +52,20 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         > Objective
 
         block_length (`int`, *optional*): Default: the model's. The trained model is saved with it.
-        block_length_warmup_steps (`float`, *optional*): Steps over which blocks grow from one token to
-            `block_length`, by doubling; below 1 a share of all steps. Default: the stage's.
+        block_lengths (`list[int]`, *optional*): Lengths of blocks before the final one, in order, for a model that
+            learnt from left to right. Default: the stage's.
+        block_length_shares (`list[float]`, *optional*): The share of all steps that each of them lasts.
         weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
         complementary (`bool`, *optional*): Default: the stage's.
         num_noise_samples (`int`, defaults to 1): Independent noisy copies of each row.
+        length_weighting (`bool`, *optional*): Whether a document weighs as much as the root of its length, see
+            [`length_weights`], and not as its length. Default: the stage's.
+        confidence_weight (`float`, defaults to 0.0): Weight of the entropy of predictions that are right, added to the
+            loss: a model that is sure of what it knows takes fewer steps (LLaDA2.0's CAP, arXiv 2512.15745; its
+            public code has 2.0).
+        editing_weight (`float`, defaults to 0.0): Weight of the loss of tokens that are shown, of which some are
+            wrong, for decoding with `editing_threshold`; see [`TokenCorruption`]. Masked tokens have 1.
+        corruption_rate (`float`, defaults to 0.1): How many of them are wrong.
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. An
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
@@ -61,6 +73,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
         expert_bias_update_rate (`float`, *optional*): Step of the auxiliary-loss-free load balancing, 0 for none; see
             [`RouterBalancing`]. Default: the stage's; with LoRA 0, as adapters hold no bias.
+        expert_bias_update (`str`, defaults to `"normalized"`): Whether the bias moves by the load's `"normalized"`
+            error or by its `"sign"`.
         router_z_loss_coefficient (`float`, defaults to 0.0): Weight of the z-loss on the routers' logits.
 
         > Data
@@ -94,15 +108,21 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     task_mix: dict[str, Any] | str | None = None
 
     # Objective
-    block_length_warmup_steps: float | None = None
+    block_lengths: list[int] | None = None
+    block_length_shares: list[float] | None = None
     weighting: str = field(default="inverse", metadata={"choices": list(WEIGHTINGS)})
     complementary: bool | None = None  # type: ignore[assignment]  # `None` until the stage is known
     num_noise_samples: int = 1
+    length_weighting: bool | None = None
+    confidence_weight: float = 0.0
+    editing_weight: float = 0.0
+    corruption_rate: float = 0.1
     text_weight: float = 1.0
     image_weight: float = 1.0
 
     # Routers
     expert_bias_update_rate: float | None = None
+    expert_bias_update: str = field(default="normalized", metadata={"choices": list(BIAS_UPDATES)})
     router_z_loss_coefficient: float = 0.0
 
     # Data
@@ -112,9 +132,11 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         preset = STAGES[self.stage]
-        for name in ("learning_rate", "block_length_warmup_steps", "complementary", "packing"):
+        for name in ("learning_rate", "complementary", "packing", "length_weighting"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(preset, name))
+        if self.block_lengths is None and self.block_length_shares is None:
+            self.block_lengths, self.block_length_shares = preset.block_lengths, preset.block_length_shares
         settle_defaults(self)
         SFTConfig.__post_init__(self)
 
@@ -123,10 +145,10 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
         NoiseSettings.__post_init__(self)
-        if self.block_length is not None:
-            check_warmup("block_length_warmup_steps", self.block_length_warmup_steps, self.block_length)
-        check_number("block_length_warmup_steps", self.block_length_warmup_steps, 0.0)
-        for name in ("text_weight", "image_weight", "router_z_loss_coefficient"):
+        TokenCorruption(self.corruption_rate, self.editing_weight)
+        check_block_schedule(self.block_lengths, self.block_length_shares)
+        check_choice("expert_bias_update", self.expert_bias_update, BIAS_UPDATES)
+        for name in ("text_weight", "image_weight", "confidence_weight", "router_z_loss_coefficient"):
             check_number(name, getattr(self, name), 0.0)
         if self.text_weight == self.image_weight == 0:
             raise ValueError("`text_weight` and `image_weight` are both 0: there is nothing to learn.")

@@ -22,14 +22,17 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
+from .block_schedule import block_length_at
 from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import mix_datasets, prepare_dataset
 from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of, tokens_of_pass
+from .objective.length_weighting import length_sums, length_weights
 from .objective.noise import step_generators
 from .objective.router_balancing import RouterBalancing
+from .objective.token_corruption import TokenCorruption
 from .sft_config import LLaDAUniSFTConfig
-from .stages import STAGES, block_length_at, check_warmup, freeze_all_but
+from .stages import STAGES, freeze_all_but
 
 
 # Arguments of trl's trainer that would put another loss, or logits of whole sequences, in the place of ours.
@@ -58,15 +61,17 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
     collators, packing, the normalisation of the loss, checkpoints, LoRA and logging are trl's. With the modality's
     weight a (`text_weight`, `image_weight`) the loss is
 
-        L = - sum_i a_i * log_probs_i / num_items,
+        L = sum_i a_i * b_i * (confidence_weight * confidence_loss_i - log_probs_i) / num_items,
 
-    where log_probs_i is the weighted log-probability of token i over its noisy copies
-    ([`add_block_diffusion_head`]), and num_items the number of tokens with a label: in all accumulated batches and on
-    all processes.
+    where b_i is the weight of the token's document ([`length_weights`], scaled so that its mean over all batches of
+    the step is one; 1 without `length_weighting`), log_probs_i the weighted log-probability of token i over its noisy
+    copies and confidence_loss_i the entropy of its right predictions ([`add_block_diffusion_head`]), and num_items the
+    number of tokens with a label: in all accumulated batches and on all processes.
 
-    Logged are, besides trl's numbers: `text_loss` and `image_loss`, the same mean for each modality without a_i;
+    Logged are, besides trl's numbers: `text_loss` and `image_loss`, the mean of -log_probs_i for each modality;
     `text_accuracy` and `image_accuracy`, the share of masked tokens whose likeliest prediction is right;
-    `block_length`; `max_load_violation` and `router_z_loss`, see [`RouterBalancing`].
+    `block_length`; with `editing_weight` `repaired`, the share of tokens shown wrong that are predicted right;
+    `max_load_violation` and `router_z_loss`, see [`RouterBalancing`].
 
     Args:
         model: A model or the name of one.
@@ -104,8 +109,6 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
         # 2. The model
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
-        assert args.block_length_warmup_steps is not None  # settled by the configuration
-        check_warmup("block_length_warmup_steps", args.block_length_warmup_steps, self.block_length)
         if args.packing and args.max_length is not None and args.max_length % self.block_length:
             raise ValueError(
                 f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
@@ -142,7 +145,14 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         add_block_diffusion_head(base_model)
         preset_rate = 0.0 if trains_adapter else STAGES[args.stage].expert_bias_update_rate
         update_rate = preset_rate if args.expert_bias_update_rate is None else args.expert_bias_update_rate
-        self.router_balancing = RouterBalancing(base_model, update_rate, self.accelerator, self._report)
+        self.router_balancing = RouterBalancing(
+            base_model, update_rate, self.accelerator, self._report, args.expert_bias_update
+        )
+        self._length_scale: torch.Tensor | None = None
+        self._corruption = TokenCorruption(args.corruption_rate, args.editing_weight) if args.editing_weight else None
+        text_config = base_model.config.get_text_config()
+        num_words = text_config.vocab_size if self._image_token_offset is None else self._image_token_offset
+        self._vocabulary = num_words, text_config.vocab_size, text_config.mask_token_id
         self.add_callback(self.router_balancing)
 
     # Model
@@ -211,8 +221,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         """Of the next training step; evaluation always has the final one."""
         if not self.model.training:
             return self.block_length
-        warmup_steps = self.args.block_length_warmup_steps or 0.0
-        return block_length_at(self.state.global_step, self.state.max_steps, warmup_steps, self.block_length)
+        state, schedule = self.state, (self.args.block_lengths, self.args.block_length_shares)
+        return block_length_at(state.global_step, state.max_steps, self.block_length, *schedule)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # 1. The noise of this batch
@@ -225,11 +235,28 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         #    tokens in `attention_mask` or `position_ids`.
         kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         noised = {"masked": masked, "weights": weights, "document_ids": document_ids, "block_length": block_length}
+        if self._corruption is not None:
+            noised["shown_ids"], noised["weights"] = self._corruption.corrupt(
+                inputs["input_ids"],
+                labels,
+                masked,
+                weights,
+                self.noise.masked_share(labels),
+                self._vocabulary,
+                generators,
+            )
         statistics = torch.zeros(2, 5, device=labels.device)
+        wrong = torch.zeros(2, device=labels.device)
         is_image = torch.zeros_like(labels, dtype=torch.bool)
         if self._image_token_offset is not None:
             is_image = labels >= self._image_token_offset
-        modality_weights = torch.where(is_image, self.args.image_weight, self.args.text_weight)
+        loss_weights = torch.where(is_image, self.args.image_weight, self.args.text_weight)
+        if self.args.length_weighting:
+            # Evaluation sees one batch at a time.
+            is_known = self.model.training and self._length_scale is not None
+            scale = self._length_scale if is_known else self._scale_of_lengths([inputs])
+            loss_weights = loss_weights * length_weights(masked, document_ids) * scale.to(labels.device)
+        noised["keep_entropy"] = self.args.confidence_weight > 0
 
         def forward(**kwargs: Any) -> BlockDiffusionTerms:
             outputs = model(**kwargs)
@@ -237,7 +264,10 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             terms = (-outputs.log_probs, outputs.is_top1, outputs.entropy, seen, outputs.label_mask)
             for row, modality in zip(statistics, (~is_image, is_image), strict=True):
                 row += torch.stack([term.detach()[modality].float().sum() for term in terms])
-            outputs.log_probs = outputs.log_probs * modality_weights
+            wrong.add_(torch.stack([outputs.num_wrong.sum(), outputs.num_repaired.sum()]).detach())
+            if outputs.confidence_loss is not None:
+                outputs.log_probs = outputs.log_probs - self.args.confidence_weight * outputs.confidence_loss
+            outputs.log_probs = outputs.log_probs * loss_weights
             return outputs
 
         if self.model.training:
@@ -252,7 +282,27 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         else:
             loss = super().compute_loss(forward, {**kept, "labels": labels, **noised})
         self._report_statistics(statistics, block_length)
+        if self._corruption is not None:
+            num_wrong, num_repaired = self.accelerator.reduce(wrong, reduction="sum").tolist()
+            self._report("repaired", num_repaired / max(num_wrong, 1))
         return (loss, {}) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.args.length_weighting:
+            self._length_scale = self._scale_of_lengths(batches)
+        return batches, num_items
+
+    def _scale_of_lengths(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """What makes the mean of [`length_weights`] one over these batches of all processes."""
+        sums = torch.zeros(2)
+        for batch in batches:
+            labels = batch["labels"]
+            document_ids = document_ids_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
+            sums += length_sums(labels, document_ids, self.noise.masked_share(labels)).cpu()
+        if self.model.training:
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+        return sums[0] / sums[1].clamp(min=1e-6)
 
     def _weighted_z_loss(self, is_token: torch.BoolTensor, num_items_in_batch: Any) -> torch.Tensor:
         z_loss = self.router_balancing.z_loss(is_token)

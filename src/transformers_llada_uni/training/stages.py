@@ -1,26 +1,27 @@
 """
-The three stages a lab walks through, as presets: what is trained, from which mix of tasks, with which blocks.
+The stages a lab walks through, as presets: what is trained, from which mix of tasks, with which blocks.
 
 - `"alignment"` trains embeddings and head, so that the new image codes find their place beside the words; from
-  images with captions and some text. Blocks grow from 1 token to 32.
+  images with captions and some text. Of captions and images the loss is taken on one side only, on the codes of an
+  image to make and on the words about an image that is shown (arXiv 2604.20796, stage 0), as rows are prepared.
 - `"pretraining"` trains the whole language model; from text, captions in both directions, edits and interleaved
-  documents. Blocks grow here too.
+  documents.
 - `"supervised_finetuning"` trains the whole language model except its routers; from conversations, text-to-image and
   edits, with complementary masks.
+- `"from_autoregressive"` makes a model of block diffusion of one that learnt from left to right: blocks grow from one
+  token to whole documents, stay there, and shrink to the final ones (LLaDA2.0, arXiv 2512.15745). LLaDA2.0-Uni began
+  with one that was made so, and its own stages keep their blocks.
 
-The order follows the release (arXiv 2604.20796); what is frozen, learning rates and shares are starting points of
-ours. The growth of the blocks from autoregression (a block of one token) is that of LLaDA2.0
-(arXiv 2512.15745), and so are the complementary masks of fine-tuning.
+From the reports are the order of stages and lengths of blocks, length weighting and complementary masks (for
+fine-tuning: more data makes them needless). What is frozen, learning rates, shares of tasks and of steps are starting
+points of ours.
 """
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
-
-from ..input_checks import check_integer, check_number
 
 
 # What a parameter's name says it belongs to; the first that matches.
@@ -46,19 +47,22 @@ class Stage:
         trained_parts: Names among `LANGUAGE_MODEL`; all else is frozen.
         task_mix: Share of each task, for a `train_dataset` that is a dict of datasets by task.
         learning_rate: The peak.
-        block_length_warmup_steps: See [`block_length_at`]; below 1 a share of all steps.
         expert_bias_update_rate: See [`RouterBalancing`]. DeepSeek-V3 (arXiv 2412.19437, section 4.2) keeps 1e-3 for
             nearly all of pre-training and 0 at its end.
         complementary: Whether every noisy copy comes with its complement.
+        block_lengths, block_length_shares: See [`block_length_at`].
+        length_weighting: See [`length_weights`]. The paper's (arXiv 2604.20796, eq. 6), in all its stages.
         packing: Whether documents share rows.
     """
 
     trained_parts: tuple[str, ...]
     learning_rate: float
-    block_length_warmup_steps: float
     expert_bias_update_rate: float
     complementary: bool
     packing: bool
+    block_lengths: list[int] | None = None
+    block_length_shares: list[float] | None = None
+    length_weighting: bool = True
     task_mix: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,7 +70,6 @@ STAGES = {
     "alignment": Stage(
         trained_parts=("embeddings", "head"),
         learning_rate=1e-3,
-        block_length_warmup_steps=0.5,
         expert_bias_update_rate=0.0,
         complementary=False,
         packing=True,
@@ -75,7 +78,6 @@ STAGES = {
     "pretraining": Stage(
         trained_parts=LANGUAGE_MODEL,
         learning_rate=1e-4,
-        block_length_warmup_steps=0.1,
         expert_bias_update_rate=1e-3,
         complementary=False,
         packing=True,
@@ -84,11 +86,20 @@ STAGES = {
     "supervised_finetuning": Stage(
         trained_parts=tuple(part for part in LANGUAGE_MODEL if part != "router"),
         learning_rate=2e-5,
-        block_length_warmup_steps=0,
         expert_bias_update_rate=0.0,
         complementary=True,
         packing=False,
         task_mix={"text": 0.25, "understanding": 0.3, "text_to_image": 0.25, "editing": 0.15, "interleaved": 0.05},
+    ),
+    "from_autoregressive": Stage(
+        trained_parts=LANGUAGE_MODEL,
+        learning_rate=1e-4,
+        expert_bias_update_rate=1e-3,
+        complementary=False,
+        packing=True,
+        block_lengths=[1, 4, 32, 64, 4096, 1024, 256, 64],
+        block_length_shares=[0.02, 0.02, 0.03, 0.03, 0.7, 0.03, 0.03, 0.04],
+        task_mix={"text": 1.0},
     ),
 }
 
@@ -121,33 +132,3 @@ def freeze_all_but(model: nn.Module, trained_parts: Iterable[str]) -> None:
                 "adapter (`peft_config`) instead."
             )
         parameter.requires_grad_(is_trained)
-
-
-def check_warmup(name: str, warmup_steps: float, block_length: int) -> None:
-    """Raises ValueError, naming the argument, if blocks cannot grow to `block_length` by doubling."""
-    check_number(name, warmup_steps, 0.0)
-    if warmup_steps and block_length & (block_length - 1):
-        raise ValueError(
-            f"`{name}` must be 0 for a block length of {block_length}: blocks grow through the powers of two."
-        )
-
-
-def block_length_at(step: int, max_steps: int, warmup_steps: float, block_length: int) -> int:
-    """
-    The block length of a training step: 1, 2, 4, ..., `block_length`, each of those below `block_length` for an equal
-    part of the warm-up. It depends on nothing but its arguments, so a resumed run goes on where it was.
-
-    Args:
-        step: Optimiser steps done so far.
-        max_steps: Of the whole run.
-        warmup_steps: Steps until `block_length` is reached; below 1 a share of `max_steps`.
-        block_length: The final one.
-    """
-    check_integer("step", step, 0)
-    check_integer("block_length", block_length, 1)
-    check_warmup("warmup_steps", warmup_steps, block_length)
-    warmup_steps = math.ceil(max_steps * warmup_steps) if warmup_steps < 1 else warmup_steps
-    if step >= warmup_steps:
-        return block_length
-    num_doublings = block_length.bit_length() - 1
-    return 2 ** int(num_doublings * step / warmup_steps)

@@ -12,12 +12,16 @@ from trl import SFTConfig, TrlParser
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
+from transformers_llada_uni.training.block_schedule import block_length_at
 from transformers_llada_uni.training.lora import lora_config
+from transformers_llada_uni.training.objective.block_diffusion import add_block_diffusion_head, document_ids_of
+from transformers_llada_uni.training.objective.length_weighting import length_weights
 from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise, step_generators
 from transformers_llada_uni.training.objective.router_balancing import RouterBalancing
+from transformers_llada_uni.training.objective.token_corruption import TokenCorruption
 from transformers_llada_uni.training.sft_config import LLaDAUniSFTConfig
 from transformers_llada_uni.training.sft_trainer import LLaDAUniSFTTrainer
-from transformers_llada_uni.training.stages import PARTS, STAGES, block_length_at, freeze_all_but, part_of
+from transformers_llada_uni.training.stages import PARTS, STAGES, freeze_all_but, part_of
 
 
 BLOCK = 8
@@ -113,8 +117,17 @@ def state_of(model):
 # The loss
 
 
-def loss_by_hand(model, inputs, masked, weights, text_weight, image_weight, num_items):
+def loss_by_hand(model, inputs, masked, weights, num_items, settings):
     """A forward for every row, copy and block: the clean blocks before it, and the block with its masks."""
+    text_weight, image_weight = (settings.get(name, 1.0) for name in ("text_weight", "image_weight"))
+    confidence_weight = settings.get("confidence_weight", 0.0)
+    betas = torch.ones(len(masked))
+    if settings["length_weighting"]:
+        lengths = (inputs["labels"] != -100).sum(dim=1)
+        low, high = settings.get("noise_range", (1e-3, 1.0))
+        share = 0.5 if settings.get("complementary", True) else (low + high) / 2
+        scale = lengths.sum() / (lengths / (share * lengths).sqrt()).sum()
+        betas = scale / masked.float().mean(dim=1).sum(dim=1).sqrt()
     total = torch.zeros(())
     for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
         for copy_number in range(masked.shape[1]):
@@ -128,17 +141,27 @@ def loss_by_hand(model, inputs, masked, weights, text_weight, image_weight, num_
                 for i in hidden:
                     label = inputs["labels"][row, i]
                     alpha = image_weight if label >= IMAGE_OFFSET else text_weight
-                    total = total - alpha * weights[row, copy_number, i] * log_probs[i, label]
+                    term = -log_probs[i, label]
+                    if log_probs[i].argmax() == label:
+                        term = term - confidence_weight * (log_probs[i].exp() * log_probs[i]).sum()
+                    total = total + betas[row] * alpha * weights[row, copy_number, i] * term
     return total / num_items
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"complementary": False},
-        {"complementary": True, "text_weight": 3.0, "image_weight": 0.25},
-        {"complementary": False, "num_noise_samples": 2, "noise_level": "sample", "image_weight": 0.0},
-        {"weighting": "none", "noise_range": [0.3, 0.8], "text_weight": 0.5},
+        {"complementary": False, "length_weighting": False},
+        {"complementary": True, "text_weight": 3.0, "image_weight": 0.25, "length_weighting": True},
+        {
+            "complementary": False,
+            "num_noise_samples": 2,
+            "noise_level": "sample",
+            "image_weight": 0.0,
+            "length_weighting": True,
+        },
+        {"weighting": "none", "noise_range": [0.3, 0.8], "text_weight": 0.5, "length_weighting": False},
+        {"confidence_weight": 2.0, "text_weight": 2.0, "length_weighting": True},
     ],
 )
 @pytest.mark.parametrize("num_items", [None, 70])
@@ -151,9 +174,79 @@ def test_loss_is_the_formula(make_trainer, settings, num_items):
     loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items)
     with torch.no_grad():
         count = int((inputs["labels"] != -100).sum()) if num_items is None else num_items
-        alphas = [settings.get(name, 1.0) for name in ("text_weight", "image_weight")]
-        expected = loss_by_hand(trainer.model, inputs, masked, weights, *alphas, count)
+        expected = loss_by_hand(trainer.model, inputs, masked, weights, count, settings)
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_follow_the_root_of_the_length(make_trainer):
+    """With all masked and equal log-probabilities what is left of a document's share is beta times its length."""
+    trainer = make_trainer(noise_range=ALL_MASKED, complementary=False)
+    inputs = collate(trainer)
+    masked = (inputs["labels"] != -100)[:, None]
+    shares = (length_weights(masked, document_ids_of(inputs["labels"])) * masked[:, 0]).sum(dim=1)
+    assert shares.tolist() == pytest.approx([math.sqrt(14), math.sqrt(14), math.sqrt(6), math.sqrt(14)])
+
+
+def test_confidence_loss_makes_right_predictions_surer(make_trainer):
+    """Its gradient alone, on labels that the model predicts: the entropy falls."""
+    model = tiny_model()
+    ids = torch.arange(2 * BLOCK)[None]
+    hidden = ids.clone()
+    hidden[:, BLOCK:] = model.config.mask_token_id
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    add_block_diffusion_head(model)
+    masked = (torch.arange(2 * BLOCK) >= BLOCK)[None, None]
+
+    def entropy_and_loss():
+        labels = model(input_ids=hidden).logits.argmax(dim=-1)
+        labels[:, :BLOCK] = -100
+        inputs = {"input_ids": torch.where(labels == -100, ids, labels), "labels": labels}
+        noise = {"masked": masked, "weights": masked.float()}
+        terms = model(**inputs, **noise, keep_entropy=True, fused_lm_head=True)
+        plain = model(**inputs, **noise, fused_lm_head=True)
+        assert plain.confidence_loss is None and torch.equal(plain.log_probs, terms.log_probs)
+        assert terms.is_top1.sum() == BLOCK  # all are right
+        return terms.entropy.sum().item(), terms.confidence_loss.sum()
+
+    before, loss = entropy_and_loss()
+    assert loss.item() == pytest.approx(before)
+    loss.backward()
+    optimizer.step()
+    after, _ = entropy_and_loss()
+    assert after < before - 0.01
+
+
+def test_wrong_tokens_are_shown_and_predicted():
+    """A tenth of what is shown is wrong, a word for a word and a code for a code; each token's weight is as it was."""
+    labels = torch.cat([torch.arange(400).repeat(500), IMAGE_OFFSET + torch.arange(200).repeat(1000)])[None]
+    labels[:, ::7] = -100
+    ids = labels.clamp(min=0)
+    noise = BlockDiffusionNoise((0.2, 0.6), weighting="none")
+    generators = [torch.Generator().manual_seed(0)]
+    masked, weights = noise.sample(labels, None, BLOCK, generators)
+    shown, new_weights = TokenCorruption(rate=0.1, weight=2.0).corrupt(
+        ids, labels, masked, weights, noise.masked_share(labels), (IMAGE_OFFSET, 768, 441), generators
+    )
+    is_wrong = shown[:, 0] != ids
+    is_shown = ~masked[:, 0] & (labels != -100)
+    assert not is_wrong[~is_shown].any() and not (shown == 441).any()
+    assert is_wrong[is_shown].float().mean().item() == pytest.approx(0.1, abs=0.003)
+    assert torch.equal(shown[:, 0] >= IMAGE_OFFSET, ids >= IMAGE_OFFSET)
+    assert torch.equal(new_weights[masked], weights[masked])
+    has_label = labels[0] != -100
+    assert new_weights.sum(dim=1)[0, has_label].mean().item() == pytest.approx(3.0, abs=0.02)
+    assert not new_weights.sum(dim=1)[0, ~has_label].any()
+
+
+def test_who_learns_to_edit_repairs_what_is_wrong(make_trainer):
+    dataset, repaired = rows(2), {}
+    settings = {"max_steps": 100, "learning_rate": 2e-2, "corruption_rate": 0.4}
+    for editing_weight in (2.0, 0.0):
+        trainer = make_trainer(dataset=dataset, editing_weight=editing_weight, **settings)
+        trainer.train()
+        examiner = make_trainer(trainer.model, dataset, dataset, editing_weight=1.0, num_noise_samples=8)
+        repaired[editing_weight] = examiner.evaluate()["eval_repaired"]  # of the tenth that is wrong by default
+    assert repaired[2.0] > 0.8 and repaired[0.0] < 0.5, repaired
 
 
 def test_reports_each_modality(make_trainer):
@@ -187,8 +280,10 @@ def test_reports_each_modality(make_trainer):
     assert metrics["mean_token_accuracy"] == pytest.approx(sum(all_hits) / len(all_hits))
 
 
-def test_gradient_accumulation_equals_a_big_batch(make_trainer):
-    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+@pytest.mark.parametrize("length_weighting", [True, False])
+def test_gradient_accumulation_equals_a_big_batch(make_trainer, length_weighting):
+    settings = {"length_weighting": length_weighting, "confidence_weight": 1.0}
+    settings |= {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
     big = make_trainer(per_device_train_batch_size=8, **settings)
     small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     big.train()
@@ -210,9 +305,11 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
         torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_packed_rows_have_the_loss_of_rows_apart(make_trainer):
+@pytest.mark.parametrize("length_weighting", [True, False])
+def test_packed_rows_have_the_loss_of_rows_apart(make_trainer, length_weighting):
     """trl takes the first token of each packed document out of the loss; here that is a prompt's."""
-    settings = {"noise_range": ALL_MASKED, "complementary": False, "max_steps": 1, "per_device_train_batch_size": 16}
+    settings = {"length_weighting": length_weighting}
+    settings |= {"noise_range": ALL_MASKED, "complementary": False, "max_steps": 1, "per_device_train_batch_size": 16}
     apart = make_trainer(**settings)
     packed = make_trainer(packing=True, max_length=2 * LENGTH, **settings)
     apart.train()
@@ -222,7 +319,7 @@ def test_packed_rows_have_the_loss_of_rows_apart(make_trainer):
 
 
 def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
-    trainer = make_trainer(block_length_warmup_steps=100, max_steps=2)
+    trainer = make_trainer(block_lengths=[1], block_length_shares=[1.0], max_steps=2)
     first = trainer.evaluate(rows(6, seed=1))
     second = trainer.evaluate(rows(6, seed=1))
     assert first["eval_loss"] == second["eval_loss"]
@@ -235,19 +332,22 @@ def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
 # Stages
 
 
-def test_blocks_grow_through_the_powers_of_two():
-    lengths = [block_length_at(step, 100, 50, 32) for step in range(60)]
-    assert lengths == [1] * 10 + [2] * 10 + [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10
-    assert [block_length_at(step, 100, 0.5, 32) for step in range(60)] == lengths
-    assert block_length_at(0, 100, 0, 24) == 24
-    with pytest.raises(ValueError, match="`warmup_steps`.*24"):
-        block_length_at(0, 100, 10, 24)
+def test_blocks_of_the_schedule_come_in_order():
+    lengths = [block_length_at(step, 50, 32, [1, 4, 64], [0.1, 0.2, 0.3]) for step in range(50)]
+    assert lengths == [1] * 5 + [4] * 10 + [64] * 15 + [32] * 20
+    assert block_length_at(0, 50, 24) == 24
+    preset = STAGES["from_autoregressive"]
+    lengths = [
+        block_length_at(step, 100, 32, preset.block_lengths, preset.block_length_shares) for step in (0, 50, 99)
+    ]
+    assert lengths == [1, 4096, 32]
 
 
-def test_training_follows_the_warm_up(make_trainer):
-    trainer = make_trainer(max_steps=8, block_length_warmup_steps=6)
+def test_training_follows_the_schedule(make_trainer):
+    """Blocks longer than a row, too: the row is the block."""
+    trainer = make_trainer(max_steps=4, block_lengths=[1, 64], block_length_shares=[0.25, 0.5])
     trainer.train()
-    assert logged(trainer, "block_length") == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert logged(trainer, "block_length") == [1, 64, 64, BLOCK]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -294,10 +394,16 @@ def test_config_is_read_from_the_command_line(tmp_path):
 # Routers
 
 
-def test_expert_bias_follows_the_loads(make_trainer):
+@pytest.mark.parametrize("update", ["normalized", "sign"])
+def test_expert_bias_follows_the_loads(make_trainer, update):
     """One step of two accumulated batches with padding; the loads are counted from the objective's own definition."""
     trainer = make_trainer(
-        max_steps=1, gradient_accumulation_steps=2, expert_bias_update_rate=0.25, complementary=False, seed=3
+        max_steps=1,
+        gradient_accumulation_steps=2,
+        expert_bias_update_rate=0.25,
+        expert_bias_update=update,
+        complementary=False,
+        seed=3,
     )
     routers = [module for module in trainer.model.modules() if isinstance(module, LLaDA2MoeTopkRouter)]
     seen = []
@@ -318,7 +424,7 @@ def test_expert_bias_follows_the_loads(make_trainer):
         hook.remove()
     assert any(bool((batch["attention_mask"] == 0).any()) for batch in batches)
 
-    for number, router in enumerate(routers):
+    for router in routers:
         load = torch.zeros(8)
         indices = [index for module, index in seen if module is router]
         for batch, index in zip(batches, indices, strict=True):
@@ -329,7 +435,9 @@ def test_expert_bias_follows_the_loads(make_trainer):
             for experts in index[is_token].tolist():
                 for expert in experts:
                     load[expert] += 1
-        assert torch.equal(router.expert_bias, 0.25 * torch.sign(load.mean() - load)), number
+        error = load.mean() - load
+        direction = error.sign() if update == "sign" else error / error.square().mean().sqrt()
+        torch.testing.assert_close(router.expert_bias, 0.25 * direction)
     assert logged(trainer, "max_load_violation")[0] > 0
 
 
@@ -373,7 +481,13 @@ def test_z_loss_is_the_formula():
 @pytest.mark.parametrize("kind", ["all", "adapter", "packed"])
 def test_resumed_run_equals_the_uninterrupted_one(make_trainer, kind):
     settings = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    settings |= {"save_strategy": "steps", "save_steps": 3, "block_length_warmup_steps": 5, "num_noise_samples": 2}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "block_lengths": [2],
+        "block_length_shares": [0.5],
+        "num_noise_samples": 2,
+    }
     if kind != "adapter":
         settings |= {"expert_bias_update_rate": 0.01}
     if kind == "packed":
@@ -433,8 +547,10 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
         ({"trained_parts": ["image_tokenizer"]}, "`trained_parts`.*image_tokenizer"),
         ({"trained_parts": []}, "`trained_parts`"),
         ({"block_length": 0}, "`block_length`.*0"),
-        ({"block_length": 24, "block_length_warmup_steps": 5}, "`block_length_warmup_steps`.*24"),
-        ({"block_length_warmup_steps": -1}, "`block_length_warmup_steps`.*-1"),
+        ({"block_lengths": [1, 2]}, "`block_lengths` and `block_length_shares`"),
+        ({"block_lengths": [1, 2], "block_length_shares": [0.5]}, "`block_length_shares`.*2"),
+        ({"block_lengths": [0], "block_length_shares": [0.5]}, "`block_lengths`.*0"),
+        ({"block_lengths": [1, 2], "block_length_shares": [0.6, 0.5]}, "`block_length_shares`.*at most 1"),
         ({"noise_range": [0.5, 0.5]}, "`noise_range`"),
         ({"noise_level": "row"}, "`noise_level`.*'row'"),
         ({"weighting": "t"}, "`weighting`.*'t'"),
@@ -442,6 +558,10 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
         ({"text_weight": 0.0, "image_weight": 0.0}, "`text_weight` and `image_weight`"),
         ({"image_weight": math.nan}, "`image_weight`.*nan"),
         ({"expert_bias_update_rate": -0.1}, "`expert_bias_update_rate`.*-0.1"),
+        ({"expert_bias_update": "error"}, "`expert_bias_update`.*'error'"),
+        ({"editing_weight": -1.0}, "`editing_weight`.*-1"),
+        ({"corruption_rate": 1.5}, "`corruption_rate`.*1.5"),
+        ({"confidence_weight": -1.0}, "`confidence_weight`.*-1"),
         ({"router_z_loss_coefficient": -0.1}, "`router_z_loss_coefficient`.*-0.1"),
         ({"caption_dropout": 1.5}, "`caption_dropout`.*1.5"),
         ({"image_dropout": "a"}, "`image_dropout`.*'a'"),

@@ -99,14 +99,21 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
         input_ids: `(batch, length)`, the clean ids.
         labels: `(batch, length)`, the clean ids where a loss is taken, -100 elsewhere.
         masked, weights: `(batch, copies, length)`, from [`BlockDiffusionNoise.sample`]. Giving the same to two models
-            compares them under the same noise.
+            compares them under the same noise. Tokens that are not masked and have a weight are predicted as well.
+        shown_ids: `(batch, copies, length)`, what the copies show where they do not mask, see [`TokenCorruption`].
+            Default: the clean ids.
         document_ids: `(batch, length)`, see [`document_ids_of`], which makes them if they are not given.
         block_length: Default: the model's.
+        keep_entropy: Whether `confidence_loss` is returned, which costs a further backward pass through the head.
 
     Returns of the call:
         [`trl.trainer.utils.FusedCausalLMOutput`] with `log_probs` `(batch, length)`, the sum over the copies of
         weight times log-probability of the label; `entropy`, `mean_logits` and `is_top1`, of the same shape, their
-        means over the copies that mask the token; `label_mask`; and `router_logits` if they were asked for.
+        means over the copies that mask the token; `label_mask`; `router_logits` if they were asked for; and with
+        `keep_entropy` the `confidence_loss` `(batch, length)`, the sum over the copies of weight times the entropy of
+        a prediction that is right, 0 where it is not, which has a gradient (LLaDA2.0's loss for parallel decoding,
+        arXiv 2512.15745); and of the tokens that are shown wrong how many there are and how many are predicted right,
+        `num_wrong` and `num_repaired`, `(batch, length)`.
 
     Raises:
         ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
@@ -128,9 +135,12 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
 
 @dataclass
 class BlockDiffusionTerms(FusedCausalLMOutput):
-    """trl's output, with the routers' logits for the trainers that look at them."""
+    """trl's output, with what only some trainers look at."""
 
     router_logits: tuple[torch.Tensor, ...] | None = None
+    confidence_loss: torch.Tensor | None = None
+    num_wrong: torch.Tensor | None = None
+    num_repaired: torch.Tensor | None = None
 
 
 def _forward_objective(
@@ -139,11 +149,13 @@ def _forward_objective(
     labels: torch.Tensor,
     masked: torch.Tensor,
     weights: torch.Tensor,
+    shown_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     block_length: int | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     num_items_in_batch: int | None = None,
+    keep_entropy: bool = False,
     **kwargs: Any,
 ) -> BlockDiffusionTerms:
     config = model.config.get_text_config()
@@ -158,9 +170,18 @@ def _forward_objective(
     # 1. What has to be computed of [noisy copies | clean]
     places, copies, is_real = tokens_of_pass(labels, document_ids, num_copies, block_length)
     positions = positions_of(document_ids)
-    masked = masked & (labels != -100)[:, None]
-    never_masked = torch.zeros_like(masked[:, :1])  # the clean part
-    is_hidden = torch.cat([masked, never_masked], dim=1).flatten(1).gather(1, copies * length + places) & is_real
+    has_label = (labels != -100)[:, None]
+    masked, predicted = masked & has_label, (masked | (weights > 0)) & has_label
+    if shown_ids is None:
+        shown_ids = input_ids[:, None].expand_as(masked)
+    check_shape("shown_ids", shown_ids, tuple(masked.shape))
+
+    def of_pass(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        return torch.cat([noisy, clean[:, None]], dim=1).flatten(1).gather(1, copies * length + places)
+
+    nothing = torch.zeros_like(labels, dtype=torch.bool)
+    is_predicted = of_pass(predicted, nothing) & is_real
+    ids = of_pass(shown_ids.masked_fill(masked, config.mask_token_id), input_ids)
 
     # 2. That row, and who sees whom in it
     mask = create_noisy_clean_mask(
@@ -172,16 +193,18 @@ def _forward_objective(
         dtype=model.dtype,
     )
     outputs = model.base_model(
-        input_ids=input_ids.gather(1, places).masked_fill(is_hidden, config.mask_token_id),
+        input_ids=ids,
         attention_mask=mask,
         position_ids=positions.gather(1, places),
         **{**kwargs, "use_cache": False},
     )
 
-    # 3. The head, on hidden tokens only
-    row, index = is_hidden.nonzero(as_tuple=True)
+    # 3. The head, on predicted tokens only
+    row, index = is_predicted.nonzero(as_tuple=True)
     place, copy = places[row, index], copies[row, index]
-    log_probs, *statistics = _score(model, outputs.last_hidden_state[row, index], labels[row, place])
+    log_probs, entropy, mean_logits, is_top1 = _score(
+        model, outputs.last_hidden_state[row, index], labels[row, place], keep_entropy
+    )
 
     # 4. Back to where the tokens stand, summed over the copies
     flat = row * length + place
@@ -189,22 +212,34 @@ def _forward_objective(
     def sum_over_copies(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(batch_size * length).index_add(0, flat, values).view(batch_size, length)
 
-    times_masked = masked.sum(dim=1).clamp(min=1)
-    entropy, mean_logits, is_top1 = (sum_over_copies(values) / times_masked for values in statistics)
+    weights_of_predicted = weights[row, copy, place].to(log_probs.dtype)
+    confidence_loss = sum_over_copies(entropy * is_top1 * weights_of_predicted) if keep_entropy else None
+    is_masked, times_masked = masked[row, copy, place], masked.sum(dim=1).clamp(min=1)
+    is_wrong = (ids[row, index] != labels[row, place]) & ~is_masked
+    num_repaired = sum_over_copies(is_top1 * is_wrong)
+    entropy, mean_logits, is_top1 = (
+        sum_over_copies(values.detach() * is_masked) / times_masked for values in (entropy, mean_logits, is_top1)
+    )
     return BlockDiffusionTerms(
-        log_probs=sum_over_copies(log_probs * weights[row, copy, place].to(log_probs.dtype)),
+        log_probs=sum_over_copies(log_probs * weights_of_predicted),
         entropy=entropy,
         mean_logits=mean_logits,
         is_top1=is_top1,
         label_mask=labels != -100,
         router_logits=outputs.router_logits,
+        confidence_loss=confidence_loss,
+        num_wrong=sum_over_copies(is_wrong.to(log_probs.dtype)),
+        num_repaired=num_repaired,
     )
 
 
 def _score(
-    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor
+    model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor, keep_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each of `targets` `(tokens,)`: log-probability, entropy, mean logit, and whether it is the likeliest."""
+    """
+    Of each of `targets` `(tokens,)`: log-probability, entropy (with a gradient where it is wanted), mean logit, and
+    whether it is the likeliest.
+    """
     head = model.get_output_embeddings()
     with weights_in_place(head):
         weight = head.weight
@@ -218,7 +253,7 @@ def _score(
             log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
                 hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
             )
-    return log_probs, entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
+    return log_probs, entropy if keep_entropy else entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 
 def _check_inputs(input_ids: Any, labels: Any, masked: Any, weights: Any, block_length: Any) -> None:

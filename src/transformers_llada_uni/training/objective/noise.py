@@ -1,5 +1,7 @@
 """Which tokens a training step hides, and what each hidden token weighs in the loss."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from .masking import positions_of
 
 NOISE_LEVELS = ("block", "sample")
 WEIGHTINGS = ("inverse", "none")
+IMAGE_NOISES = ("linear", "cosine")
 
 
 def settle_noise_inputs(
@@ -62,6 +65,9 @@ class BlockDiffusionNoise:
             (LLaDA2.0, arXiv 2512.15745).
         num_noise_samples (`int`, defaults to 1): Independent noisy copies (pairs if complementary). Their levels are
             stratified: copy s of S has t in a different S-th of the range, which lowers the variance.
+        image_noise (`str`, defaults to `"linear"`): With `"cosine"` image codes have cos(pi r / 2), r uniform, in the
+            place of a uniform number (MaskGIT, arXiv 2202.04200; LLaDA-Image): more of an image is masked.
+        image_token_offset (`int`, *optional*): The first image code among the ids, for `image_noise="cosine"`.
 
     Raises:
         ValueError: for a range that is not `0 <= low < high <= 1`, an unknown name, or fewer than one sample.
@@ -72,6 +78,8 @@ class BlockDiffusionNoise:
     weighting: str = "inverse"
     complementary: bool = False
     num_noise_samples: int = 1
+    image_noise: str = "linear"
+    image_token_offset: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.noise_range, (tuple, list)) or len(self.noise_range) != 2:
@@ -82,7 +90,19 @@ class BlockDiffusionNoise:
             raise ValueError(f"`noise_range` must rise from low to high, got {self.noise_range!r}.")
         check_choice("noise_level", self.noise_level, NOISE_LEVELS)
         check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("image_noise", self.image_noise, IMAGE_NOISES)
         check_integer("num_noise_samples", self.num_noise_samples, 1)
+
+    def masked_share(self, labels: torch.Tensor) -> torch.Tensor:
+        """How probable it is that a copy masks a token; of the shape of `labels`."""
+        low, high = self.noise_range
+        cosine = 2 / math.pi if self.image_noise == "cosine" else 0.5
+        share = torch.where(self._is_image(labels), low + (high - low) * cosine, (low + high) / 2)
+        return torch.full_like(share, 0.5) if self.complementary else share
+
+    def _is_image(self, labels: torch.Tensor) -> torch.Tensor:
+        offset = self.image_token_offset
+        return torch.zeros_like(labels, dtype=torch.bool) if offset is None else labels >= offset
 
     def sample(
         self,
@@ -122,7 +142,10 @@ class BlockDiffusionNoise:
         uniform = numbers[:, :1].gather(2, begins[:, None])  # [b, 1, l]: the number at the unit's first token
         strata = torch.arange(num_samples, device=device)[:, None]
         low, high = self.noise_range
-        levels = low + (high - low) * ((uniform + strata) / num_samples)  # [b, s, l]
+        share = (uniform + strata) / num_samples  # [b, s, l]
+        if self.image_noise == "cosine":
+            share = torch.where(self._is_image(labels)[:, None], (share * math.pi / 2).cos(), share)
+        levels = low + (high - low) * share
 
         # 2. The masks
         target = (labels != -100)[:, None]  # [b, 1, l]
@@ -130,7 +153,7 @@ class BlockDiffusionNoise:
         if self.weighting == "inverse":
             weights = masked / levels.clamp(min=torch.finfo(levels.dtype).tiny)
         else:
-            weights = masked / ((low + high) / 2)
+            weights = masked / dataclasses.replace(self, complementary=False).masked_share(labels)[:, None]
         if not self.complementary:
             return masked, weights / num_samples
 

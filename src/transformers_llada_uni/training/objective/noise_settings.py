@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ...input_checks import check_integer
 from ..documented_settings import documented
-from .noise import NOISE_LEVELS, BlockDiffusionNoise
+from .noise import IMAGE_NOISES, NOISE_LEVELS, BlockDiffusionNoise
 
 
 @documented
@@ -17,6 +17,7 @@ class NoiseSettings:
         noise_level (`str`, defaults to `"block"`): `"block"` or `"sample"`.
         num_noise_samples (`int`, defaults to 4): Noisy copies of each row.
         complementary (`bool`, defaults to `False`): Whether each copy comes with its complement.
+        image_noise (`str`, defaults to `"linear"`): `"linear"`, or `"cosine"` to mask more of an image.
 
     Raises:
         ValueError: naming the field, for a value out of range.
@@ -27,6 +28,7 @@ class NoiseSettings:
     noise_level: str = field(default="block", metadata={"choices": list(NOISE_LEVELS)})
     num_noise_samples: int = 4
     complementary: bool = False
+    image_noise: str = field(default="linear", metadata={"choices": list(IMAGE_NOISES)})
 
     def __post_init__(self) -> None:
         self.make_noise()
@@ -40,4 +42,5 @@ class NoiseSettings:
             noise_level=self.noise_level,
             complementary=self.complementary,
             num_noise_samples=self.num_noise_samples,
+            image_noise=self.image_noise,
         )

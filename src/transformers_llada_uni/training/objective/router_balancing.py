@@ -11,29 +11,40 @@ from transformers import TrainerCallback
 from ...modeling_llada2_moe import LLaDA2MoeTopkRouter
 
 
+BIAS_UPDATES = ("normalized", "sign")
+
+
 class RouterBalancing(TrainerCallback):
     r"""
-    Load balancing without an auxiliary loss (arXiv 2408.15664, algorithm 1). After every optimiser step
+    Load balancing without an auxiliary loss. After every optimiser step, with the error e_i = mean load - load_i,
 
-        expert_bias_i += update_rate * sign(mean load - load_i),
+        expert_bias_i += update_rate * e_i / sqrt(mean of e^2 over the experts)    (`update="normalized"`), or
+        expert_bias_i += update_rate * sign(e_i)                                   (`update="sign"`):
 
-    where the load of an expert is the number of tokens that chose it, in all micro-batches of the step and on all
-    processes. `expert_bias` enters the choice of experts only, not their weights, so balancing does not disturb the
-    gradient. It is a buffer of the model, and saved with it.
+    LLaDA2.0-Uni's (arXiv 2604.20796, eq. 4), in which an expert that is far off moves further, and the one it comes
+    from (arXiv 2408.15664, algorithm 1). The load of an expert is the number of tokens that chose it, in all
+    micro-batches of the step and on all processes. `expert_bias` enters the choice of experts only, not their weights,
+    so balancing does not disturb the gradient. It is a buffer of the model, and saved with it.
 
     Args:
         model: Holds the routers.
-        update_rate: The paper's u; 0 leaves the bias alone, and only the loads are reported.
+        update_rate: The papers' u; 0 leaves the bias alone, and only the loads are reported.
+        update: One of [`BIAS_UPDATES`].
         accelerator: Of the trainer, for sums over processes.
         report: Called after every step as `report("max_load_violation", value)`: the paper's MaxVio, by how much the
             busiest expert exceeds the mean load, relative to it; averaged over the layers.
     """
 
     def __init__(
-        self, model: nn.Module, update_rate: float, accelerator: Accelerator, report: Callable[[str, float], None]
+        self,
+        model: nn.Module,
+        update_rate: float,
+        accelerator: Accelerator,
+        report: Callable[[str, float], None],
+        update: str = "normalized",
     ):
         self.routers = [module for module in model.modules() if isinstance(module, LLaDA2MoeTopkRouter)]
-        self.update_rate = update_rate
+        self.update_rate, self.update = update_rate, update
         self.accelerator = accelerator
         self.report = report
         self.loads: torch.Tensor | None = None  # [routers, experts], of this step so far
@@ -90,5 +101,10 @@ class RouterBalancing(TrainerCallback):
         violation = loads.amax(dim=1) / mean_load.squeeze(1).clamp(min=1) - 1
         self.report("max_load_violation", violation.mean().item())
         if self.update_rate:
-            for router, step in zip(self.routers, (mean_load - loads).sign() * self.update_rate, strict=True):
+            error = mean_load - loads
+            if self.update == "sign":
+                direction = error.sign()
+            else:  # even loads have no error, and no direction
+                direction = error / error.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+            for router, step in zip(self.routers, direction * self.update_rate, strict=True):
                 router.expert_bias.add_(step.to(router.expert_bias))

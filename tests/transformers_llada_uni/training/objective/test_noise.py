@@ -35,11 +35,20 @@ def test_complementary_masks_cover_every_target_once(noise_level):
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize("noise_range", [(1e-3, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("weighting", ["inverse", "none"])
-def test_expected_weight_is_one(weighting, noise_range, complementary):
-    labels = torch.zeros(1, 200_000, dtype=torch.long)
-    noise = BlockDiffusionNoise(noise_range, "block", weighting, complementary, num_noise_samples=2)
-    _, weights = noise.sample(labels, None, 1, torch.Generator().manual_seed(0))
-    assert weights.sum(dim=1).mean().item() == pytest.approx(1.0, abs=0.02)
+@pytest.mark.parametrize("image_noise", ["linear", "cosine"])
+def test_expected_weight_is_one(weighting, noise_range, complementary, image_noise):
+    """And the expected share of masked tokens is what it is said to be: of words (0) and of image codes (7)."""
+    labels = 7 * (torch.arange(400_000)[None] % 2)
+    further = {"image_noise": image_noise, "image_token_offset": 5}
+    noise = BlockDiffusionNoise(noise_range, "block", weighting, complementary, num_noise_samples=2, **further)
+    masked, weights = noise.sample(labels, None, 1, torch.Generator().manual_seed(0))
+    for kind in (0, 7):
+        is_kind = labels[0] == kind
+        assert weights.sum(dim=1)[:, is_kind].mean().item() == pytest.approx(1.0, abs=0.02)
+        share = masked[:, :, is_kind].float().mean().item()
+        assert share == pytest.approx(noise.masked_share(labels)[0, is_kind][0].item(), abs=0.005)
+    if image_noise == "cosine" and not complementary:
+        assert masked[:, :, 1::2].float().mean() > masked[:, :, ::2].float().mean() + 0.05
 
 
 def test_weights_are_one_over_the_level():
