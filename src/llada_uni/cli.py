@@ -583,6 +583,28 @@ def consolidate(
         consolidate_checkpoint(checkpoint, output, max_shard_size)
 
 
+@app.command()
+def merge(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more checkpoints; with --best, the run's folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist.")],
+    best: Annotated[int | None, typer.Option(min=2, help="Take that many checkpoints of the run, the best.")] = None,
+    metric: Annotated[str, typer.Option(help="What the run has logged, by which --best chooses.")] = "eval_loss",
+    greater_is_better: Annotated[
+        bool, typer.Option("--greater-is-better", help="The highest is best, and not the lowest.")
+    ] = False,
+) -> None:
+    """Make one model of the mean of several checkpoints' weights."""
+    with _told_in_a_line():
+        from transformers_llada_uni.loading.checkpoint_merging import best_checkpoints, merge_checkpoints
+
+        if best is not None:
+            if len(checkpoints) != 1:
+                raise ValueError("With `--best` give one folder, that of the run.")
+            checkpoints = best_checkpoints(checkpoints[0], best, metric, greater_is_better)
+        merge_checkpoints(checkpoints, output)
+        typer.echo(f"{output}: the mean of {', '.join(checkpoint.name for checkpoint in checkpoints)}")
+
+
 evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,

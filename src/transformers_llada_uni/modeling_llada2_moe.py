@@ -73,7 +73,7 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
         return residual + self.mlp(hidden_states)
 
 
-class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel):
+class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel):  # type: ignore[misc]  # its arguments pass on
     config: LLaDA2MoeConfig
     base_model_prefix = "model"
     _input_embed_layer = "word_embeddings"

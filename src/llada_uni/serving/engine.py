@@ -83,7 +83,8 @@ class Engine:
         """
         with self._writing:
             inputs = read_conversation(self.processor, messages, max_tokens)
-        return self._encoder.place_images(inputs.to(self.model.device))
+        on_device: Any = inputs.to(self.model.device)  # typed as the feature extractors' class of that name
+        return self._encoder.place_images(on_device)
 
     def write_story_prompt(self, text: str, images: list[PIL.Image.Image], max_tokens: int) -> BatchFeature:
         """

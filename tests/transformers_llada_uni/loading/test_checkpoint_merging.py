@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llada_uni.cli import main
 from transformers_llada_uni import LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.loading.checkpoint_merging import best_checkpoints, merge_checkpoints
 
@@ -54,6 +55,16 @@ def test_every_tensor_is_the_mean(run, tmp_path, first):
 def test_the_best_are_those_of_the_lowest_loss(run):
     assert [folder.name for folder in best_checkpoints(run, 3)] == ["checkpoint-2", "checkpoint-4", "checkpoint-3"]
     assert [folder.name for folder in best_checkpoints(run, 1, greater_is_better=True)] == ["checkpoint-1"]
+
+
+def test_the_command_takes_the_best_of_a_run(run, tmp_path, capsys):
+    main(["merge", str(run), "--best", "2", "--output", str(tmp_path / "merged")])
+    assert capsys.readouterr().out.endswith("the mean of checkpoint-2, checkpoint-4\n")
+    parts, merged = (
+        [weights_of(run / name) for name in ("checkpoint-2", "checkpoint-4")],
+        weights_of(tmp_path / "merged"),
+    )
+    torch.testing.assert_close(merged["lm_head.weight"], (parts[0]["lm_head.weight"] + parts[1]["lm_head.weight"]) / 2)
 
 
 def test_refused_by_name(run, tmp_path):
