@@ -60,10 +60,8 @@ def test_the_best_are_those_of_the_lowest_loss(run):
 def test_the_command_takes_the_best_of_a_run(run, tmp_path, capsys):
     main(["merge", str(run), "--best", "2", "--output", str(tmp_path / "merged")])
     assert capsys.readouterr().out.endswith("the mean of checkpoint-2, checkpoint-4\n")
-    parts, merged = (
-        [weights_of(run / name) for name in ("checkpoint-2", "checkpoint-4")],
-        weights_of(tmp_path / "merged"),
-    )
+    parts = [weights_of(run / name) for name in ("checkpoint-2", "checkpoint-4")]
+    merged = weights_of(tmp_path / "merged")
     torch.testing.assert_close(merged["lm_head.weight"], (parts[0]["lm_head.weight"] + parts[1]["lm_head.weight"]) / 2)
 
 

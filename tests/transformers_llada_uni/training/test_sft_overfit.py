@@ -195,7 +195,7 @@ def test_trains_on_a_mix_of_tasks_with_images(converted_dir, processor, tmp_path
     )
     trainer.train()
     first = trainer.state.log_history[0]
-    assert first["text_loss"] > 0 and first["image_loss"] > 0 and first["block_length"] == 1
+    assert first["text_loss"] > 0 and first["image_loss"] > 0 and first["block_length"] == BLOCK
     assert "eval_image_loss" in trainer.evaluate()
     checkpoint = tmp_path / "mix" / "checkpoint-2"
     saved = AutoProcessor.from_pretrained(checkpoint)
