@@ -136,3 +136,21 @@ def test_first_command_of_the_readme(tmp_path):
         file.name for file in tmp_path.iterdir()
     }
     assert len(list(tmp_path.glob("story_*.png"))) == 4
+
+
+def test_several_images_of_any_size_are_looked_at(pipe):
+    images = [Image.new("RGB", size, "red") for size in ((64, 64), (300, 200), (40, 500))]
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "what is this?"}]
+    inputs = pipe.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4]] * 3
+
+
+def test_the_processor_in_the_root_is_that_of_its_folder():
+    """transformers' Auto classes read the one, the pipeline the other."""
+    root = embedded_checkpoint("emoji")
+    files = [file for file in (root / "processor").iterdir() if file.name != "load_llada_uni.py"]
+    assert len(files) >= 4
+    for file in files:
+        assert file.read_bytes() == (root / file.name).read_bytes(), file.name

@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from .weight_hooks import weights_in_place
 
 
+NOT_CONTENT = ("transformers_version", "auto_map")
+
+
 def fingerprint(value: Any, values_per_tensor: int | None = None) -> str:
     """
     64 hexadecimal digits, the same for the same content in every process and on every device:
@@ -142,11 +145,11 @@ def _state(value: Any, num_values: int | None) -> Any:
 
 
 def _saved(config: Any) -> Any:
-    """A configuration's entries without those that say where it was read, and who wrote it."""
+    """A configuration's entries without those that say where it was read, who wrote it, and how it is found."""
     if callable(to_dict := getattr(config, "to_dict", None)):
         config = to_dict()
     if isinstance(config, Mapping):
-        own = [name for name in config if not str(name).startswith("_") and name != "transformers_version"]
+        own = [name for name in config if not str(name).startswith("_") and name not in NOT_CONTENT]
         return {name: _saved(config[name]) for name in own}
     return [_saved(entry) for entry in config] if isinstance(config, list | tuple) else config
 

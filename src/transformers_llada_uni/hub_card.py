@@ -42,7 +42,7 @@ class PushedWithCard:
     """For models and pipelines: a repository that has no card gets one that says how to load what is in it."""
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        """As upstream's. A repository without a card gets one; not with `create_pr`, whose card is upstream's."""
+        """As upstream's. A repository without a card gets one; not with `create_pr` or on a branch."""
         self._push_card(repo_id, **kwargs)
         return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]  # what it is mixed into
 
@@ -78,9 +78,10 @@ class PushedWithCard:
         token: str | None = None,
         create_pr: bool = False,
         subfolder: str | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if create_pr or subfolder:
+        if create_pr or subfolder or revision:
             return
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         card = None if file_exists(repo_id, "README.md", token=token) else self.make_card(repo_id)

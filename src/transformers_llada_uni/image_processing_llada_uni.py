@@ -38,7 +38,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels (`int`, *optional*, defaults to `800 * 800`):
         Largest area of the understanding rule for the only image of a sample.
     max_pixels_several (`int`, *optional*, defaults to `448 * 448`):
-        The same for each of several images of a sample.
+        The same for each of several images of a sample, where it is less.
     editing_max_pixels (`int`, *optional*, defaults to `512 * 512`):
         Largest area of the editing rule's crops.
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
@@ -196,7 +196,7 @@ class LLaDAUniImageProcessor(PilBackend):
             crop_height = max(scaled[0] // unit * unit, target_height)
             crop_width = max(scaled[1] // unit * unit, target_width)
             # Of a strip that fits in no other way, the ends are left out.
-            largest = max(1, (self.max_pixels if num_images == 1 else self.max_pixels_several) // unit**2)
+            largest = max(1, self._largest_area(num_images) // unit**2)
             rows, columns = crop_height // unit, crop_width // unit
             if rows * columns > largest:
                 rows, columns = min(rows, max(1, largest // columns)), min(columns, max(1, largest // rows))
@@ -213,9 +213,12 @@ class LLaDAUniImageProcessor(PilBackend):
             return (round(height * scale), round(width * scale)), (crop_height, crop_width)
         raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)} or None, got {resize_mode!r}.")
 
+    def _largest_area(self, num_images: int) -> int:
+        return self.max_pixels if num_images == 1 else min(self.max_pixels, self.max_pixels_several)
+
     def _understanding_target(self, height: int, width: int, num_images: int) -> tuple[int, int]:
         unit = self.size_multiple
-        max_pixels = self.max_pixels if num_images == 1 else self.max_pixels_several
+        max_pixels = self._largest_area(num_images)
         target_height = max(unit, round(height / unit) * unit)
         target_width = max(unit, round(width / unit) * unit)
         if target_height * target_width > max_pixels:

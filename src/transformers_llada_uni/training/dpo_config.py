@@ -26,10 +26,13 @@ class LLaDAUniDPOConfig(NoiseSettings, DPOConfig):
     """
     Configuration of [`LLaDAUniDPOTrainer`]: that of [`~trl.DPOConfig`] and of [`NoiseSettings`].
 
+    Parameters:
+        max_length (`int`, defaults to 4096): Longest answer with its prompt, in tokens; longer pairs are left out, not
+            cut.
+
     > [!NOTE]
-    > These parameters have default values different from [`~trl.DPOConfig`]: `max_length` (4096; longer pairs are left
-    > out, not cut), `bf16` (`False` on a CPU) and `prediction_loss_only` (`True`: logits of whole sequences are never
-    > made).
+    > These parameters have default values different from [`~trl.DPOConfig`]: `max_length`, `bf16` (`False` on a CPU)
+    > and `prediction_loss_only` (`True`: logits of whole sequences are never made).
 
     Raises:
         ValueError: naming the field, for a value out of range or a setting of trl without meaning here.

@@ -41,22 +41,25 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     Where a default is "the stage's", `None` stands for the value in `STAGES[stage]`.
 
     Parameters:
-        stage (`str`, defaults to `"supervised_finetuning"`): `"alignment"`, `"pretraining"`,
-            `"supervised_finetuning"` or `"from_autoregressive"`; see `stages.py`.
+        stage (`str`, defaults to `"supervised_finetuning"`): Preset of what is trained on what mix of tasks:
+            `"alignment"`, `"pretraining"`, `"supervised_finetuning"` or `"from_autoregressive"`; see `stages.py`.
         trained_parts (`list[str]`, *optional*): Parts of the model to train, among `embeddings`, `head`,
             `attention`, `router`, `experts`, `dense_mlp` and `norms`. Default: the stage's. Not with LoRA, which says
             itself what it trains.
+        learning_rate (`float`, *optional*): The peak of the schedule. Default: the stage's.
         task_mix (`dict[str, float]`, *optional*): Shares of the tasks, if `train_dataset` is a dict of datasets by
             task. Default: the stage's, for the tasks that are there.
 
         > Objective
 
-        block_length (`int`, *optional*): Default: the model's. The trained model is saved with it.
+        block_length (`int`, *optional*): Tokens of a block; the trained model is saved with it. Default: the model's.
         block_lengths (`list[int]`, *optional*): Lengths of blocks before the final one, in order, for a model that
             learnt from left to right. Default: the stage's.
         block_length_shares (`list[float]`, *optional*): The share of all steps that each of them lasts.
-        weighting (`str`, defaults to `"inverse"`): See [`BlockDiffusionNoise`].
-        complementary (`bool`, *optional*): Default: the stage's.
+        weighting (`str`, defaults to `"inverse"`): Weight of a masked token: one over its noise level, with which the
+            loss bounds the likelihood, or the same for all (`"none"`).
+        complementary (`bool`, *optional*): Whether each noisy copy comes with another that masks exactly the other
+            tokens. Default: the stage's.
         num_noise_samples (`int`, defaults to 1): Independent noisy copies of each row.
         length_weighting (`bool`, *optional*): Whether a document weighs as much as the root of its length, see
             [`length_weights`], and not as its length. Default: the stage's.
@@ -79,8 +82,9 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
 
         > Data
 
-        max_length (`int`, defaults to 4096): An image of 1024 x 1024 takes 1029 tokens.
-        packing (`bool`, *optional*): Default: the stage's.
+        max_length (`int`, defaults to 4096): Longest row in tokens; longer ones are left out, plain text is cut into
+            pieces. An image of 1024 x 1024 takes 1029.
+        packing (`bool`, *optional*): Whether documents share rows of `max_length` tokens. Default: the stage's.
         caption_dropout, image_dropout (`float`, default to 0.1): How often the caption of an image to generate, or
             the source image of an edit, is left out, for guidance. Drawn once, when the data are prepared.
 

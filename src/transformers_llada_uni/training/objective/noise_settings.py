@@ -13,11 +13,14 @@ class NoiseSettings:
     """
     Parameters:
         block_length (`int`, *optional*): Tokens of a block. Default: the model's.
-        noise_range (`list[float]`, defaults to `[1e-3, 1.0]`): See [`BlockDiffusionNoise`], as for the next two.
-        noise_level (`str`, defaults to `"block"`): `"block"` or `"sample"`.
+        noise_range (`list[float]`, defaults to `[1e-3, 1.0]`): Lowest and highest noise level, which is the share of
+            tokens that is masked; see [`BlockDiffusionNoise`].
+        noise_level (`str`, defaults to `"block"`): Whether each `"block"` or each `"sample"` has a noise level of its
+            own.
         num_noise_samples (`int`, defaults to 4): Noisy copies of each row.
         complementary (`bool`, defaults to `False`): Whether each copy comes with its complement.
-        image_noise (`str`, defaults to `"linear"`): `"linear"`, or `"cosine"` to mask more of an image.
+        image_noise (`str`, defaults to `"linear"`): How noise levels of image codes are drawn: `"linear"`, or
+            `"cosine"`, which masks more of an image.
 
     Raises:
         ValueError: naming the field, for a value out of range.
