@@ -69,8 +69,8 @@ def grid_to_generate(
             raise ValueError(f"`{name}` must be a positive multiple of {unit}, got {side}; the nearest is {nearest}.")
         if side > largest * unit:
             raise ValueError(
-                f"`{name}` may be at most {largest * unit}, got {side}: the tokenizer has no "
-                f"<|reserved_token_{side // unit}|> for the header."
+                f"`{name}` may be at most {largest * unit}, got {side}: this model draws at most "
+                f"{largest * unit} x {largest * unit}."
             )
     return height // unit, width // unit
 

@@ -1,5 +1,6 @@
 """The LLaDA2 backbone: a mixture-of-experts transformer with block-causal attention that fills in masked tokens."""
 
+import functools
 import os
 from typing import Any, Self
 
@@ -92,6 +93,11 @@ class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel): 
         "router_logits": OutputRecorder(LLaDA2MoeTopkRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["expert_bias"]
+
+    # diffusers reads in the signature what it may pass on.
+    @functools.wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # mypy: names are lost
+        return super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
