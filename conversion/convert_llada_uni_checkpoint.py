@@ -13,15 +13,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-
-import torch
-
-from llada_uni.conversion.diffusers_plan import plan_diffusers
-from llada_uni.conversion.output_plan import carry_out
-from llada_uni.conversion.released_plan import plan_released
+from typing import TYPE_CHECKING
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# torch, and with it what reads and writes tensors, is imported once the request has been looked at.
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 DECODER_CHOICES = ("turbo", "normal", "both")
 
 
@@ -29,7 +28,7 @@ def convert_to_diffusers(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     decoder: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: "torch.dtype | None" = None,
     progress: bool = True,
 ) -> Path:
     """
@@ -54,6 +53,9 @@ def convert_to_diffusers(
             that was killed left of the same destination is removed with a warning.
     """
     source, destination = _check_request(source, destination, decoder, dtype)
+    from llada_uni.conversion.diffusers_plan import plan_diffusers
+    from llada_uni.conversion.output_plan import carry_out
+
     return carry_out(plan_diffusers(source, destination.name, decoder, dtype), destination, progress)
 
 
@@ -61,7 +63,7 @@ def convert_to_released(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     decoder: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: "torch.dtype | None" = None,
     progress: bool = True,
 ) -> Path:
     """
@@ -80,11 +82,17 @@ def convert_to_released(
         FileExistsError, FileNotFoundError, ValueError, OSError: As in [`convert_to_diffusers`].
     """
     source, destination = _check_request(source, destination, decoder, dtype)
+    from llada_uni.conversion.output_plan import carry_out
+    from llada_uni.conversion.released_plan import plan_released
+
     return carry_out(plan_released(source, decoder, dtype), destination, progress)
 
 
 def _check_request(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], decoder: str | None, dtype: torch.dtype | None
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    decoder: str | None,
+    dtype: "torch.dtype | None",
 ) -> tuple[Path, Path]:
     source, destination = Path(source), Path(destination).absolute()
     if not source.is_dir():
@@ -93,9 +101,21 @@ def _check_request(
         raise FileExistsError(f"The destination {destination} exists already; remove it or name another.")
     if decoder not in (None, *DECODER_CHOICES):
         raise ValueError(f"`decoder` must be one of {', '.join(DECODER_CHOICES)}, got {decoder!r}.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"`dtype` must be a floating-point torch.dtype or None, got {dtype!r}.")
+    if dtype is not None:
+        import torch
+
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"`dtype` must be a floating-point torch.dtype or None, got {dtype!r}.")
     return source, destination
+
+
+def dtype_of(name: str | None) -> "torch.dtype | None":
+    """The dtype that one of `DTYPES` names."""
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, name)
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -104,7 +124,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("destination", metavar="DST", help="folder to create; must not exist")
     parser.add_argument("--decoder", choices=DECODER_CHOICES, help="decoders to convert (default: those in SRC)")
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="dtype of the weights (default: as in SRC; the router's bias is float32)"
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: as in SRC; the router's bias is float32)"
     )
     parser.add_argument("--to-released", action="store_true", help="from our layout to the released one")
     return parser.parse_args(arguments)
@@ -115,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     convert = convert_to_released if args.to_released else convert_to_diffusers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder is removed
     try:
-        path = convert(args.source, args.destination, args.decoder, DTYPES.get(args.dtype))
+        path = convert(args.source, args.destination, args.decoder, dtype_of(args.dtype))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,8 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 
+from transformers_llada_uni import hub_card
+
 
 TOKEN = "hf_stand_in"
 USER = "tester"
@@ -424,6 +426,13 @@ def test_pipeline_arrives_byte_for_byte_with_a_card(pushed):
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "any-to-any"
     assert "pip install llada-uni" in card.text and 'from_pretrained("tester/pipeline"' in card.text
     assert "license" not in card.data.to_dict()
+
+
+def test_a_branch_gets_no_card(monkeypatch):
+    """It would be committed to the main one."""
+    monkeypatch.setattr(hub_card, "create_repo", lambda *args, **kwargs: pytest.fail("nothing is to be pushed"))
+    for settings in ({"revision": "draft"}, {"create_pr": True}, {"subfolder": "model"}):
+        hub_card.PushedWithCard()._push_card("tester/model", **settings)
 
 
 def test_pipeline_keeps_a_card_that_is_there(pushed, converted_dir):

@@ -3,7 +3,9 @@ The command `llada-uni`: its options, and what they are called. What they do is 
 are imported once a command runs, so that `--help` comes at once.
 """
 
+import errno
 import io
+import ipaddress
 import json
 import os
 import signal
@@ -17,16 +19,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from .commands.train import STAGES, prepare
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
-    from diffusers_llada_uni.evaluation.image_making import Request
+
+    from .commands.prompt_files import PromptRow
+
+
+class CommandWithHints(typer.core.TyperCommand):
+    """A command that says of words too many how they were meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        super().parse_args(ctx, args)
+        if extra := ctx.args:
+            from .image_files import SUFFIXES
+
+            if "image" in ctx.params and all(Path(word).suffix.lower() in SUFFIXES for word in extra):
+                hint = f"An image is given by `--image {extra[0]}`."
+            else:
+                first = ctx.params.get("prompt") or ctx.params.get("question")
+                hint = f'Several words stand in quotes: `{ctx.command_path} "{" ".join([first, *extra])}"`.'
+            ctx.fail(f"Got unexpected extra arguments ({' '.join(extra)}). {hint}")
+        return ctx.args
+
+
+class CommandsWithHints(typer.core.TyperGroup):
+    """All commands; options of one that stand before it are told where they belong."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = {name for command in self.commands.values() for option in command.params for name in option.opts}
+        first = args[0].partition("=")[0] if args else ""
+        if first in options and first not in {name for option in self.get_params(ctx) for name in option.opts}:
+            command = next((word for word in args if word in self.commands), "COMMAND")
+            ctx.fail(f"Options stand behind the command: `{ctx.command_path} {command} {first} ...`.")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="llada-uni",
+    cls=CommandsWithHints,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,6 +113,24 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _sentence(error: OSError) -> str:
+    """What the system says of a file, without its number."""
+    if error.filename is None or error.errno is None or not error.strerror:
+        return _one_line(error)
+    what = {
+        errno.ENOENT: "there is no such file or folder",
+        errno.EISDIR: "this is a folder, and no file",
+        errno.ENOTDIR: "a part of this is a file, and no folder",
+        errno.EEXIST: "this exists already",
+        errno.EACCES: "this is not allowed",
+    }.get(error.errno)
+    return f"`{os.fsdecode(error.filename)}`: {what or error.strerror[:1].lower() + error.strerror[1:]}."
+
+
 @contextmanager
 def _told_in_a_line() -> Iterator[None]:
     """
@@ -91,11 +145,14 @@ def _told_in_a_line() -> Iterator[None]:
     except BrokenPipeError as error:  # `llada-uni ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from error
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except OSError as error:
+        typer.echo(f"llada-uni: {_sentence(error)}", err=True)
+        raise typer.Exit(2) from error
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, TypeError) and "llada_uni" not in frame.f_globals["__name__"]:
             raise
-        typer.echo(f"llada-uni: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        typer.echo(f"llada-uni: {_one_line(error)}", err=True)
         raise typer.Exit(2) from error
     except (RuntimeError, MemoryError) as error:
         from accelerate.utils.memory import should_reduce_batch_size
@@ -123,8 +180,9 @@ def _common(
 
 
 def _load(model: str, device: str | None, dtype: str) -> "LLaDAUniPipeline":
-    from .pipeline_loading import load_pipeline
+    from .pipeline_loading import load_pipeline, resolve_model
 
+    resolve_model(model)  # before torch is imported
     is_terminal = sys.stderr.isatty()
     if not is_terminal:
         import diffusers
@@ -160,9 +218,10 @@ def _requests(
     prompts: str | None,
     images: list[str] | None = None,
     mask: str | None = None,
-) -> "list[Request]":
-    """What a command is asked, once or by a file; all is looked at before anything is made."""
-    from .commands.prompt_files import check_text, read_prompts
+) -> "list[PromptRow]":
+    """What a command is asked, once or by a file; all is looked at before anything is made, or torch imported."""
+    from .commands.prompt_files import PromptRow, check_text, read_prompts
+    from .image_files import open_image
 
     what = "question" if command == "ask" else "prompt"
     if (prompt is None) == (prompts is None):
@@ -178,9 +237,7 @@ def _requests(
     for number, request in enumerate(requests or [], 1):
         _check_request(command, request.images, request.mask, f"{prompts}, row {number}: ")
 
-    from diffusers_llada_uni.evaluation.image_making import Request, open_image
-
-    requests = [Request(prompt or "", tuple(images or ()), mask)] if requests is None else requests
+    requests = [PromptRow(prompt or "", tuple(images or ()), mask)] if requests is None else requests
     for request in requests:
         sizes = [open_image(path).size for path in request.images]
         if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
@@ -189,7 +246,7 @@ def _requests(
 
 
 def _make(
-    requests: "list[Request]",
+    requests: "list[PromptRow]",
     output: Path,
     model: tuple[str, str | None, str],
     plan: dict[str, int],
@@ -204,15 +261,16 @@ def _make(
         plan: `seed`, `num_images`, `batch_size`.
         settings: Of the pipeline's call; `None` is left out.
     """
-    from diffusers_llada_uni.evaluation.image_making import make_images
-    from diffusers_llada_uni.evaluation.manifest import Manifest
-
     from .pipeline_loading import resolve_model
 
-    resolve_model(model[0])  # before the folder is made
+    resolve_model(model[0])  # before torch is imported, and the folder made
+    from diffusers_llada_uni.evaluation.image_making import Request, make_images
+    from diffusers_llada_uni.evaluation.manifest import Manifest
+
     manifest = Manifest(output)
     settings = {key: value for key, value in settings.items() if value is not None}
-    for _, entry, is_new in make_images(_load(*model), requests, manifest, **plan, **settings):
+    asked = [Request(*request) for request in requests]
+    for _, entry, is_new in make_images(_load(*model), asked, manifest, **plan, **settings):
         _tell(entry, is_new, output, as_json)
 
 
@@ -224,7 +282,7 @@ def _tell(entry: dict[str, Any], is_new: bool, output: Path, as_json: bool) -> N
         typer.echo(f"{output / entry['file']}  ({seconds})")
 
 
-@app.command()
+@app.command(cls=CommandWithHints)
 def draw(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     prompts: PromptsFile = None,
@@ -256,7 +314,7 @@ def draw(
         _make(requests, output, (model, device, dtype), plan, settings, as_json)
 
 
-@app.command()
+@app.command(cls=CommandWithHints)
 def edit(
     image: Annotated[list[str] | None, typer.Option("--image", "-i", help="The source; more are references.")] = None,
     prompt: Annotated[str | None, typer.Argument(help="What to change.")] = None,
@@ -287,7 +345,7 @@ def edit(
         _make(requests, output, (model, device, dtype), plan, settings, as_json)
 
 
-@app.command()
+@app.command(cls=CommandWithHints)
 def fill(
     image: Annotated[list[str] | None, typer.Option("--image", "-i", help="The image with the part to make.")] = None,
     mask: Annotated[str | None, typer.Option(help="White where it is to be made anew; of the same size.")] = None,
@@ -321,7 +379,7 @@ def _sampling(temperature: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature} if temperature else {}
 
 
-@app.command()
+@app.command(cls=CommandWithHints)
 def ask(
     question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     image: Annotated[
@@ -340,12 +398,11 @@ def ask(
     with _told_in_a_line():
         requests = _requests("ask", question, prompts, image)
 
-        from diffusers_llada_uni.evaluation.image_making import open_image
-
+        pipe = _load(model, device, dtype)
         from .answers import stream_answer
         from .commands.talk import message
+        from .image_files import open_image
 
-        pipe = _load(model, device, dtype)
         for request in requests:
             messages = [message("user", request.prompt, [open_image(path) for path in request.images])]
             answer_seed = seed if request.seed is None else request.seed
@@ -369,9 +426,8 @@ def chat(
 ) -> None:
     """Talk with the model; images by /image PATH."""
     with _told_in_a_line():
-        from .commands.talk import HELP, converse
-
         pipe = _load(model, device, dtype)
+        from .commands.talk import HELP, converse
 
         def typed() -> Iterator[str]:
             with suppress(EOFError):
@@ -387,7 +443,7 @@ def chat(
         converse(pipe, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **_sampling(temperature))
 
 
-@app.command()
+@app.command(cls=CommandWithHints)
 def story(
     prompt: Annotated[str, typer.Argument(help="What to tell.")],
     image: Annotated[
@@ -405,15 +461,18 @@ def story(
     """Tell a story with images, as a page in a folder of its own."""
     with _told_in_a_line():
         if output.exists():
-            raise FileExistsError(f"`output` {str(output)!r} exists already.")
+            raise FileExistsError(f"`output` {str(output)!r} exists already; `--output` names another folder.")
+        from .image_files import open_image
+        from .pipeline_loading import resolve_model
+
+        images = [open_image(path) for path in image or []]
+        resolve_model(model)  # before torch is imported
         import torch
 
-        from diffusers_llada_uni.evaluation.image_making import open_image
         from diffusers_llada_uni.evaluation.manifest import make_folder
 
         from .commands.story import write_story
 
-        images = [open_image(path) for path in image or []]
         make_folder(output.parent)
         pipe = _load(model, device, dtype)
         generator = torch.Generator().manual_seed(seed)
@@ -431,9 +490,8 @@ def encode(
 ) -> None:
     """Turn images into codes: on standard output, a line for each."""
     with _told_in_a_line():
-        from diffusers_llada_uni.evaluation.image_making import open_image
-
         from .commands.codes import encode_images
+        from .image_files import open_image
 
         for path in image:
             open_image(path)
@@ -454,11 +512,14 @@ def decode(
 ) -> None:
     """Turn codes into images."""
     with _told_in_a_line():
+        from .commands.codes import decode_codes, read_codes
+        from .pipeline_loading import resolve_model
+
+        entries = read_codes(codes)
+        resolve_model(model)  # before torch is imported, and the folder made
         from diffusers_llada_uni.evaluation.manifest import Manifest
 
-        from .commands.codes import decode_codes, read_codes
-
-        entries, manifest = read_codes(codes), Manifest(output)
+        manifest = Manifest(output)
         for entry, is_new in decode_codes(_load(model, device, dtype), entries, manifest, seed, steps):
             _tell(entry, is_new, output, as_json)
 
@@ -491,6 +552,14 @@ def info(
             typer.echo(line)
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether who listens at `host` is reached from this machine alone, as far as its name says."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 @app.command()
 def serve(
     model: Model = "emoji",
@@ -498,8 +567,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 is any that is free.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="LLADA_UNI_API_KEY", help="What clients must send. Default: none."),
+        typer.Option(envvar="LLADA_UNI_API_KEY", help="What clients must send; needed where others can reach it."),
     ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Let in whoever can reach --host, without a key.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: the folder's name.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers under work at once.")] = 32,
     max_batch_images: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
@@ -514,10 +586,16 @@ def serve(
 ) -> None:
     """Serve the model as OpenAI's API: chat, images, edits."""
     with _told_in_a_line():
-        from .commands.serve import run_server
-
         if api_key == "":
             raise ValueError("`api_key` must not be empty.")
+        if api_key is not None and no_api_key:
+            raise ValueError("`--api-key` (or LLADA_UNI_API_KEY) and `--no-api-key` exclude each other.")
+        if api_key is None and not (no_api_key or _is_loopback(host)):
+            raise ValueError(
+                f"`host` {host!r} lets in others than this machine: give an `--api-key`, or say `--no-api-key`."
+            )
+        from .commands.serve import run_server
+
         run_server(
             _load(model, device, dtype),
             host,
@@ -561,13 +639,13 @@ def convert(
 ) -> None:
     """Convert a released checkpoint into a pipeline, or back."""
     with _told_in_a_line():
-        from .conversion.convert_llada_uni_checkpoint import DTYPES, convert_to_diffusers, convert_to_released
+        from .conversion import convert_llada_uni_checkpoint as conversion
 
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        if dtype is not None and dtype not in conversion.DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(conversion.DTYPES)}, got {dtype!r}.")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-        write = convert_to_released if to_released else convert_to_diffusers
-        typer.echo(write(source, output, decoder, None if dtype is None else DTYPES[dtype]))
+        write = conversion.convert_to_released if to_released else conversion.convert_to_diffusers
+        typer.echo(write(source, output, decoder, conversion.dtype_of(dtype)))
 
 
 @app.command()
@@ -669,6 +747,9 @@ def evaluate_images(
         if any(request.seed is not None for request in requests):
             raise ValueError(f"{prompts}: `seed` is for `draw`; here `--seed` holds for all.")
 
+        from .pipeline_loading import resolve_model
+
+        resolve_model(model)  # before torch is imported
         from .commands.evaluate import ReferenceImages, evaluate_images, image_metrics
 
         plan = {"seed": seed, "num_images_per_prompt": num_images, "batch_size": batch_size}
@@ -687,6 +768,9 @@ def evaluate_questions(
     model: Model = "emoji",
     split: Split = "train",
     limit: Limit = None,
+    instruction: Annotated[
+        str, typer.Option(help="A line after each question, as VQAv2's are asked; '' is none.")
+    ] = "Answer the question using a single word or phrase.",
     max_new_tokens: Tokens = 32,
     batch_size: Rows = 8,
     device: Device = None,
@@ -699,11 +783,16 @@ def evaluate_questions(
     The accuracy is VQAv2's. Rows have `image` (in the data, or a path seen from it), `question` and `answers`, a list.
     """
     with _told_in_a_line():
+        from .pipeline_loading import resolve_model
+
+        resolve_model(model)  # before torch is imported
         from .commands.evaluate import evaluate_questions, load_rows
 
         rows, folder = load_rows(data, split, limit), Path(data).parent if Path(data).is_file() else Path()
-        results = evaluate_questions(_load(model, device, dtype), rows, folder, output, batch_size, max_new_tokens)
-        _report(results, output, as_json, task="questions", model=model, data=data, split=split)
+        settings: dict[str, Any] = {"instruction": instruction, "max_new_tokens": max_new_tokens}
+        pipe = _load(model, device, dtype)
+        results = evaluate_questions(pipe, rows, folder, output, batch_size, **settings)
+        _report(results, output, as_json, task="questions", model=model, data=data, split=split, **settings)
 
 
 @evaluation.command("likelihood")
@@ -728,6 +817,9 @@ def evaluate_likelihood(
     `image` and `caption`. Of a row what training would learn counts, given what stands before it.
     """
     with _told_in_a_line():
+        from .pipeline_loading import resolve_model
+
+        resolve_model(model)  # before torch is imported
         from .commands.evaluate import evaluate_likelihood, load_rows
 
         rows = load_rows(data, split, limit)
@@ -761,10 +853,12 @@ def evaluate_tasks(
     lm-eval.
     """
     with _told_in_a_line():
-        from .commands.evaluate import evaluate_tasks
         from .pipeline_loading import best_device, dtype_of, resolve_model
 
-        path, device = resolve_model(model), device or best_device()
+        path = resolve_model(model)  # before torch is imported
+        from .commands.evaluate import evaluate_tasks
+
+        device = device or best_device()
         name = str(dtype_of(dtype, device)).removeprefix("torch.")
         plan: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "num_samples": num_samples, "seed": seed}
         results = evaluate_tasks(path, device, name, tasks, output, include_path, batch_size=batch_size, **plan)

@@ -1,6 +1,8 @@
 """The pipeline that a name means, loaded for this machine."""
 
 import json
+import runpy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
 
     from diffusers_llada_uni import LLaDAUniPipeline
 
+ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of peft, of diffusers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,8 +26,6 @@ def resolve_model(name: str) -> str:
     Raises:
         ValueError: if it is a path to nothing, or a folder without a pipeline.
     """
-    from diffusers_llada_uni.embedded_checkpoints import embedded_checkpoint, names_of_embedded_checkpoints
-
     path = Path(name).expanduser()
     if path.exists():
         if (path / "model_index.json").is_file():
@@ -32,16 +33,27 @@ def resolve_model(name: str) -> str:
             if kind != "LLaDAUniPipeline":
                 raise ValueError(f"`model` {name!r} is a pipeline of another kind: {kind}.")
             return str(path)
+        if any((path / file).is_file() for file in ADAPTER_FILES):
+            raise ValueError(
+                f"`model` {name!r} is an adapter (LoRA), which stands upon a model: make one model of the two, as "
+                "docs/own-images.md shows in 'Keep it as a model', and name that."
+            )
         hint = "it is a model alone" if (path / "config.json").is_file() else "it holds no `model_index.json`"
         raise ValueError(
             f"`model` {name!r} is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
         )
-    if name in names_of_embedded_checkpoints():
-        return str(embedded_checkpoint(name))
+    # The module without its package, whose import takes seconds of torch.
+    package = find_spec("diffusers_llada_uni")
+    assert package is not None and package.origin is not None
+    embedded = runpy.run_path(str(Path(package.origin).with_name("embedded_checkpoints.py")))
+    names = embedded["names_of_embedded_checkpoints"]()
+    if name in names:
+        return str(embedded["embedded_checkpoint"](name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        meant = f" Did you mean `{name.lower()}`?" if name.lower() in names else ""
         raise ValueError(
             f"`model` {name!r} is no folder here, no repository of the Hub (owner/name), and none of "
-            f"{', '.join(names_of_embedded_checkpoints())}."
+            f"{', '.join(names)}.{meant}"
         )
     return name
 

@@ -11,9 +11,9 @@ import torch
 import typer
 
 from diffusers_llada_uni import LLaDAUniPipeline
-from diffusers_llada_uni.evaluation.image_making import open_image
 from llada_uni.cli import app
 from llada_uni.commands.talk import HELP
+from llada_uni.image_files import open_image
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_story(run, tmp_path, page):
     path = run("story", "Tell a story about a cat.", "-f", page, "--max-images", "1").stdout.strip()
     text = (tmp_path / path).read_text()
     assert "Tell a story about a cat" in text
-    assert "exists already" in run("story", "another", code=2).stderr
+    assert "`--output` names another" in run("story", "another", code=2).stderr
 
 
 def test_info(run):
@@ -144,7 +144,16 @@ def test_info(run):
         (["draw", "a", "-m", "no/such/folder"], "`model` 'no/such/folder'"),
         (["draw", "a", "--size", "²x²"], "`size`"),
         (["draw", "a", "-o", "/dev/null"], "/dev/null"),
-        (["draw", "-p", "none.txt"], "none.txt"),
+        (["draw", "-p", "none.txt"], "`none.txt`: there is no such file"),
+        (["draw", "-p", "model"], "`model`: this is a folder, and no file."),
+        (["decode", "model"], "`model`: this is a folder, and no file."),
+        (["edit", "make it red", "-i", "model"], "`image`: model is a folder"),
+        (["draw", "a", "-m", "Emoji"], "Did you mean `emoji`?"),
+        (["draw", "a", "-m", "adapter"], "is an adapter (LoRA)"),
+        (["serve", "--host", "0.0.0.0"], "`--api-key`"),
+        (["serve", "--host", "::"], "`--no-api-key`"),
+        (["serve", "--host", ""], "`--no-api-key`"),
+        (["serve", "--api-key", "secret", "--no-api-key"], "exclude each other"),
         (["edit", "make it red", "-i", "broken.png"], "broken.png is no image"),
         (["edit", "-p", "rows.jsonl", "-i", "small.png"], "`--image` and `--mask` are for one prompt"),
         (["fill", "a", "-i", "small.png", "--mask", "large.png"], "must be as large as the image, 4 x 4"),
@@ -160,7 +169,7 @@ def test_info(run):
         (["fill", "a cat", "-i", "none.png"], "`mask` is missing"),
         (["ask"], "Give a question"),
         (["ask", "what?", "-i", "none.png"], "no file none.png"),
-        (["decode", "none.jsonl"], "none.jsonl"),
+        (["decode", "none.jsonl"], "`none.jsonl`: there is no such file"),
         (["info", "none"], "`model` 'none'"),
         (["consolidate", "none", "out"], "`checkpoint`"),
         (["convert", "none", "out"], "The source none is not a folder"),
@@ -177,6 +186,8 @@ def test_a_mistake_is_a_sentence(run, tmp_path, arguments, words):
     (tmp_path / "negative.jsonl").write_text('{"grid": [-1, -2], "codes": [0, 0]}\n')
     (tmp_path / "huge.jsonl").write_text(f'{{"grid": [1, 1], "codes": [{10**30}]}}\n')
     (tmp_path / "model").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"half")
     for name, side in (("small.png", 4), ("large.png", 8)):
@@ -184,6 +195,74 @@ def test_a_mistake_is_a_sentence(run, tmp_path, arguments, words):
     result = run(*arguments, code=2)
     assert words in result.stderr and "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
     assert not run.loads
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["draw", "a", "red", "apple"], 'draw "a red apple"`'),
+        (["ask", "What is this?", "photo.png"], "`--image photo.png`"),
+        (["story", "a", "cat"], 'story "a cat"`'),
+        (["-m", "emoji", "draw", "a"], "`llada-uni draw -m ...`"),
+        (["--model=emoji", "draw", "a"], "`llada-uni draw --model ...`"),
+    ],
+)
+def test_what_is_typed_otherwise_than_it_is_meant(run, arguments, hint):
+    assert hint in run(*arguments, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "host, options, is_served",
+    [("localhost", [], True), ("::1", [], True), ("127.0.0.2", [], True), ("0.0.0.0", ["--no-api-key"], True)]
+    + [("0.0.0.0", ["--api-key", "secret"], True), ("192.168.0.2", [], False), ("my-host", [], False)],
+)
+def test_the_network_is_not_let_in_without_a_key(run, monkeypatch, host, options, is_served):
+    served = []
+    monkeypatch.setattr("llada_uni.commands.serve.run_server", lambda pipe, host, *_, **settings: served.append(host))
+    run("serve", "--host", host, *options, code=0 if is_served else 2)
+    assert served == [host] * is_served and len(run.loads) == is_served
+
+
+MISTAKES = """
+import sys
+from llada_uni.cli import main
+for words in WORDS:
+    try:
+        main(words)
+        sys.exit(f"{words} is no mistake")
+    except SystemExit as end:
+        if end.code != 2 or "torch" in sys.modules:
+            sys.exit(f"{words}: {end.code}, torch {'torch' in sys.modules}")
+"""
+
+
+def test_mistakes_are_told_before_torch_is_imported(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.png").write_bytes(b"\xff\n")
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    words = [
+        ["draw", "a", "-m", "Emoji"],
+        ["draw", "-p", "none.txt"],
+        ["decode", "broken.png"],
+        ["encode", "none.png"],
+    ]
+    words += [["edit", "a", "-i", image] for image in ("none.png", "folder", "broken.png")]
+    words += [["fill", "a", "-i", "small.png", "--mask", mask] for mask in ("none.png", "folder")]
+    words += [["ask", "a", "-i", "none.png"], ["ask", "a", "-m", "folder"], ["chat", "-m", "folder"]]
+    words += [["story", "a", "-i", "none.png"], ["story", "a", "-m", "folder"], ["story", "a", "-o", "folder"]]
+    words += [
+        ["convert", "none", "out"],
+        ["convert", "folder", "folder"],
+        ["convert", "folder", "out", "--dtype", "x"],
+    ]
+    words += [["serve", "--host", "0.0.0.0"], ["serve", "-m", "folder"], ["draw", "a", "--size", "large"]]
+    words += [
+        ["evaluate", *task, "-m", "folder"] for task in (["questions", "x"], ["likelihood", "x"], ["lm-eval", "x"])
+    ]
+    code = MISTAKES.replace("WORDS", repr(words))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("llada-uni: ")]) == len(words)
 
 
 def test_help_comes_at_once():
@@ -222,6 +301,10 @@ def test_memory_that_does_not_suffice(run, monkeypatch):
 
     monkeypatch.setattr(LLaDAUniPipeline, "__call__", draw)
     assert "memory does not suffice" in run("draw", "a", code=2).stderr
+
+
+def test_an_image_that_is_too_large_is_refused_in_words_of_its_size(run):
+    assert run("draw", "a", "--size", "64x4096", code=2).stderr.endswith("this model draws at most 128 x 128.\n")
 
 
 def test_errors_of_ours_keep_their_traceback(run, monkeypatch):

@@ -38,22 +38,6 @@ class Request:
     seed: int | None = None
 
 
-def open_image(path: str, name: str = "image") -> PIL.Image.Image:
-    """
-    An image, turned upright as its camera says.
-
-    Raises:
-        ValueError: naming the file, if it is no image.
-    """
-    try:
-        with PIL.Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"`{name}`: there is no file {path}.") from error
-    except Exception as error:  # PIL raises whatever its decoders raise
-        raise ValueError(f"`{name}`: {path} is no image that can be read: {error}") from error
-
-
 def make_images(
     pipeline: Pipeline,
     requests: Sequence[Request],
@@ -98,9 +82,9 @@ def make_images(
         batch = [of_request[number] for number in numbers]
         sources: dict[str, Any] = {}
         if batch[0].images:
-            sources["image"] = [[open_image(path) for path in request.images] for request in batch]
+            sources["image"] = [[_open(path) for path in request.images] for request in batch]
         if batch[0].mask is not None:
-            sources["mask_image"] = [open_image(request.mask or "", "mask") for request in batch]
+            sources["mask_image"] = [_open(request.mask or "") for request in batch]
         made = pipeline(
             prompt=[request.prompt for request in batch],
             generator=[torch.Generator().manual_seed(asked[number]["seed"]) for number in numbers],
@@ -122,6 +106,12 @@ def describe_pipeline(pipeline: Pipeline, settings: dict[str, Any]) -> Entry:
         "model_fingerprint": fingerprint(pipeline, VALUES_PER_TENSOR)[:24],
         "settings": {name: _plain(value) for name, value in settings.items()},
     }
+
+
+def _open(path: str) -> PIL.Image.Image:
+    """Upright, as its camera says."""
+    with PIL.Image.open(path) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def _digests(request: Request) -> Entry:

@@ -33,6 +33,7 @@ NAMES = ("model", "images", "mask")
 RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9¹²³]")  # no names of files on Windows
 PARTIAL = re.compile(r"\.[0-9a-f]{24}\.partial")
 MOST_CLAIMS = 256  # each is an open file
+NO_FILE = -1
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -130,14 +131,16 @@ class Manifest:
                     began = time.perf_counter()
                     results = make(firsts)
                     seconds = (time.perf_counter() - began) / len(keys)
-                    for key, first, result in zip(keys, firsts, results, strict=True):
-                        try:
-                            entry = self._add(key, requests[first], result, seconds)
-                        except OSError as error:  # such as a full disk
-                            error.filename = error.filename or str(self.folder)
-                            raise
+                    try:
+                        # All of them, before who asks can stop at the first.
+                        for key, first, result in zip(keys, firsts, results, strict=True):
+                            self._add(key, requests[first], result, seconds)
+                    except OSError as error:  # such as a full disk
+                        error.filename = error.filename or str(self.folder)
+                        raise
+                    for key, first in zip(keys, firsts, strict=True):
                         for number in waiting.pop(key):
-                            yield number, entry, number == first
+                            yield number, self._done[key], number == first
                     continue
             if not any(key in self._done for key in waiting):
                 logger.info("%d results are made by another process; waiting for them.", len(waiting))
@@ -264,11 +267,14 @@ class Manifest:
 
 
 def _lock(path: Path) -> int | None:
-    """An open file that this process alone holds; `None` if another one does. Made if there is none."""
+    """
+    An open file that this process alone holds; `None` if another one does. Made if there is none. `NO_FILE` on
+    Windows, which neither renames nor removes a file that is open.
+    """
+    if fcntl is None:
+        return NO_FILE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is None:
-            return descriptor
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -285,7 +291,8 @@ def _lock(path: Path) -> int | None:
 def _unlock(path: Path, descriptor: int) -> None:
     with suppress(OSError):
         path.unlink()
-    os.close(descriptor)
+    if descriptor != NO_FILE:
+        os.close(descriptor)
 
 
 @contextmanager

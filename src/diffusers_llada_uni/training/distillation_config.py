@@ -18,8 +18,9 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
     Parameters:
         num_teacher_steps (`int`, defaults to 50): Points of the teacher's schedule, which has one step fewer.
         teacher_guidance_scale (`float`, defaults to 1.0): Guidance that the student takes over; 0 for none.
-        min_student_steps, max_student_steps (`int`, default to 4 and 8): The student is trained at the noise levels of
-            samplers with so many steps.
+        min_student_steps (`int`, defaults to 4): Fewest steps of the samplers whose noise levels the student is
+            trained at.
+        max_student_steps (`int`, defaults to 8): Most steps of those samplers.
         pairs_per_trajectory (`int`, defaults to 4): Noise levels that are learnt from one trajectory of the teacher.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that.
 

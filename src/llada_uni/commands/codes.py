@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import PIL.Image
-import torch
 
-from diffusers_llada_uni.evaluation.image_making import describe_pipeline, open_image
-from diffusers_llada_uni.evaluation.manifest import Manifest
+from ..image_files import open_image
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
+    from diffusers_llada_uni.evaluation.manifest import Manifest
 
 
-@torch.no_grad()
 def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[str, Any]]:
     """
     For each image `{"image", "grid", "codes"}`: its path, height and width in codes, and the codes row by row.
@@ -25,10 +23,13 @@ def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[s
         pipe: With `model` and `processor`.
         paths: Of the images.
     """
+    import torch
+
     model, processor = pipe.code_generator.model, pipe.code_generator.processor
     for path in paths:
         inputs = processor.image_processor(images=[open_image(path)], return_tensors="pt").to(model.device)
-        (codes,) = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+        with torch.no_grad():
+            (codes,) = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
         yield {"image": path, "grid": list(codes.shape), "codes": codes.flatten().tolist()}
 
 
@@ -62,7 +63,7 @@ def read_codes(path: str) -> list[dict[str, Any]]:
 def decode_codes(
     pipe: "LLaDAUniPipeline",
     entries: list[dict[str, Any]],
-    manifest: Manifest,
+    manifest: "Manifest",
     seed: int,
     num_inference_steps: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -76,6 +77,10 @@ def decode_codes(
         seed: Of the decoder's noise.
         num_inference_steps: Of the decoder.
     """
+    import torch
+
+    from diffusers_llada_uni.evaluation.image_making import describe_pipeline
+
     described = describe_pipeline(pipe, {"num_inference_steps": num_inference_steps})
     asked = [
         {

@@ -32,5 +32,8 @@ def run_demo(
     from ..demo.app import Demo
 
     demo = Demo(load())
-    tell(demo.launch(host, port, share=share, quiet=True, prevent_thread_lock=True))
-    demo.page.block_thread()
+    try:
+        tell(demo.launch(host, port, share=share, quiet=True, prevent_thread_lock=True))
+        demo.page.block_thread()
+    finally:
+        demo.close()

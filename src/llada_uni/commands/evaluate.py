@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 from tqdm.auto import tqdm
 
-from diffusers_llada_uni.evaluation.image_making import describe_pipeline, open_image
+from diffusers_llada_uni.evaluation.image_making import describe_pipeline
 from diffusers_llada_uni.evaluation.manifest import Manifest
 from diffusers_llada_uni.evaluation.text_to_image import evaluate_text_to_image, write_results
 from transformers_llada_uni.fingerprints import fingerprint
 from transformers_llada_uni.optional_dependencies import require_extra
 
+from ..image_files import SUFFIXES, open_image
 from .user_functions import user_function
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-
 
 class ReferenceImages(Sequence[PIL.Image.Image]):
     """The images of a folder, opened when they are looked at."""
 
     def __init__(self, folder: str):
-        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise ValueError(f"`reference`: there are no images in {folder}.")
 
@@ -112,7 +111,13 @@ def load_rows(data: str, split: str, limit: int | None) -> Any:
 
 
 def evaluate_questions(
-    pipe: "LLaDAUniPipeline", rows: Any, folder: Path, output: Path, batch_size: int, max_new_tokens: int
+    pipe: "LLaDAUniPipeline",
+    rows: Any,
+    folder: Path,
+    output: Path,
+    batch_size: int,
+    instruction: str,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
     """
     Visual question answering: `accuracy`, and `questions`, how many there were.
@@ -123,6 +128,7 @@ def evaluate_questions(
         folder: Where paths of images are seen from.
         output: The folder for the answers.
         batch_size: Questions answered at once.
+        instruction: A line after each question; empty for none.
         max_new_tokens: Of an answer.
     """
     from transformers_llada_uni.evaluation import evaluate_visual_question_answering
@@ -136,7 +142,9 @@ def evaluate_questions(
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         paths = [str(folder / image) if isinstance(image, str) else None for image in images]
         pairs = zip(images, paths, strict=True)
-        return row | {"image": [stored_image(image) if path is None else open_image(path) for image, path in pairs]}
+        shown = [stored_image(image) if path is None else open_image(path) for image, path in pairs]
+        asked = f"{row['question']}\n{instruction}" if instruction else row["question"]
+        return row | {"image": shown, "question": asked}
 
     described = describe_pipeline(pipe, {"max_new_tokens": max_new_tokens})
     asked = []
@@ -151,6 +159,7 @@ def evaluate_questions(
             pipe.processor,
             [row_of(number) for number in numbers],
             batch_size=len(numbers),
+            prompt_template="{question}",
             max_new_tokens=max_new_tokens,
             show_progress_bar=False,
         )

@@ -6,19 +6,33 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-
-if TYPE_CHECKING:
-    from diffusers_llada_uni.evaluation.image_making import Request
 
 COLUMNS = ("prompt", "image", "mask", "seed")
 MAX_SEED = 2**63 - 1
 
 
-def read_prompts(path: str) -> list["Request"]:
+class PromptRow(NamedTuple):
     """
-    Requests of a file: lines of text, or rows of JSON, JSONL, CSV, TSV or parquet with the columns `prompt` and, as
+    What is asked once.
+
+    Attributes:
+        prompt: Text.
+        images: Paths of its images.
+        mask: Path of its mask.
+        seed: Of its randomness; `None` where that of the run holds.
+    """
+
+    prompt: str
+    images: tuple[str, ...] = ()
+    mask: str | None = None
+    seed: int | None = None
+
+
+def read_prompts(path: str) -> list[PromptRow]:
+    """
+    The prompts of a file: lines of text, or rows of JSON, JSONL, CSV, TSV or parquet with the columns `prompt` and, as
     far as a command takes them, `image` (a path or a list of them), `mask` and `seed`. Paths are seen from the file's
     folder.
 
@@ -31,10 +45,10 @@ def read_prompts(path: str) -> list["Request"]:
     """
     folder = Path(path).parent if path != "-" else Path()
     source = "standard input" if path == "-" else path
-    requests = [_request(row, f"{source}, row {number}", folder) for number, row in enumerate(_rows(path, source), 1)]
-    if not requests:
+    rows = [_prompt_row(row, f"{source}, row {number}", folder) for number, row in enumerate(_rows(path, source), 1)]
+    if not rows:
         raise ValueError(f"{source} holds no prompts.")
-    return requests
+    return rows
 
 
 def check_text(text: str, where: str) -> None:
@@ -86,7 +100,7 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where} is no JSON: {error}.") from error
 
 
-def _request(row: Any, where: str, folder: Path) -> "Request":
+def _prompt_row(row: Any, where: str, folder: Path) -> PromptRow:
     if isinstance(row, str):
         row = {"prompt": row.strip()}
     if not isinstance(row, dict):
@@ -110,8 +124,5 @@ def _request(row: Any, where: str, folder: Path) -> "Request":
         seed = int(seed)
     if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
         raise ValueError(f"{where}: `seed` must be an integer from 0 to {MAX_SEED}, got {seed!r:.100}.")
-    from diffusers_llada_uni.evaluation.image_making import Request
-
-    return Request(
-        prompt, tuple(str(folder / image) for image in images), None if mask is None else str(folder / mask), seed
-    )
+    paths = tuple(str(folder / image) for image in images)
+    return PromptRow(prompt, paths, None if mask is None else str(folder / mask), seed)

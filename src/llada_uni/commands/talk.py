@@ -9,9 +9,8 @@ from urllib.request import url2pathname
 
 import PIL.Image
 
-from diffusers_llada_uni.evaluation.image_making import open_image
-
 from ..answers import stream_answer
+from ..image_files import open_image
 
 
 if TYPE_CHECKING:

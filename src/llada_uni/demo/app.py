@@ -3,10 +3,11 @@
 from typing import Any
 
 import gradio as gr
+import PIL.Image
 
 from diffusers_llada_uni import LLaDAUniPipeline
 
-from .chat_tab import chat_tab
+from .chat_tab import MAX_PIXELS, chat_tab
 from .draw_tab import draw_tab
 from .edit_tab import edit_tab
 from .examples import Examples, examples_of
@@ -74,6 +75,8 @@ class Demo:
         Raises:
             OSError: if the port is taken.
         """
+        # Gradio decodes what is painted on before we see it; PIL refuses what is larger than twice this.
+        PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
         _, local, public = self.page.launch(
             server_name=host,
             server_port=port,
@@ -89,7 +92,7 @@ class Demo:
         return public or local
 
     def close(self) -> None:
-        """Ends the page, then the model's threads, once they have done what they had begun."""
+        """Ends the page, then the work for those who looked at it, at its next block or part."""
         self.page.close()
         self.turns.stop()
 

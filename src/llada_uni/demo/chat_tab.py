@@ -1,6 +1,7 @@
 """Chat: a conversation with images, answered block by block."""
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,27 @@ from .model_turns import ModelTurns
 # Visitors whose answers share a batch; the others wait in Gradio's queue.
 MAX_ANSWERS = 16
 MAX_PIXELS = 4096 * 4096
+MAX_IMAGES = 16  # of a conversation, all of which are in memory at once
+NO_ANSWER = "*(no answer)*"  # what is shown of an answer without words
+
+
+class Chat(gr.ChatInterface):
+    """Gradio's, which goes on after an error: what was refused is in the box again, not in the conversation."""
+
+    def _setup_stop_events(
+        self, event_triggers: list[Callable[..., Any]], events_to_cancel: list[Any], after_success: Any
+    ) -> None:
+        # The one place where Gradio hands out its events. Of what follows them by `then`, an error lets nothing come.
+        super()._setup_stop_events(event_triggers, events_to_cancel, after_success)
+        submit = self.textbox.submit_btn
+        for event in events_to_cancel:
+            event.failure(
+                lambda message: gr.MultimodalTextbox(message, interactive=True, submit_btn=submit, stop_btn=False),
+                self.saved_input,
+                self.textbox,
+                queue=False,
+                api_visibility="private",
+            )
 
 
 def chat_tab(turns: ModelTurns, examples: Examples) -> None:
@@ -29,11 +51,15 @@ def chat_tab(turns: ModelTurns, examples: Examples) -> None:
     ) -> AsyncIterator[str]:
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
         with told_in_a_sentence():
-            messages = read_history([*history, {"role": "user", "content": message}])
+            # In a thread: large images take their time, and others' answers are streamed meanwhile.
+            messages = await asyncio.to_thread(read_history, [*history, {"role": "user", "content": message}])
+            text = ""
             async for text in turns.answer(messages, max_new_tokens, **sampling):
                 yield text
+            if not text.strip():
+                yield NO_ANSWER
 
-    gr.ChatInterface(
+    Chat(
         answer,
         multimodal=True,
         chatbot=gr.Chatbot(
@@ -67,21 +93,25 @@ def read_history(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     turn, its images before its words.
 
     Raises:
-        ValueError: for a file that is no image, and a turn without words.
+        ValueError: for a file that is no image, a user's turn without words, and more than `MAX_IMAGES`.
     """
     turns: list[tuple[str, list[PIL.Image.Image], list[str]]] = []
+    num_images = 0
     for message in history:
         if not turns or turns[-1][0] != message["role"]:
             turns.append((message["role"], [], []))
         _, images, words = turns[-1]
         for part in _parts(message["content"]):
             if isinstance(part, Path):
+                num_images += 1
+                if num_images > MAX_IMAGES:
+                    raise ValueError(f"A conversation may have {MAX_IMAGES} images; begin a new one for others.")
                 images.append(open_upload(part))
-            elif part.strip():
+            elif part.strip() and (message["role"], part) != ("assistant", NO_ANSWER):
                 words.append(part)
     messages: list[dict[str, Any]] = []
     for role, images, words in turns:
-        if not words:
+        if not words and role == "user":
             raise ValueError("Write something beside the image, such as a question about it.")
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         messages.append({"role": role, "content": [*content, {"type": "text", "text": "\n".join(words)}]})

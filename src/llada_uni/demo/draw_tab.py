@@ -12,6 +12,7 @@ from .image_work import ImageRequest
 from .messages import told_in_a_sentence
 from .model_turns import ModelTurns
 from .settings import MAX_SIDE, SeedInputs, image_settings, settle_seed
+from .stopping import stop_by
 
 
 @dataclass
@@ -80,5 +81,5 @@ def draw_tab(turns: ModelTurns, examples: Examples) -> DrawTab:
     asked = gr.on([draw.click, prompt.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
     chosen = samples.click(lambda row: row[0], samples, prompt, queue=False, api_visibility="private")
     shown = chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)
-    stop.click(lambda: "Stopped.", None, status, cancels=[asked, shown], queue=False, api_visibility="private")
+    stop_by(stop, [asked, shown], status)
     return DrawTab(images, edit)

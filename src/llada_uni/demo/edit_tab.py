@@ -13,10 +13,12 @@ from .image_panel import TURNS, gallery, show_images
 from .image_work import ImageRequest
 from .messages import told_in_a_sentence
 from .model_turns import ModelTurns
-from .settings import SeedInputs, image_settings, settle_seed
+from .settings import MAX_SIDE, SeedInputs, image_settings, settle_seed
+from .stopping import stop_by
 
 
-# Pixels of the shorter side below which an image is enlarged to be painted on: an emoji has 64.
+# Pixels of the shorter side below which an image is enlarged to be painted on: an emoji has 64. The longer side stays
+# within `MAX_SIDE`: a strip of a few pixels would become one of gigabytes.
 SIDE_TO_PAINT = 512
 Drawn = list[tuple[PIL.Image.Image, str | None]] | None
 
@@ -110,7 +112,7 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
     asked = gr.on([edit.click, instruction.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
     chosen = samples.click(choose, samples, [editor, instruction], **quiet)
     events = [asked, chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)] if has_files else [asked]
-    stop.click(lambda: "Stopped.", None, status, cancels=events, **quiet)
+    stop_by(stop, events, status)
     # Only errors of what goes through the queue are shown.
     queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
     take.click(take_last, drawn.gallery, editor, **queued)
@@ -122,7 +124,7 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
 
 def to_paint(image: PIL.Image.Image) -> dict[str, Any]:
     """What the editor shows: the image, enlarged by a whole number if it is small, and nothing painted on it."""
-    times = -(-SIDE_TO_PAINT // min(image.size))
+    times = min(-(-SIDE_TO_PAINT // min(image.size)), MAX_SIDE // max(image.size))
     if times > 1:
         image = image.resize((times * image.width, times * image.height), PIL.Image.Resampling.BICUBIC)
     return {"background": image, "layers": [], "composite": image}

@@ -40,7 +40,7 @@ async def show_images(turns: ModelTurns, request: ImageRequest) -> AsyncIterator
         What goes into the gallery, the status below it, and the field of the seed.
     """
     began = time.perf_counter()
-    yield gr.skip(), "", gr.skip()
+    yield gr.skip(), "It begins ...", gr.skip()
     progress: ImageProgress
     with told_in_a_sentence():
         async for progress in turns.on_images(lambda pipe, report: make_images(pipe, request, report)):

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 OUR_FAULT = "The model has failed to do this; the log of the demo says why."
 BUSY = "Too many visitors wait already; please try again in a minute."
 
+MIN_SECONDS = 3  # that an error is shown; Gradio's 10 cover what is made next
+
 
 @contextmanager
 def told_in_a_sentence() -> Iterator[None]:
@@ -36,4 +38,5 @@ def told_in_a_sentence() -> Iterator[None]:
 def _sentence(message: str) -> gr.Error:
     words = " ".join(message.replace("`", "").split())  # names of arguments are those of fields here
     # The page takes messages for HTML, and they may hold a visitor's words.
-    return gr.Error(html.escape(words[:1].upper() + words[1:], quote=False), print_exception=False)
+    seconds = MIN_SECONDS + len(words) / 25  # to read it
+    return gr.Error(html.escape(words[:1].upper() + words[1:], quote=False), seconds, print_exception=False)

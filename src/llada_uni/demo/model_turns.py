@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import PIL.Image
 import torch
@@ -16,7 +17,7 @@ from ..answers import Answer
 from ..serving.clients import Updates
 from ..serving.engine import Engine
 from ..serving.image_jobs import StoryJob
-from ..serving.jobs import TextJob
+from ..serving.jobs import Job, TextJob
 
 
 # What work on images calls with news for its visitor, and at every block with none: it raises `VisitorGone`.
@@ -42,10 +43,14 @@ class ModelTurns:
         self.pipe = pipe
         self.engine = Engine(pipe).start()
         self.max_positions: int = self.engine.model.config.get_text_config().max_position_embeddings
-        self._images = ThreadPoolExecutor(1, "images")
+        self._images, self._is_stopped = ThreadPoolExecutor(1, "images"), threading.Event()
+        self._jobs: WeakSet[Job] = WeakSet()
 
     def stop(self) -> None:
-        """Returns when all that was begun is done."""
+        """Ends all work as if its visitors had gone, and returns when it has ended."""
+        self._is_stopped.set()
+        for job in list(self._jobs):
+            job.cancel()
         self._images.shutdown(cancel_futures=True)
         self.engine.stop()
 
@@ -65,7 +70,7 @@ class ModelTurns:
         updates, is_gone = Updates[Any](), threading.Event()
 
         def report(update: Any) -> None:
-            if is_gone.is_set():
+            if is_gone.is_set() or self._is_stopped.is_set():
                 raise VisitorGone
             if update is not None:
                 updates.put(update)
@@ -113,6 +118,7 @@ class ModelTurns:
         job.result.add_done_callback(lambda _: updates.put(None))
         answer = Answer(self.engine.processor.tokenizer)
         try:
+            self._jobs.add(job)
             self.engine.submit(job)
             while (tokens := await updates.get()) is not None:
                 answer.take(tokens, is_finished=False)
@@ -148,6 +154,7 @@ class ModelTurns:
         job = StoryJob(inputs, limit, max_images, max_side, seed, settings=settings, on_part=updates.put)
         job.result.add_done_callback(lambda _: updates.put(None))
         try:
+            self._jobs.add(job)
             self.engine.submit(job)
             while (part := await updates.get()) is not None:
                 yield part

@@ -1,5 +1,6 @@
 """Story: text and images in turn, each as soon as it is finished."""
 
+import asyncio
 import base64
 import html
 import io
@@ -13,6 +14,7 @@ from .examples import Examples
 from .messages import told_in_a_sentence
 from .model_turns import ModelTurns
 from .settings import MAX_IMAGES, MAX_SIDE, SeedInputs, settle_seed
+from .stopping import stop_by
 
 
 # Stories that are under work; the engine tells them one after the other.
@@ -54,7 +56,7 @@ def story_tab(turns: ModelTurns, examples: Examples) -> None:
             yield "", "The first image comes with the text before it ...", number
             blocks: list[str] = []
             async for part in turns.tell(prompt, max_images, MAX_SIDE, number):
-                blocks.append(block_of(part))
+                blocks.append(await asyncio.to_thread(block_of, part))
                 yield "".join(blocks), "It goes on ...", number
             yield gr.skip(), f"The end. Seed {number}; the same seed and prompt tell the same.", number
 
@@ -62,13 +64,13 @@ def story_tab(turns: ModelTurns, examples: Examples) -> None:
     asked = gr.on([tell.click, prompt.submit], run, inputs, outputs, show_progress_on=page, **TURNS)
     chosen = samples.click(lambda row: row[0], samples, prompt, queue=False, api_visibility="private")
     told = chosen.then(run, inputs, outputs, show_progress_on=page, **TURNS)
-    stop.click(lambda: "Stopped.", None, status, cancels=[asked, told], queue=False, api_visibility="private")
+    stop_by(stop, [asked, told], status)
 
 
 def block_of(part: str | PIL.Image.Image) -> str:
     """A part as HTML; the model's words are words."""
     if isinstance(part, str):
-        return f"<p>{html.escape(part.strip())}</p>"
+        return f"<p>{html.escape(part.strip()).replace(chr(10), '<br>')}</p>"
     file = io.BytesIO()
     part.save(file, "webp", lossless=max(part.size) <= 256, quality=90)
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'

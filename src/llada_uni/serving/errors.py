@@ -1,8 +1,9 @@
 """Errors as OpenAI's clients know them."""
 
+import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -52,12 +53,25 @@ class RequestError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def refusal_of(errors: Sequence[Any]) -> RequestError:
-    """What pydantic finds wrong with a request, the first of it, by the field's name."""
-    first = errors[0]
+def refusal_of(errors: Sequence[Any], known: Iterable[str] = ()) -> RequestError:
+    """
+    What pydantic finds wrong with a request, the first of it, by the field's name. A field that is not known comes
+    before all else: it may be one that is missing, misspelt.
+
+    Args:
+        errors: Of pydantic.
+        known: Fields of the request itself, not of what it holds.
+    """
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     param = ".".join(str(part) for part in first["loc"] if part != "body") or None
     if first["type"] == "extra_forbidden":
-        return RequestError(f"`{param}` is not known to this server.", param, code="unknown_parameter")
+        near = difflib.get_close_matches(str(param), list(known), 1) if "." not in str(param) else []
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        return RequestError(f"`{param}` is not known to this server.{hint}", param, code="unknown_parameter")
+    if first["type"] == "literal_error":
+        return RequestError(f"`{param}` may be {first['ctx']['expected']} here, got {first['input']!r:.100}.", param)
+    if first["type"] == "missing":
+        return RequestError(f"`{param or 'body'}` is missing.", param)
     if first["type"] == "json_invalid":
         return RequestError("The body is no JSON.")
     return RequestError(f"`{param or 'body'}`: {first['msg']}.", param)
@@ -117,11 +131,17 @@ def add_error_handlers(app: FastAPI, retry_after: int) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         if "json" not in request.headers.get("content-type", ""):
             return RequestError("The body must be JSON, with `Content-Type: application/json`.", status=415).response()
-        return refusal_of(error.errors()).response()
+        field = request.scope["route"].body_field
+        known = getattr(field and field.field_info.annotation, "model_fields", ())
+        return refusal_of(error.errors(), known).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return RequestError(str(error.detail), status=error.status_code).response(**(error.headers or {}))
+        message, path = str(error.detail), request.scope["path"]
+        if error.status_code == 404:
+            hint = f" Did you mean /v1{path}?" if f"/v1{path}" in app.openapi()["paths"] else ""
+            message = f"There is no {path:.100} here.{hint}"
+        return RequestError(message, status=error.status_code).response(**(error.headers or {}))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:

@@ -39,9 +39,10 @@ class PartsJob(Job):
         with self._lock:
             self._early[place] = part
             while len(self._parts) in self._early:
-                self._parts.append(self._early.pop(len(self._parts)))
+                part = self._early.pop(len(self._parts))
                 if self.on_part is not None and not self.is_done:
-                    self.on_part(self._parts[-1])
+                    self.on_part(part)
+                self._parts.append(part)  # counts once it is told: another thread may end the job by that count
         self._finish()
 
     def end_after(self, num_parts: int) -> None:

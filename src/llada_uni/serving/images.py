@@ -117,7 +117,7 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
         try:
             body = ImageRequest.model_validate(fields)
         except ValidationError as error:
-            raise refusal_of(error.errors()) from error
+            raise refusal_of(error.errors(), ImageRequest.model_fields) from error
 
         def read() -> tuple[list[PIL.Image.Image], PIL.Image.Image | None]:
             images = [read_image(content, name, settings) for name, content in files]

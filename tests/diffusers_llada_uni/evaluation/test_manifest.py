@@ -11,7 +11,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from diffusers_llada_uni.evaluation.manifest import Manifest, slug
+from diffusers_llada_uni.evaluation import manifest as module
+from diffusers_llada_uni.evaluation.manifest import Manifest, slug, whole_file
 
 
 RED, BLUE = PIL.Image.new("RGB", (4, 4), "red"), PIL.Image.new("RGB", (4, 4), "blue")
@@ -242,3 +243,24 @@ def test_work_that_fails_leaves_no_claim(tmp_path, error):
 def test_names_of_prompts(tmp_path, text, name):
     assert slug(text) == name
     assert Path(add(Manifest(tmp_path), {"prompt": text})["file"]).stem == name
+
+
+def test_no_file_is_open_when_it_gets_its_place_on_windows(tmp_path, monkeypatch):
+    were_open: list[bool] = []
+
+    def noting(move):
+        def note_and_move(source, target):
+            open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+            were_open.append(os.path.realpath(source) in open_files)
+            move(source, target)
+
+        return note_and_move
+
+    monkeypatch.setattr(module, "fcntl", None)
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    add(Manifest(tmp_path), {"prompt": "a"})
+    with whole_file(tmp_path / "results.json") as temporary:
+        temporary.write_text("{}")
+    assert were_open == [False, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "manifest.jsonl", "results.json"}

@@ -38,11 +38,14 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
         page = Page
 
         def __init__(self, pipe):
-            launched["pipe"] = pipe
+            launched.update(pipe=pipe, is_closed=False)
 
         def launch(self, host, port, **settings):
             launched.update(host=host, port=port, **settings)
             return f"http://{host}:{port}/"
+
+        def close(self):
+            launched["is_closed"] = True
 
     monkeypatch.setattr(app, "Demo", Demo)
     monkeypatch.setattr("llada_uni.cli._load", lambda *args: "the pipeline")
@@ -50,6 +53,6 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
         port = free.getsockname()[1]
     with pytest.raises(SystemExit) as end:
         main(["demo", "--port", str(port)])
-    assert end.value.code == 130
+    assert end.value.code == 130 and launched["is_closed"]
     assert launched["pipe"] == "the pipeline" and launched["host"] == "127.0.0.1" and launched["share"] is False
     assert f"The page is at http://127.0.0.1:{port}/\n" in capsys.readouterr().out

@@ -9,9 +9,10 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from diffusers_llada_uni import embedded_checkpoint
-from diffusers_llada_uni.evaluation.image_making import open_image
 from llada_uni.commands.evaluate import table_of
+from llada_uni.image_files import open_image
 from transformers_llada_uni.evaluation import completion_likelihood, evaluate_visual_question_answering
+from transformers_llada_uni.evaluation.visual_question_answering import SHORT_ANSWER
 
 
 @pytest.fixture
@@ -86,6 +87,20 @@ def test_questions(run, pipe, tmp_path, monkeypatch):
     # Goes on: nothing is asked again.
     monkeypatch.setattr(type(pipe.model), "generate", None)
     assert run("evaluate", "questions", data, *arguments).stdout == table
+
+
+def test_what_questions_are_asked_with(run, tmp_path):
+    """The manifest and the results show the whole prompt; the line after a question is VQAv2's, another, or none."""
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    rows = [{"image": "red.png", "question": "What is this?", "answers": ["red"]}]
+    data, prompts, published = write_rows(tmp_path / "rows.jsonl", rows), [], SHORT_ANSWER.partition("\n")[2]
+    for instruction in (published, "", "In {question} words."):
+        options = [] if instruction == published else ["--instruction", instruction]
+        run("evaluate", "questions", data, "-o", "out", "--max-new-tokens", "8", *options)
+        assert results_of(tmp_path / "out")["instruction"] == instruction
+        prompts.append("What is this?" + f"\n{instruction}" * bool(instruction))
+    entries = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [entry["prompt"] for entry in entries] == prompts
 
 
 def test_likelihood(run, pipe, tmp_path, monkeypatch):

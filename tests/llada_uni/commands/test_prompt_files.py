@@ -8,8 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diffusers_llada_uni.evaluation.image_making import Request
-from llada_uni.commands.prompt_files import read_prompts
+from llada_uni.commands.prompt_files import PromptRow, read_prompts
 
 
 ROWS = [
@@ -19,11 +18,11 @@ ROWS = [
 ]
 
 
-def wanted(folder) -> list[Request]:
+def wanted(folder) -> list[PromptRow]:
     return [
-        Request("a red apple", seed=3),
-        Request("make it green", (f"{folder}/apple.png",)),
-        Request("both", (f"{folder}/a.png", f"{folder}/b.png"), f"{folder}/m.png"),
+        PromptRow("a red apple", seed=3),
+        PromptRow("make it green", (f"{folder}/apple.png",)),
+        PromptRow("both", (f"{folder}/a.png", f"{folder}/b.png"), f"{folder}/m.png"),
     ]
 
 
@@ -32,7 +31,7 @@ def test_lines_of_text(tmp_path):
     text = "\ufeffa red apple\r\n \r\n  eine Kätzchen, 'so'  \n🍎\ra\x85b\u2028c"
     path.write_bytes(text.encode())
     prompts = ["a red apple", "eine Kätzchen, 'so'", "🍎", "a\x85b\u2028c"]
-    assert read_prompts(str(path)) == [Request(prompt) for prompt in prompts]
+    assert read_prompts(str(path)) == [PromptRow(prompt) for prompt in prompts]
 
 
 def test_jsonl(tmp_path):
@@ -40,13 +39,13 @@ def test_jsonl(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert read_prompts(str(path)) == wanted(tmp_path)
     path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
-    assert read_prompts(str(path)) == [Request("a\u2028b")]
+    assert read_prompts(str(path)) == [PromptRow("a\u2028b")]
 
 
 def test_csv(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text('prompt,image,seed\n"a, red\napple",,3\nmake it green,apple.png,\n')
-    assert read_prompts(str(path)) == [Request("a, red\napple", seed=3), wanted(tmp_path)[1]]
+    assert read_prompts(str(path)) == [PromptRow("a, red\napple", seed=3), wanted(tmp_path)[1]]
 
 
 @pytest.mark.parametrize("delimiter", ",;\t")
@@ -54,32 +53,32 @@ def test_csv_of_spreadsheets(tmp_path, delimiter):
     path, rows = tmp_path / "prompts.csv", [["prompt", "seed"], ["a cat, a dog; 2", "3"]]
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
-    assert read_prompts(str(path)) == [Request("a cat, a dog; 2", seed=3)]
+    assert read_prompts(str(path)) == [PromptRow("a cat, a dog; 2", seed=3)]
 
 
 def test_json(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(["a cat", {"prompt": "a dog", "seed": 1}], indent=2))
-    assert read_prompts(str(path)) == [Request("a cat"), Request("a dog", seed=1)]
+    assert read_prompts(str(path)) == [PromptRow("a cat"), PromptRow("a dog", seed=1)]
 
 
 def test_a_long_prompt(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("long " * 20_000)
-    assert read_prompts(str(path)) == [Request(("long " * 20_000).strip())]
+    assert read_prompts(str(path)) == [PromptRow(("long " * 20_000).strip())]
 
 
 def test_parquet(tmp_path):
     path = tmp_path / "prompts.parquet"
     rows = [{"prompt": "a red apple", "image": None, "seed": 3.0}, {"prompt": "x", "image": ["a.png"], "seed": None}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert read_prompts(str(path)) == [Request("a red apple", seed=3), Request("x", (f"{tmp_path}/a.png",))]
+    assert read_prompts(str(path)) == [PromptRow("a red apple", seed=3), PromptRow("x", (f"{tmp_path}/a.png",))]
 
 
 @pytest.mark.parametrize("text", ["a cat\na dog\n", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n'])
 def test_standard_input(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + text.encode())))
-    assert read_prompts("-") == [Request("a cat"), Request("a dog")]
+    assert read_prompts("-") == [PromptRow("a cat"), PromptRow("a dog")]
 
 
 @pytest.mark.parametrize("content, words", [(b"a \xff", "is no text in UTF-8"), (b"\n", "holds no prompts")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llada_uni.demo.image_work import ImageRequest, make_images
-from llada_uni.demo.model_turns import VisitorGone
+from llada_uni.demo.model_turns import ModelTurns, VisitorGone
 
 
 def test_visitors_take_turns_and_get_their_own(demo):
@@ -128,3 +128,33 @@ def test_a_conversation_that_is_too_long_is_refused(demo):
 
     with pytest.raises(ValueError, match="shorten it"):
         asyncio.run(ask())
+
+
+def test_work_ends_when_the_demo_is_stopped(pipe):
+    turns, has_begun = ModelTurns(pipe), threading.Semaphore(0)
+
+    def work(pipe, report):
+        has_begun.release()
+        while True:
+            report(None)
+            time.sleep(0.01)
+
+    async def draw() -> None:
+        async for _ in turns.on_images(work):
+            pass
+
+    async def ask() -> None:
+        async for _ in turns.answer([{"role": "user", "content": "hello"}], 900, eos_token_id=5):
+            has_begun.release()
+
+    async def visit() -> None:
+        await asyncio.gather(draw(), ask(), return_exceptions=True)
+
+    visitors = threading.Thread(target=asyncio.run, args=(visit(),), daemon=True)
+    visitors.start()
+    assert has_begun.acquire(timeout=20) and has_begun.acquire(timeout=20)
+    stopping = threading.Thread(target=turns.stop, daemon=True)
+    stopping.start()
+    for thread in (stopping, visitors):
+        thread.join(20)
+        assert not thread.is_alive()

@@ -4,10 +4,11 @@ import socket
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import count
 
 import pytest
 
-from llada_uni.demo import image_panel
+from llada_uni.demo import image_panel, messages
 from llada_uni.demo.image_work import ImageProgress
 from llada_uni.demo.model_turns import VisitorGone
 
@@ -42,8 +43,10 @@ def asked_hosts() -> Iterator[set[str]]:
 
 
 @pytest.fixture(scope="module")
-def url(demo, asked_hosts) -> str:
-    return demo.launch(prevent_thread_lock=True, quiet=True)
+def url(demo, asked_hosts) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "MIN_SECONDS", 20)  # an error must be there still when a busy machine looks
+        yield demo.launch(prevent_thread_lock=True, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +80,15 @@ def test_who_stops_or_leaves_ends_his_work_and_others_see_nothing_of_it(browser,
 
     def slow(pipe, wish, report):
         try:
-            for number in range(1200):
-                report(ImageProgress(number, 1200))
-                time.sleep(0.05)
+            for number in count():  # as long as the machine takes
+                report(ImageProgress(number, 10**6))
+                time.sleep(0.2)  # more would keep the page from hearing the click
         except VisitorGone:
             ended.append(wish.prompt)
             raise
 
     def wait_for(prompts: list[str]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while ended != prompts and time.monotonic() < deadline:
             time.sleep(0.05)
         assert ended == prompts
@@ -98,6 +101,8 @@ def test_who_stops_or_leaves_ends_his_work_and_others_see_nothing_of_it(browser,
         visitor.press("Stop")
         wait_for(["cherries"])
         visitor.see("Stopped.")
+        visitor.page.wait_for_timeout(500)
+        visitor.see("Stopped.")  # no late news over it
         other = Visitor(browser, url)
         other.press("Edit it")
         other.see("Nothing has been drawn yet.")
@@ -113,6 +118,45 @@ def test_who_stops_or_leaves_ends_his_work_and_others_see_nothing_of_it(browser,
 def test_each_tab_does_its_job_from_a_click_on_an_example(visitor, tab):
     TABS[tab](visitor)
     assert visitor.overflow <= 0
+
+
+def test_a_conversation_goes_on_after_no_answer_and_after_errors(browser, url, demo):
+    heard: list[list[str]] = []
+
+    async def answer(conversation, max_new_tokens, **settings):
+        words = [message["content"][-1]["text"] for message in conversation]
+        if words[-1] == "sizes":
+            raise ValueError("`images` must be of one size.")
+        heard.append(words)
+        yield "" if words[-1] == "hello" else f"You said: {words[-1]}"
+        if words[-1] == "break":
+            raise RuntimeError("a fault")
+
+    visitor = Visitor(browser, url)
+    visitor.open("Chat")
+    box = visitor.page.get_by_test_id("textbox").locator("visible=true")
+
+    def say(words: str) -> None:
+        expect(box).to_be_enabled()
+        expect(visitor.page.get_by_role("button", name="Submit").locator("visible=true")).to_be_visible()
+        box.fill(words)
+        box.press("Enter")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.turns, "answer", answer)
+        say("hello")
+        visitor.see("(no answer)")
+        say("sizes")
+        visitor.see("Images must be of one size.")
+        expect(box).to_have_value("sizes")
+        say("break")
+        visitor.see(messages.OUR_FAULT)
+        expect(box).to_have_value("break")
+        say("and now?")
+        visitor.see("You said: and now?")
+        expect(box).to_be_enabled()
+    assert heard == [["hello"], ["hello", "", "break"], ["hello", "", "and now?"]]
+    visitor.leave()
 
 
 def test_a_drawing_is_painted_on_and_made_anew_there(visitor):

@@ -1,18 +1,22 @@
 """What the tabs make of what Gradio hands them."""
 
+import asyncio
 import logging
 import re
+import threading
 
 import gradio as gr
 import PIL.Image
 import pytest
 
+from llada_uni.demo import chat_tab
 from llada_uni.demo.app import _page
-from llada_uni.demo.chat_tab import read_history
+from llada_uni.demo.chat_tab import NO_ANSWER, read_history
 from llada_uni.demo.edit_tab import painted, to_paint
 from llada_uni.demo.examples import GENERAL, IMAGES, examples_of
 from llada_uni.demo.messages import OUR_FAULT, told_in_a_sentence
 from llada_uni.demo.settings import MAX_NEW_SEED, settle_seed
+from llada_uni.demo.stopping import settle
 from llada_uni.demo.story_tab import block_of
 from llada_uni.serving.jobs import EngineBusy
 
@@ -32,6 +36,15 @@ def test_one_turn_of_several_messages():
     assert read[0]["content"] == [{"type": "text", "text": "hello"}]
 
 
+@pytest.mark.parametrize("shown", ["", NO_ANSWER])
+def test_the_model_may_have_said_nothing(demo, shown):
+    sides = [("user", "hello"), ("assistant", shown), ("user", "hello?")]
+    history = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in sides]
+    read = read_history(history)
+    assert [message["content"][0]["text"] for message in read] == ["hello", "", "hello?"]
+    assert demo.turns.engine.write_prompt(read, 100).numel()
+
+
 def test_what_is_sent_must_be_images_and_words(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("no image")
@@ -40,6 +53,27 @@ def test_what_is_sent_must_be_images_and_words(tmp_path):
     assert str(tmp_path) not in str(refusal.value)
     with pytest.raises(ValueError, match="Write something"):
         read_history([{"role": "user", "content": {"text": " ", "files": [str(IMAGES / "rocket.png")]}}])
+    with pytest.raises(ValueError, match="may have 16 images"):
+        read_history([{"role": "user", "content": {"text": "?", "files": 17 * [str(IMAGES / "rocket.png")]}}])
+
+
+def test_images_are_read_while_others_are_answered(demo, monkeypatch):
+    handlers, threads = [], []
+
+    def read(history):
+        threads.append(threading.current_thread())
+        return read_history(history)
+
+    monkeypatch.setattr(chat_tab, "Chat", lambda handler, **settings: handlers.append(handler))
+    monkeypatch.setattr(chat_tab, "read_history", read)
+    with gr.Blocks():
+        chat_tab.chat_tab(demo.turns, GENERAL)
+
+    async def ask() -> list[str]:
+        return [text async for text in handlers[0]({"text": "hello", "files": []}, [], 4, 0)]
+
+    assert asyncio.run(ask()) and len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 def test_what_is_painted_is_white():
@@ -52,6 +86,8 @@ def test_what_is_painted_is_white():
     assert mask.getbbox() == (100, 100, 200, 200) and set(mask.tobytes()) == {0, 255}
     large = PIL.Image.new("RGB", (600, 2000))
     assert to_paint(large)["background"] is large
+    strip = PIL.Image.new("RGB", (1, 1000))
+    assert to_paint(strip)["background"].size == (2, 2000)  # and not 512 x 512,000
 
 
 def test_a_seed_is_new_or_stays():
@@ -62,7 +98,7 @@ def test_a_seed_is_new_or_stays():
 
 
 def test_words_of_a_story_are_words():
-    assert block_of(" a <b>moon</b> ") == "<p>a &lt;b&gt;moon&lt;/b&gt;</p>"
+    assert block_of(" a <b>moon</b>\nrises ") == "<p>a &lt;b&gt;moon&lt;/b&gt;<br>rises</p>"
     assert re.match('<img alt="" src="data:image/webp;base64,', block_of(PIL.Image.new("RGB", (64, 64))))
 
 
@@ -81,6 +117,20 @@ def test_errors_are_told_in_a_sentence(error, sentence, caplog):
         raise error
     assert told.value.message == sentence
     assert bool(caplog.records) == isinstance(error, RuntimeError)  # ours is for the log, with its traceback
+
+
+def test_an_error_is_shown_as_long_as_it_takes_to_read():
+    seconds = []
+    for words in ("Write what to draw first.", 100 * "x"):
+        with pytest.raises(gr.Error) as told, told_in_a_sentence():
+            raise ValueError(words)
+        seconds.append(told.value.duration)
+    assert seconds == [4, 7]
+
+
+@pytest.mark.parametrize(("status", "then"), [("Codes: 3 of 16 ...", "Stopped."), ("An image in 2.0 s.", gr.skip())])
+def test_only_what_goes_on_is_stopped(status, then):
+    assert settle(status) == then
 
 
 def test_a_model_of_ones_own_gets_a_page_with_words_to_click(demo):

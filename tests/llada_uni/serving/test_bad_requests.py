@@ -303,7 +303,37 @@ def test_a_prompt_of_megabytes_is_refused_at_once(pipe):
         server.stop()
 
 
+@pytest.mark.parametrize(
+    "path, fields, sentence",
+    [
+        (
+            "chat/completions",
+            {"mesages": [], "model": "emoji"},
+            "`mesages` is not known to this server. Did you mean `messages`?",
+        ),
+        ("chat/completions", chat(temprature=1), "Did you mean `temperature`?"),
+        ("chat/completions", chat(messages=[{"role": "user", "content": "a", "x": 1}]), "`messages.0.x` is not known"),
+        ("images/generations", {"promt": "a cat"}, "Did you mean `prompt`?"),
+        ("images/generations", {"prompt": "a cat", "style": "vivid"}, "`style` is not known to this server."),
+        ("images/generations", {"prompt": "a cat", "quality": "hd"}, "`quality` may be 'auto' here, got 'hd'."),
+        ("images/generations", {"prompt": "a", "response_format": "url"}, "`response_format` may be 'b64_json' here"),
+        (
+            "images/generations",
+            {"prompt": "a", "size": "large"},
+            "`size` must be 'auto' or 'WIDTHxHEIGHT', got",
+        ),
+        ("images/generations", {}, "`prompt` is missing."),
+    ],
+)
+def test_a_refusal_says_what_was_meant_or_what_is_taken(strict, path, fields, sentence):
+    message = post(strict, f"/v1/{path}", fields).json()["error"]["message"]
+    assert sentence in message and ("Did you mean" in message) == ("Did you mean" in sentence)
+
+
 def test_unknown_paths_and_methods(strict):
+    wrong = httpx.post(f"{strict.url}/chat/completions", json=chat())
+    assert wrong.status_code == 404 and "Did you mean /v1/chat/completions?" in wrong.json()["error"]["message"]
+    assert "Did you mean" not in httpx.get(f"{strict.url}/v1/nothing").text
     check(httpx.get(f"{strict.url}/v1/nothing"), 404, None)
     check(httpx.get(f"{strict.url}/v1/chat/completions"), 405, None)
     check(httpx.get(f"{strict.url}/v1/models/other"), 404, "model")

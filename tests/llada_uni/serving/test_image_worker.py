@@ -184,3 +184,19 @@ def test_parts_come_in_their_order():
     empty = PartsJob()
     empty.end_after(0)
     assert empty.result.result(0) == []
+
+
+def test_the_last_part_is_told_although_another_thread_says_how_many_there_are():
+    told: list[str] = []
+
+    class Parts(list):
+        def append(self, part):
+            super().append(part)
+            other = threading.Thread(target=job.end_after, args=(1,))
+            other.start()
+            other.join(10)
+
+    job = PartsJob(on_part=told.append)
+    job._parts = Parts()
+    job.take(0, "image")
+    assert job.result.result(0) == told == ["image"]

@@ -14,6 +14,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
@@ -59,11 +60,24 @@ def load_training_dataset(
     elif not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
         raise FileNotFoundError(f"`dataset_name`: there is no folder {name_or_path!r}, and the Hub has no such names.")
     try:
+        if pattern is None and _is_folder_of_images(path):
+            return load_dataset("imagefolder", data_dir=source, streaming=streaming)
         return load_dataset(source, name=config_name, data_files=pattern, streaming=streaming)
     except StopIteration as error:  # what `datasets` raises of files without a row
         raise ValueError(f"`dataset_name`: {name_or_path!r} has no rows.") from error
     except DatasetGenerationError as error:
         raise ValueError(f"`dataset_name`: {name_or_path!r} cannot be read: {error.__cause__ or error}") from error
+
+
+def _is_folder_of_images(folder: Path) -> bool:
+    """
+    With captions in a file of metadata. `datasets` goes by the commonest suffix, and would take a `cat.txt` beside
+    each `cat.jpg` for the data.
+    """
+    files = list(folder.rglob("*")) if folder.is_dir() else []
+    return any(file.name in ImageFolder.METADATA_FILENAMES for file in files) and any(
+        file.suffix.lower() in ImageFolder.EXTENSIONS for file in files
+    )
 
 
 def _folder_and_pattern(path: Path) -> tuple[str, str | None]:

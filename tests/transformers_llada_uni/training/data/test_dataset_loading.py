@@ -5,6 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from PIL import Image
 
 from transformers_llada_uni.training.data.dataset_loading import load_training_dataset, only_dataset, split_of
 
@@ -59,6 +60,18 @@ def test_files_and_folders_are_read(folder, name, sizes):
     data = load_training_dataset(name.format(folder=folder))
     assert {split: len(rows) for split, rows in data.items()} == sizes
     assert data["train"][:2]["text"] == ["one", "two"]
+
+
+def test_images_with_captions_are_images_whatever_lies_beside_them(folder):
+    """`datasets` alone would read the texts, as there are as many of them."""
+    (folder / "images").mkdir()
+    for name, color in (("a.jpg", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), color).save(folder / "images" / name)
+        (folder / "images" / name).with_suffix(".txt").write_text("old words")
+    lines = [json.dumps({"file_name": name, "caption": name}) for name in ("a.jpg", "b.png")]
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    rows = load_training_dataset("images")["train"]
+    assert sorted(rows.column_names) == ["caption", "image"] and sorted(rows["caption"]) == ["a.jpg", "b.png"]
 
 
 def test_files_are_streamed(folder):
