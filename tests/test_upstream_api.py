@@ -22,12 +22,15 @@ UPSTREAM = (
     "accelerate",
     "datasets",
     "diffusers",
+    "fastapi",
+    "gradio",
     "huggingface_hub",
     "lm_eval",
     "peft",
     "torch",
     "transformers",
     "trl",
+    "typer",
 )
 # Without an underscore, and yet not for users
 INTERNAL_MODULES = (
