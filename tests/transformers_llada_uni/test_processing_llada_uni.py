@@ -574,7 +574,7 @@ BAD_CALLS = {
     "no reserved token": (
         {"text": "a", "task": "text_to_image", "height": 2048, "width": 32},
         ValueError,
-        "`height` may be at most 2016, got 2048.*reserved_token_64",
+        "`height` may be at most 2016, got 2048: this model draws at most",
     ),
     "thinking too": (
         {"text": "a", "task": "thinking", "height": 33, "width": 32},
