@@ -237,7 +237,8 @@ class TestServeAndChat:
     def test_chat_of_transformers(self, url_and_model):
         url, model = url_and_model
         command = [str(Path(sys.executable).with_name("transformers")), "chat", model, url, "max_new_tokens=8"]
-        environment = {**os.environ, "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"}
+        # Offline, huggingface_hub's client would not even reach a server of this machine.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"}
         done = subprocess.run(
             command, input="Hello\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=120
         )
