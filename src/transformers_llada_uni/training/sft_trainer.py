@@ -264,7 +264,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             terms = (-outputs.log_probs, outputs.is_top1, outputs.entropy, seen, outputs.label_mask)
             for row, modality in zip(statistics, (~is_image, is_image), strict=True):
                 row += torch.stack([term.detach()[modality].float().sum() for term in terms])
-            wrong.add_(torch.stack([outputs.num_wrong.sum(), outputs.num_repaired.sum()]).detach())
+            if outputs.num_wrong is not None:
+                wrong.add_(torch.stack([outputs.num_wrong.sum(), outputs.num_repaired.sum()]).detach())
             if outputs.confidence_loss is not None:
                 outputs.log_probs = outputs.log_probs - self.args.confidence_weight * outputs.confidence_loss
             outputs.log_probs = outputs.log_probs * loss_weights
@@ -295,13 +296,13 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
     def _scale_of_lengths(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """What makes the mean of [`length_weights`] one over these batches of all processes."""
-        sums = torch.zeros(2)
+        sums = torch.zeros(2, device=self.args.device)  # nothing here waits for the device
         for batch in batches:
             labels = batch["labels"]
             document_ids = document_ids_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
-            sums += length_sums(labels, document_ids, self.noise.masked_share(labels)).cpu()
+            sums += length_sums(labels, document_ids, self.noise.masked_share(labels)).to(sums.device)
         if self.model.training:
-            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+            sums = self.accelerator.reduce(sums, reduction="sum")
         return sums[0] / sums[1].clamp(min=1e-6)
 
     def _weighted_z_loss(self, is_token: torch.BoolTensor, num_items_in_batch: Any) -> torch.Tensor:

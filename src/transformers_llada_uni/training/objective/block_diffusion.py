@@ -112,8 +112,8 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
         means over the copies that mask the token; `label_mask`; `router_logits` if they were asked for; and with
         `keep_entropy` the `confidence_loss` `(batch, length)`, the sum over the copies of weight times the entropy of
         a prediction that is right, 0 where it is not, which has a gradient (LLaDA2.0's loss for parallel decoding,
-        arXiv 2512.15745); and of the tokens that are shown wrong how many there are and how many are predicted right,
-        `num_wrong` and `num_repaired`, `(batch, length)`.
+        arXiv 2512.15745); and with `shown_ids`, of the tokens that are shown wrong, how many there are and how many
+        are predicted right, `num_wrong` and `num_repaired`, `(batch, length)`.
 
     Raises:
         ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
@@ -172,16 +172,16 @@ def _forward_objective(
     positions = positions_of(document_ids)
     has_label = (labels != -100)[:, None]
     masked, predicted = masked & has_label, (masked | (weights > 0)) & has_label
-    if shown_ids is None:
-        shown_ids = input_ids[:, None].expand_as(masked)
-    check_shape("shown_ids", shown_ids, tuple(masked.shape))
+    if shown_ids is not None:
+        check_shape("shown_ids", shown_ids, tuple(masked.shape))
+    shown = input_ids[:, None].expand_as(masked) if shown_ids is None else shown_ids
 
     def of_pass(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         return torch.cat([noisy, clean[:, None]], dim=1).flatten(1).gather(1, copies * length + places)
 
     nothing = torch.zeros_like(labels, dtype=torch.bool)
     is_predicted = of_pass(predicted, nothing) & is_real
-    ids = of_pass(shown_ids.masked_fill(masked, config.mask_token_id), input_ids)
+    ids = of_pass(shown.masked_fill(masked, config.mask_token_id), input_ids)
 
     # 2. That row, and who sees whom in it
     mask = create_noisy_clean_mask(
@@ -215,8 +215,10 @@ def _forward_objective(
     weights_of_predicted = weights[row, copy, place].to(log_probs.dtype)
     confidence_loss = sum_over_copies(entropy * is_top1 * weights_of_predicted) if keep_entropy else None
     is_masked, times_masked = masked[row, copy, place], masked.sum(dim=1).clamp(min=1)
-    is_wrong = (ids[row, index] != labels[row, place]) & ~is_masked
-    num_repaired = sum_over_copies(is_top1 * is_wrong)
+    num_wrong = num_repaired = None
+    if shown_ids is not None:
+        is_wrong = (ids[row, index] != labels[row, place]) & ~is_masked
+        num_wrong, num_repaired = sum_over_copies(is_wrong.to(log_probs.dtype)), sum_over_copies(is_top1 * is_wrong)
     entropy, mean_logits, is_top1 = (
         sum_over_copies(values.detach() * is_masked) / times_masked for values in (entropy, mean_logits, is_top1)
     )
@@ -228,7 +230,7 @@ def _forward_objective(
         label_mask=labels != -100,
         router_logits=outputs.router_logits,
         confidence_loss=confidence_loss,
-        num_wrong=sum_over_copies(is_wrong.to(log_probs.dtype)),
+        num_wrong=num_wrong,
         num_repaired=num_repaired,
     )
 

@@ -1,6 +1,5 @@
 """Which tokens a training step hides, and what each hidden token weighs in the loss."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -95,10 +94,13 @@ class BlockDiffusionNoise:
 
     def masked_share(self, labels: torch.Tensor) -> torch.Tensor:
         """How probable it is that a copy masks a token; of the shape of `labels`."""
+        share = self._mean_level(labels)
+        return torch.full_like(share, 0.5) if self.complementary else share
+
+    def _mean_level(self, labels: torch.Tensor) -> torch.Tensor:
         low, high = self.noise_range
         cosine = 2 / math.pi if self.image_noise == "cosine" else 0.5
-        share = torch.where(self._is_image(labels), low + (high - low) * cosine, (low + high) / 2)
-        return torch.full_like(share, 0.5) if self.complementary else share
+        return torch.where(self._is_image(labels), low + (high - low) * cosine, (low + high) / 2)
 
     def _is_image(self, labels: torch.Tensor) -> torch.Tensor:
         offset = self.image_token_offset
@@ -153,7 +155,7 @@ class BlockDiffusionNoise:
         if self.weighting == "inverse":
             weights = masked / levels.clamp(min=torch.finfo(levels.dtype).tiny)
         else:
-            weights = masked / dataclasses.replace(self, complementary=False).masked_share(labels)[:, None]
+            weights = masked / self._mean_level(labels)[:, None]
         if not self.complementary:
             return masked, weights / num_samples
 
