@@ -32,7 +32,8 @@ def folder_at_once(destination: Path, replace: bool = False) -> Iterator[Path]:
             between the two renames leaves both beside it, and the next one puts the old one back.
 
     Raises:
-        OSError: if a folder of that name stands there in the end and `replace` is false.
+        FileExistsError: if a folder of that name stands there in the end and `replace` is false.
+        OSError: if it cannot be written.
     """
     missing_parents = [parent for parent in destination.parents if not parent.exists()]
     stem = f".{destination.name}.{uuid.uuid4().hex[:8]}"
@@ -48,7 +49,14 @@ def folder_at_once(destination: Path, replace: bool = False) -> Iterator[Path]:
                     temporary.rename(destination)
                     shutil.rmtree(old)
             else:
-                temporary.rename(destination)
+                try:
+                    temporary.rename(destination)
+                except OSError as error:  # it names the temporary folder, which nobody knows
+                    if destination.exists():
+                        raise FileExistsError(
+                            f"{str(destination)!r} exists already; it has appeared meanwhile."
+                        ) from error
+                    raise
     except BaseException:  # Ctrl-C too
         if old.exists() and not destination.exists():
             old.rename(destination)

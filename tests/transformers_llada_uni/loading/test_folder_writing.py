@@ -80,6 +80,15 @@ def test_only_with_replace_does_a_folder_give_way(tmp_path):
     assert names(tmp_path) == ["out"] and (tmp_path / "out" / "file").read_text() == "new"
 
 
+def test_who_comes_second_is_told_by_the_folder_s_own_name(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(FileExistsError, match="'.*/folder' exists already"), folder_at_once(folder) as mine:
+        (mine / "file").write_text("mine")
+        with folder_at_once(folder) as theirs:
+            (theirs / "file").write_text("theirs")
+    assert (folder / "file").read_text() == "theirs" and list(tmp_path.iterdir()) == [folder]
+
+
 def test_leftovers_are_told_and_removed(tmp_path, caplog):
     killed(lambda: write(tmp_path / "out", "half", die))
     killed(lambda: write(tmp_path / "other", "half", die))
