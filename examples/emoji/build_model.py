@@ -1,5 +1,5 @@
 """
-An untrained LLaDA-Uni of 15 million parameters for images of 64 x 64, with a tokenizer trained on the corpus.
+An untrained LLaDA-Uni of 17 million parameters for images of 64 x 64 to 192 x 192, with a tokenizer trained on the corpus.
 
     python examples/emoji/build_model.py runs/emoji/data/corpus.txt runs/emoji/model
 
@@ -27,11 +27,12 @@ from transformers_llada_uni import (
 from transformers_llada_uni.prompts import ANSWER, SYSTEM_PROMPTS, UNCONDITION
 
 
-# The image tokenizer sees 32 x 32 pixels as 4 x 4 patches, the decoder draws 64 x 64; the release: 512, and 1024.
-PATCH_SIZE, SIDE = 8, 32
-NUM_CODES = 256
-NUM_TEXT_TOKENS = 3072
-LARGEST_GRID = 8
+# An emoji is 64 x 64 pixels and 4 x 4 codes; a scene of nine 192 x 192 and 12 x 12.
+PATCH_SIZE, SIDE = 16, 64
+LARGEST_SIDE = 3 * SIDE
+LARGEST_GRID = LARGEST_SIDE // PATCH_SIZE
+NUM_CODES = 1024
+NUM_TEXT_TOKENS = 6144
 
 
 def build_tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
@@ -71,8 +72,8 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAUniProcessor:
         patch_size=PATCH_SIZE,
         size_multiple=SIDE,
         min_pixels=SIDE**2,
-        max_pixels=SIDE**2,
-        editing_max_pixels=SIDE**2,
+        max_pixels=LARGEST_SIDE**2,
+        editing_max_pixels=LARGEST_SIDE**2,
     )
     return LLaDAUniProcessor(
         image_processor,
@@ -114,7 +115,7 @@ def build_language_model(processor: LLaDAUniProcessor) -> LLaDAUniForConditional
         depth=4,
         num_heads=4,
         patch_size=PATCH_SIZE,
-        image_size=SIDE,
+        image_size=LARGEST_SIDE,
         spatial_merge_size=1,
     )
     vq_config = GlmImageVQVAEConfig(num_embeddings=NUM_CODES, embed_dim=32, latent_channels=192)
@@ -144,7 +145,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
-        sample_size=2 * SIDE,
+        sample_size=SIDE,
         scaling_factor=1.0,
         shift_factor=0.0,
         use_quant_conv=False,

@@ -3,15 +3,17 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from grounds import on_ground
+from packages import EMOJIBASE, PICTURES, check, read_json, without_selectors
 from PIL import Image
 
 
-PACKAGE = "emoji-datasource-twitter-16.0.0.tgz"  # `npm pack emoji-datasource-twitter@16.0.0`
 TONES = {
     "1F3FB": "light",
     "1F3FC": "medium-light",
@@ -45,7 +47,9 @@ class Emoji:
         tones: None, one or two skin tones, as words.
         category, subcategory: Of Unicode.
         keywords: Other names of the base.
-        picture: 64 x 64, on white.
+        version: Of the emoji standard that has it: what came early is known best.
+        drawn: 64 x 64, with transparency.
+        picture: The same on white.
         is_held_out: Never shown in training, neither as an image nor by a caption.
         names: All names of this very picture: some emoji of the set are drawn alike.
     """
@@ -56,9 +60,14 @@ class Emoji:
     category: str
     subcategory: str
     keywords: tuple[str, ...]
-    picture: Image.Image
+    version: float
+    drawn: Image.Image
     is_held_out: bool = False
     names: set[str] = field(default_factory=set)
+    picture: Image.Image = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.picture = on_ground(self.drawn)
 
     @property
     def name(self) -> str:
@@ -84,10 +93,13 @@ def hold_out(table: list[Emoji]) -> None:
         emoji.is_held_out = True
 
 
-def load_emoji(package: str | Path) -> list[Emoji]:
-    """All 3,786 images of the npm package, in the order of Unicode."""
+def load_emoji(packages: Path) -> list[Emoji]:
+    """All 3,786 images of the npm packages in this folder, in the order of Unicode, by their names of today."""
+    check(packages)
+    (labels,) = read_json(packages / EMOJIBASE, "en/data.json")
+    label_of = {entry["hexcode"]: entry["label"] for entry in labels}
     pictures: dict[str, bytes] = {}
-    with tarfile.open(package) as archive:
+    with tarfile.open(packages / PICTURES) as archive:
         for member in archive:
             path = Path(member.name)
             if path.parts[-3:-1] == ("twitter", "64") and path.suffix == ".png":
@@ -96,14 +108,9 @@ def load_emoji(package: str | Path) -> list[Emoji]:
                 entries = json.load(archive.extractfile(member))
     table: list[Emoji] = []
     for entry in sorted(entries, key=lambda entry: entry["sort_order"]):
-        base = _base_name(entry)
-        keywords = tuple(
-            dict.fromkeys(
-                word
-                for word in (short.replace("_", " ").replace("-", " ") for short in entry["short_names"])
-                if word != base and len(word) > 2
-            )
-        )
+        base = _base_name(label_of.get(without_selectors(entry["unified"]), entry["name"]))
+        short_names = (name.replace("_", " ").replace("-", " ") for name in entry["short_names"])
+        keywords = tuple(dict.fromkeys(word for word in short_names if word != base and len(word) > 2))
         variants = [(None, entry), *entry.get("skin_variations", {}).items()]
         for tone_key, variant in variants:
             tones = tuple(TONES[part] for part in tone_key.split("-")) if tone_key else ()
@@ -115,7 +122,8 @@ def load_emoji(package: str | Path) -> list[Emoji]:
                     category=entry["category"].lower(),
                     subcategory=entry["subcategory"],
                     keywords=keywords,
-                    picture=_on_white(pictures[variant["image"]]),
+                    version=float(entry["added_in"]),
+                    drawn=Image.open(io.BytesIO(pictures[variant["image"]])).convert("RGBA"),
                 )
             )
     _name_twins(table)
@@ -123,21 +131,11 @@ def load_emoji(package: str | Path) -> list[Emoji]:
     return table
 
 
-def _base_name(entry: dict) -> str:
-    name = entry["name"].lower()
-    if name == "man in tuxedo" and entry["unified"] == "1F935":
-        return "person in tuxedo"  # the package names two emoji alike
-    for ending in (" sign", " symbol"):
-        if name.endswith(ending) and ("hand" in name or "moon" in name):
-            name = name.removesuffix(ending)
-    return name.replace("clock face ", "").replace("’", "'")
-
-
-def _on_white(data: bytes) -> Image.Image:
-    drawn = Image.open(io.BytesIO(data)).convert("RGBA")
-    canvas = Image.new("RGBA", drawn.size, "white")
-    canvas.alpha_composite(drawn)
-    return canvas.convert("RGB")
+def _base_name(label: str) -> str:
+    """Without what nobody would type: quotes, exclamation marks, "flag: " for "flag of "."""
+    name = re.sub(r"^flag: ", "flag of ", label.replace("’", "'"), flags=re.IGNORECASE).lower()
+    name = re.sub(r"^keycap: ", "keycap ", name)
+    return " ".join(re.sub("[“”!?()]+", "", name.replace("&", "and")).split())
 
 
 def _name_twins(table: list[Emoji]) -> None:

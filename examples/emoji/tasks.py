@@ -1,22 +1,40 @@
-"""What there is to learn about the emoji: drawing, naming, questions, edits, stories, thoughts."""
+"""Edits from one emoji to another, stories of several, and thoughts about one."""
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from emoji_table import HAIR, HOURS, MOON_PHASES, Emoji
-from wordings import (
-    CATEGORY,
-    CHANGING,
-    CHANGING_FLAG,
-    IS_IT,
-    NAMING,
-    SETTING_CLOCK,
-    SETTING_MOON,
-    TONING,
-    TRAINED_DRAWING,
-    UNTONING,
-    subjects,
+
+
+TONING = ("change the skin tone to {}", "make the skin {}", "{} skin tone", "give it {} skin", "with {} skin")
+UNTONING = ("remove the skin tone", "make the skin yellow", "no skin tone")
+CHANGING = ("make it a {}", "change it to a {}", "turn it into a {}", "a {} instead")
+SETTING_CLOCK = ("set the clock to {}", "make it {}", "change the time to {}", "{} instead")
+SETTING_MOON = ("make it a {}", "change it to the {}", "show the {}")
+CHANGING_FLAG = ("change it to the {}", "make it the {}", "turn it into the {}", "the {} instead")
+COLOURING = (
+    "make it {}",
+    "change the colour to {}",
+    "paint it {}",
+    "in {}",
+    "a {} one",
+    "change it to {}",
+    "{} please",
+)
+COLOURS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "brown",
+    "black",
+    "white",
+    "pink",
+    "grey",
+    "light blue",
 )
 
 
@@ -66,7 +84,7 @@ class EmojiTasks:
 
     def edits(self) -> list[Edit]:
         """Every pair, those whose source is held out left out: an image nobody has seen is hard enough as target."""
-        pairs = [*self._tones(), *self._people(), *self._clocks(), *self._moons(), *self._flags()]
+        pairs = [*self._tones(), *self._people(), *self._clocks(), *self._moons(), *self._flags(), *self._colours()]
         return [edit for edit in pairs if not self.by_key[edit.source].is_held_out]
 
     def _tones(self) -> Iterator[Edit]:
@@ -98,7 +116,7 @@ class EmojiTasks:
                         yield Edit(source.key, target.key, filled(templates, word), kind)
 
     def _clocks(self) -> Iterator[Edit]:
-        times = [f"{hour} oclock" for hour in HOURS] + [f"{hour}-thirty" for hour in HOURS]
+        times = [f"{hour} o'clock" for hour in HOURS] + [f"{hour}-thirty" for hour in HOURS]
         yield from self._among(times, SETTING_CLOCK, "clock")
 
     def _moons(self) -> Iterator[Edit]:
@@ -111,6 +129,17 @@ class EmojiTasks:
             for step in (1, 7, 31, 97):
                 other = flags[(number + step) % len(flags)]
                 yield from self._among([flag, other], CHANGING_FLAG, "flag", only_first=True)
+
+    def _colours(self) -> Iterator[Edit]:
+        """Hearts, circles, books: emoji that differ in the name of a colour alone."""
+        for base, variants in self.by_base.items():
+            for old in COLOURS:
+                for new in COLOURS:
+                    words = f" {base} "
+                    other = words.replace(f" {old} ", f" {new} ").strip()
+                    if old != new and other != base and other in self.by_base:
+                        target = self.by_base[other][()].key
+                        yield Edit(variants[()].key, target, filled(COLOURING, new), "colour")
 
     def _among(
         self, bases: list[str] | tuple[str, ...], templates: tuple[str, ...], kind: str, only_first: bool = False
@@ -139,7 +168,7 @@ class EmojiTasks:
     def _clock_stories(self) -> Iterator[Story]:
         for first in range(len(HOURS)):
             for count in (2, 3, 4):
-                hours = [f"{HOURS[(first + step) % len(HOURS)]} oclock" for step in range(count)]
+                hours = [f"{HOURS[(first + step) % len(HOURS)]} o'clock" for step in range(count)]
                 yield self._story(f"a story of {count} hours from {hours[0]}", "it is {}.", hours)
 
     def _group_stories(self) -> Iterator[Story]:
@@ -157,20 +186,6 @@ class EmojiTasks:
                 wish = f"a story of 3 {plural} from {bases[first]}"
                 yield self._story(wish, "here is {}.", bases[first : first + 3])
 
-    # Questions
-
-    def questions(self, emoji: Emoji, generator: random.Random) -> tuple[str, str]:
-        """A question about an image that is not its name, and the answer."""
-        kind = generator.randrange(3)
-        if kind == 0:
-            return generator.choice(CATEGORY), emoji.category
-        if kind == 1:
-            is_animal = emoji.subcategory.startswith("animal") or emoji.subcategory in ("cat-face", "monkey-face")
-            return "is it an animal?", "yes" if is_animal else "no"
-        other = emoji if generator.random() < 0.5 else generator.choice(self.table)
-        is_it = bool({other.name, other.answer_name} & emoji.names)
-        return IS_IT.format(other.answer_name), "yes" if is_it else "no"
-
     # Thoughts
 
     def thought(self, emoji: Emoji, generator: random.Random) -> tuple[str, str]:
@@ -182,17 +197,3 @@ class EmojiTasks:
         place = next((n for n, other in enumerate(neighbours) if other.base == emoji.base), 0)
         before = neighbours[place - 1]
         return f"the emoji after {before.base}", f"after {before.base} comes {emoji.base}."
-
-
-def texts_of_all_tasks(table: list[Emoji]) -> list[str]:
-    """Every sentence that a model of the emoji has to read or write, for a tokenizer and for text pre-training."""
-    tasks, generator = EmojiTasks(table), random.Random(0)
-    texts = [*NAMING, *CATEGORY]
-    for emoji in table:
-        texts += [generator.choice(TRAINED_DRAWING).format(subject) for subject in subjects(emoji)]
-        texts += [emoji.answer_name, *tasks.questions(emoji, generator), *tasks.thought(emoji, generator)]
-    for edit in tasks.edits():
-        texts.append(generator.choice(edit.instructions))
-    for story in tasks.stories():
-        texts += [story.wish, *(sentence for sentence, _ in story.parts)]
-    return texts
