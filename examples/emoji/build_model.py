@@ -1,5 +1,6 @@
 """
-An untrained LLaDA-Uni of 17 million parameters for images of 64 x 64 to 192 x 192, with a tokenizer trained on the corpus.
+An untrained LLaDA-Uni of 17 million parameters for images of 64 x 64 to 192 x 192, with a tokenizer trained on the
+corpus.
 
     python examples/emoji/build_model.py runs/emoji/data/corpus.txt runs/emoji/model
 

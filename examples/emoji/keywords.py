@@ -1,4 +1,4 @@
-"""What people call the emoji: keywords of public sources, which emoji a wording means, and the words kept for the test."""
+"""What people call the emoji: keywords of public sources, which emoji they mean, and those kept for the test."""
 
 import re
 from collections import Counter, defaultdict

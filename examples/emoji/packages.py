@@ -2,7 +2,8 @@
 The npm packages that pictures and words come from, read where they lie.
 
     mkdir packages && cd packages
-    npm pack emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0 cldr-annotations-full@48.2.0 gemoji@8.1.0 emojilib@4.0.3
+    npm pack emoji-datasource-twitter@16.0.0 emojibase-data@17.0.0 cldr-annotations-full@48.2.0
+    npm pack gemoji@8.1.0 emojilib@4.0.3
 
 Pictures are Twemoji's (CC-BY 4.0). Words are of emojibase-data and gemoji (MIT) and of CLDR (Unicode-3.0). Those of
 emojilib (MIT) are never trained on: they are the test of free wording.

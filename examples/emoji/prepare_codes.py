@@ -34,9 +34,7 @@ def encoded(pictures: Dataset, model: Any, processor: Any) -> Iterator[dict[str,
     """The content, style and codes of each picture, all of one size."""
     for start in range(0, len(pictures), BATCH):
         batch = pictures[start : start + BATCH]
-        inputs = processor.image_processor(
-            [[image] for image in batch["image"]], resize_mode="editing", return_tensors="pt"
-        )
+        inputs = processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
         grids = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
         for content, style, grid in zip(batch["content"], batch["style"], grids, strict=True):
             yield {"content": content, "style": style, "codes": grid.flatten().tolist()}

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from emoji_codes import EmojiCodes, styles_of
 from emoji_table import Emoji, load_emoji
 from grounds import GROUNDS, SIZES, on_ground
-from emoji_codes import EmojiCodes, styles_of
 from prepare_tasks import PRETRAINING, texts_of
 from task_rows import TaskRows
 

@@ -228,6 +228,6 @@ class Questions:
         return self.generator.choice(WHICH).format(kind), answer
 
     def _is_it(self, thing: str, is_so: bool) -> tuple[str, str]:
-        return self.generator.choice(IS_IT if not thing.split()[0] in GROUNDS else IS_IT[:3]).format(
+        return self.generator.choice(IS_IT if thing.split()[0] not in GROUNDS else IS_IT[:3]).format(
             thing
         ), "yes" if is_so else "no"

@@ -194,10 +194,10 @@ class Scenes:
 
     def questions(self, scene: Scene) -> tuple[str, str]:
         """A question and its answer."""
-        kinds = [self._count, self._count_all, self._is_there, self._where, self._what_is_where, self._ground_of]
+        kinds = [self.count, self._count_all, self._is_there, self._where, self._what_is_where, self._ground_of]
         return self.generator.choice(kinds)(scene)
 
-    def _count(self, scene: Scene) -> tuple[str, str]:
+    def count(self, scene: Scene) -> tuple[str, str]:
         counts = Counter(scene.keys)
         key = self._one_there_or_not(scene)
         name = counted(2, self.name(key)).removeprefix("two ")

@@ -1,0 +1,51 @@
+"""
+The emoji and scenes of them as codes and latents, for the decoder.
+
+    python examples/emoji/prepare_decoder_data.py runs/emoji/model runs/emoji/data
+
+Reads `data/views/` (see prepare_codes.py) and the trained autoencoder, and writes `data/latents/` (columns codes, grid,
+latents). Held-out emoji are in it as little as in all other data.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+
+from diffusers_llada_uni.training.decoder_data import FEATURES
+
+
+BATCH = 32
+
+
+@torch.no_grad()
+def encoded(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
+    pixels_of = VaeImageProcessor(do_resize=False)
+    for start in range(0, len(views), BATCH):
+        batch = views[start : start + BATCH]
+        images, codes = batch["image"], [codes for (codes,) in batch["image_codes"]]
+        for size in dict.fromkeys(image.size for image in images):
+            numbers = [number for number, image in enumerate(images) if image.size == size]
+            target = torch.cat([pixels_of.preprocess(images[number]) for number in numbers])
+            for number, latents in zip(numbers, vae.encode(target).latent_dist.mode(), strict=True):
+                yield {**codes[number], "latents": latents.flatten().numpy()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="The pipeline folder.")
+    parser.add_argument("data", type=Path)
+    arguments = parser.parse_args()
+    vae = AutoencoderKL.from_pretrained(arguments.model / "vae")
+    views = load_from_disk(arguments.data / "views")["train"]
+    rows = Dataset.from_generator(encoded, features=FEATURES, gen_kwargs={"views": views, "vae": vae})
+    DatasetDict(train=rows).save_to_disk(arguments.data / "latents")
+
+
+if __name__ == "__main__":
+    main()
