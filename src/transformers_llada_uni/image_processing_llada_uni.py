@@ -43,6 +43,9 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
         Largest area of the editing rule's crops.
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
         Largest ratio of the sides of the editing rule's crops.
+    editing_upscales (`bool`, *optional*, defaults to `True`):
+        Whether the editing rule makes small images as large as its largest crops. Otherwise an image keeps its area,
+        rounded to whole units of `size_multiple`, up to `editing_max_pixels`.
     editing_resample (`PILImageResampling`, *optional*, defaults to Lanczos):
         Filter of the editing rule; `resample` (bicubic) is that of the understanding rule.
     max_image_pixels (`int`, *optional*, defaults to 178,956,970):
@@ -61,6 +64,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels_several: int
     editing_max_pixels: int
     editing_max_ratio: float | int
+    editing_upscales: bool
     editing_resample: int
     max_image_pixels: int
     max_image_bytes: int
@@ -93,7 +97,8 @@ class LLaDAUniImageProcessor(PilBackend):
 
     - `resize_mode="understanding"`: sides are rounded to multiples of 32 with an area within
       [`min_pixels`, `max_pixels`], or `max_pixels_several` where a sample has several images; bicubic.
-    - `resize_mode="editing"`: the crop of at most `editing_max_pixels` nearest to the image's shape; Lanczos.
+    - `resize_mode="editing"`: the crop of at most `editing_max_pixels` nearest to the image's shape, the largest of
+      that shape unless `editing_upscales` is `False`; Lanczos.
     - `resize_mode=None` (or `do_resize=False`): the image is taken as it is; its sides must be multiples of 32.
 
     A call takes one image, a list (one sample), or a list of lists (one per sample; may be empty) of anything
@@ -129,6 +134,7 @@ class LLaDAUniImageProcessor(PilBackend):
     max_pixels_several = 448 * 448
     editing_max_pixels = 512 * 512
     editing_max_ratio = 4.0
+    editing_upscales = True
     editing_resample = PILImageResampling.LANCZOS
     max_image_pixels = 178_956_970
     max_image_bytes = 2**28
@@ -202,7 +208,10 @@ class LLaDAUniImageProcessor(PilBackend):
                 rows, columns = min(rows, max(1, largest // columns)), min(columns, max(1, largest // rows))
             return scaled, (rows * unit, columns * unit)
         if resize_mode == "editing":
-            crops = _editing_crops(self.editing_max_pixels // unit**2, float(self.editing_max_ratio))
+            max_units = self.editing_max_pixels // unit**2
+            if not self.editing_upscales:
+                max_units = min(max_units, max(1, round(height * width / unit**2)))
+            crops = _editing_crops(max_units, float(self.editing_max_ratio))
 
             def likeness(crop: tuple[int, int]) -> tuple[float, int, int]:
                 across, down = crop[0] * unit / width, crop[1] * unit / height

@@ -155,6 +155,18 @@ def test_resize_and_crop_at_the_decoders_resolution(processor):
     assert np.array_equal(np.asarray(processor.resize_and_crop(image, "editing", upscale=2)), np.asarray(expected))
 
 
+def test_the_editing_rule_may_keep_the_area_of_an_image():
+    """For a decoder that draws several sizes: what it has drawn has as many codes when it is edited."""
+    settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "editing_max_pixels": 192**2}
+    grows, keeps = (LLaDAUniImageProcessor(**settings, editing_upscales=upscales) for upscales in (True, False))
+    sizes = {(64, 64): (4, 4), (64, 128): (4, 8), (128, 128): (8, 8), (192, 192): (12, 12), (72, 70): (4, 4)}
+    for (height, width), grid in sizes.items():
+        assert keeps.get_grid(height, width, "editing") == grid
+    assert keeps.get_grid(2000, 2000, "editing") == (12, 12) and keeps.get_grid(9, 9, "editing") == (4, 4)
+    assert grows.get_grid(64, 64, "editing") == (12, 12)
+    assert LLaDAUniImageProcessor.from_dict(keeps.to_dict()).editing_upscales is False
+
+
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (100_000, 3)])
 @pytest.mark.parametrize("mode", ["understanding", "editing"])
 def test_a_strip_takes_no_more_memory_than_what_is_kept(processor, monkeypatch, size, mode):

@@ -8,6 +8,7 @@ STAGES = {
     "dpo": "the language model, by preferences",
     "grpo": "the language model, by rewards",
     "image_tokenizer": "images to codes",
+    "image_tokenizer_alignment": "images to codes that are given",
     "autoencoder": "latents to pixels",
     "decoder": "codes to latents",
     "distill": "the decoder, to few steps",

@@ -213,6 +213,19 @@ def image_tokenizer_trainer(
     return trainer, script_args
 
 
+def image_tokenizer_alignment_trainer(
+    script_args: ScriptArguments,
+    training_args: training.LLaDAUniImageTokenizerAlignmentConfig,
+    model_args: ModelConfig,
+) -> Built:
+    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    model, processor = load_language_model(model_args, training_args)
+    trainer = training.LLaDAUniImageTokenizerAlignmentTrainer(
+        model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor
+    )
+    return trainer, script_args
+
+
 def _component(component_class: Any, name: str, model_args: ModelConfig) -> Any:
     return component_class.from_pretrained(_path(model_args), subfolder=name, revision=model_args.model_revision)
 
@@ -278,6 +291,10 @@ def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., Built]]]:
         "dpo": ((ScriptArguments, training.LLaDAUniDPOConfig, ModelConfig, DatasetMixtureConfig), dpo),
         "grpo": ((GRPOScriptArguments, training.LLaDAUniGRPOConfig, ModelConfig, DatasetMixtureConfig), grpo),
         "image_tokenizer": ((ScriptArguments, *image_tokenizer, ModelConfig), image_tokenizer_trainer),
+        "image_tokenizer_alignment": (
+            (ScriptArguments, training.LLaDAUniImageTokenizerAlignmentConfig, ModelConfig),
+            image_tokenizer_alignment_trainer,
+        ),
         "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), autoencoder_trainer),
         "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), decoder_trainer),
         "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distillation_trainer),

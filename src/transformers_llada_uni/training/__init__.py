@@ -18,6 +18,12 @@ from .dpo_config import LLaDAUniDPOConfig as LLaDAUniDPOConfig
 from .dpo_trainer import LLaDAUniDPOTrainer as LLaDAUniDPOTrainer
 from .grpo_config import LLaDAUniGRPOConfig as LLaDAUniGRPOConfig
 from .grpo_trainer import LLaDAUniGRPOTrainer as LLaDAUniGRPOTrainer
+from .image_tokenizer_alignment_config import (
+    LLaDAUniImageTokenizerAlignmentConfig as LLaDAUniImageTokenizerAlignmentConfig,
+)
+from .image_tokenizer_alignment_trainer import (
+    LLaDAUniImageTokenizerAlignmentTrainer as LLaDAUniImageTokenizerAlignmentTrainer,
+)
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig as LLaDAUniImageTokenizerConfig
 from .image_tokenizer_trainer import LLaDAUniImageTokenizerTrainer as LLaDAUniImageTokenizerTrainer
 from .lora import lora_config as lora_config

@@ -24,11 +24,10 @@ class LLaDAUniImageTokenizerConfig(TrainingArguments):
         reconstruction_weight (`float`, defaults to 0.0): Weight of the loss of a small network that says the pixels of
             a patch by its code. Captions do not tell all that an image shows; above 0 codes keep its look too.
         reconstruction_layers (`int`, defaults to 0): Layers in which that network sees the other codes of the image;
-            0 for the patch's code alone. Above 0 all images must have as many patches as the vision tower's
-            `image_size` gives.
+            0 for the patch's code alone. Above 0 all images of a batch must have one size.
         num_style_codes (`int`, defaults to 0): Of data with the columns `content` and `style`, the first so many codes
-            of an image are shared by images of one style, all others by images of one content. Not with images
-            of several sizes.
+            of an image are shared by images of one style, all others by images of one content. A `style` may be a
+            list with a name for each of these codes. Not with images of several sizes.
         sharing_weight (`float`, defaults to 1.0): Weight of the loss by which an image finds the codes it shares.
         group_weight (`float`, defaults to 1.0): Weight of the loss that keeps styles, and contents, apart.
         codebook_update (`str`, defaults to `"ema"`): How codes follow their features: `"ema"`, moving averages

@@ -47,7 +47,8 @@ class ImageTokenizerWithText(nn.Module):
     pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the image is
     compared with its caption; each code, through two linear layers, with the pixels of its patch.
 
-    Images may share codes: of `style_ids` the first `num_style_codes` of an image, of `content_ids` all others.
+    Images may share codes: of `style_ids` the first `num_style_codes` of an image, with a column for each its own, of
+    `content_ids` all others.
     What shares a code is the normed mean of its features, so that a code cannot hold what tells such images apart.
     Then an image is put together of what others have, which a language model learns sooner and does for pairs never
     seen.
@@ -88,12 +89,13 @@ class ImageTokenizerWithText(nn.Module):
             num_heads = visual.config.num_heads
             image_size, patch_size = visual.config.image_size, visual.config.patch_size
             assert isinstance(image_size, int) and isinstance(patch_size, int)  # of this vision tower
-            num_patches = (image_size // patch_size) ** 2
+            side = image_size // patch_size
             layer = nn.TransformerEncoderLayer(
                 channels, num_heads, 2 * channels, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
             self.pixel_context = nn.TransformerEncoder(layer, reconstruction_layers, enable_nested_tensor=False)
-            self.pixel_positions = nn.Parameter(0.02 * torch.randn(num_patches, channels))
+            positions = 0.02 * torch.randn(side**2, channels)
+            self.pixel_positions = nn.Parameter(positions.T.reshape(1, channels, side, side).contiguous())
         self.pixel_projection = nn.Sequential(
             nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, num_pixels)
         )
@@ -113,6 +115,26 @@ class ImageTokenizerWithText(nn.Module):
         style_ids: torch.LongTensor | None = None,
     ) -> ImageTokenizerOutput:
         hidden_states = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
+        text = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        text_embeds = getattr(text, "pooler_output", None)
+        if text_embeds is None:
+            mask = attention_mask[..., None].to(text.last_hidden_state.dtype)
+            text_embeds = (text.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        # Which code is nearest is a matter of small differences: mixed precision is for the two towers alone.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self._quantize(
+                hidden_states.float(), text_embeds.float(), pixel_values, image_grid_thw, content_ids, style_ids
+            )
+
+    def _quantize(
+        self,
+        hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor,
+        content_ids: torch.LongTensor | None,
+        style_ids: torch.LongTensor | None,
+    ) -> ImageTokenizerOutput:
         # A 1 x 1 convolution sees each patch alone: the patches of all images are one row of them.
         as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
         features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
@@ -130,12 +152,6 @@ class ImageTokenizerWithText(nn.Module):
         quantized = self.vqmodel.post_quant_conv(quantized)[0, :, 0].T
         lengths = image_grid_thw.prod(dim=-1).tolist()
         pooled = torch.stack([patches.mean(dim=0) for patches in quantized.split(lengths)])
-
-        text = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        text_embeds = getattr(text, "pooler_output", None)
-        if text_embeds is None:
-            mask = attention_mask[..., None].to(text.last_hidden_state.dtype)
-            text_embeds = (text.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         return ImageTokenizerOutput(
             image_embeds=F.normalize(self.image_projection(pooled), dim=-1),
             text_embeds=F.normalize(text_embeds, dim=-1),
@@ -143,7 +159,7 @@ class ImageTokenizerWithText(nn.Module):
             codes=codes,
             commitment_loss=(features - chosen.detach()).square().sum(dim=-1).mean(),
             codebook_loss=(features.detach() - chosen).square().sum(dim=-1).mean(),
-            reconstruction_loss=F.mse_loss(self._pixels(quantized, len(lengths)), pixel_values),
+            reconstruction_loss=F.mse_loss(self._pixels(quantized, image_grid_thw), pixel_values),
             sharing_loss=sharing_loss,
             group_loss=group_loss,
             sharing_agreement=agreement,
@@ -152,20 +168,26 @@ class ImageTokenizerWithText(nn.Module):
     def _share(
         self, features: torch.Tensor, content_ids: torch.LongTensor, style_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` `(patches, embed_dim)`, each the mean of those that share its code; the loss of groups."""
+        """
+        `features` `(patches, embed_dim)`, each the mean of those that share its code; the loss of groups. `style_ids`
+        are `(images, 1)`, one style for all style codes, or `(images, num_style_codes)`.
+        """
         by_image, split = features.unflatten(0, (len(content_ids), -1)), self.num_style_codes
+        styles = zip(by_image[:, :split].chunk(style_ids.shape[1], dim=1), style_ids.unbind(dim=1), strict=True)
         shared, group_loss = [], features.new_zeros(())
-        for part, ids in ((by_image[:, :split], style_ids), (by_image[:, split:], content_ids)):
+        for part, ids in (*styles, (by_image[:, split:], content_ids)):
             means, groups = _means_of_groups(part, ids)
             shared.append(means[groups])
             similarity = part.flatten(1) @ means.flatten(1).T / part.shape[1]
             group_loss = group_loss + F.cross_entropy(similarity / GROUP_TEMPERATURE, groups)
         return torch.cat(shared, dim=1).flatten(0, 1), group_loss
 
-    def _pixels(self, quantized: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def _pixels(self, quantized: torch.Tensor, image_grid_thw: torch.LongTensor) -> torch.Tensor:
         """What the codes `(patches, channels)` tell of the pixels of their patches."""
         if self.pixel_context is not None:
-            by_image = quantized.unflatten(0, (batch_size, -1)) + self.pixel_positions
+            _, *grid = image_grid_thw[0].tolist()  # one size, or the images do not make a batch
+            positions = F.interpolate(self.pixel_positions, grid, mode="bilinear").flatten(2).mT
+            by_image = quantized.unflatten(0, (len(image_grid_thw), -1)) + positions
             quantized = self.pixel_context(by_image).flatten(0, 1)
         return self.pixel_projection(quantized)
 

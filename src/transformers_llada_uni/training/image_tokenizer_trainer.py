@@ -1,16 +1,14 @@
 """Training of the image tokenizer against captions."""
 
 import itertools
-import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from safetensors.torch import save_file
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +19,7 @@ from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
 from .image_tokenizer_model import ImageTokenizerWithText
+from .image_tokenizer_saving import save_image_tokenizer
 from .objective.noise import step_generator
 
 
@@ -49,6 +48,12 @@ class GroupSampler(Sampler[int]):
         return itertools.chain.from_iterable(members)
 
 
+def _numbered(names: Iterable[str]) -> list[int]:
+    """Each name as a number, equal names alike."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
+
+
 class LLaDAUniImageTokenizerTrainer(BaseTrainer):
     r"""
     transformers' [`~transformers.Trainer`] for the image tokenizer (SigLIP-VQ), the `visual` and `vqmodel` of a
@@ -71,8 +76,8 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         model ([`LLaDAUniForConditionalGeneration`] or [`LLaDAUniModel`]): Holds the image tokenizer.
         text_model ([`~transformers.PreTrainedModel`]): A text encoder, such as the text tower of SigLIP. Trained too.
         args ([`LLaDAUniImageTokenizerConfig`], *optional*): Settings.
-        train_dataset, eval_dataset: Rows with an `image` and a `caption`; with `num_style_codes` also with a `content`
-            and a `style`, two names.
+        train_dataset, eval_dataset: Rows with an `image` and a `caption`; with `num_style_codes` also with a
+            `content`, a name, and a `style`, a name or a list of `num_style_codes` of them.
         processing_class ([`LLaDAUniProcessor`]): Sizes the images.
         text_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Of `text_model`. Default: the
             processor's.
@@ -136,13 +141,25 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         )
         batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
         batch |= {name: texts[name] for name in ("input_ids", "attention_mask")}
+        has_one_size = len(batch["image_grid_thw"].unique(dim=0)) == 1
+        for name in ("num_style_codes", "reconstruction_layers"):
+            if getattr(self.args, name) and not has_one_size:
+                raise ValueError(f"`{name}`: the images of a batch must have one size.")
         if self.args.num_style_codes:
-            if len(batch["image_grid_thw"].unique(dim=0)) > 1:
-                raise ValueError("`num_style_codes`: images that share codes must have one size.")
-            for column in SHARING_COLUMNS:
-                numbers = {name: number for number, name in enumerate(dict.fromkeys(row[column] for row in rows))}
-                batch[f"{column}_ids"] = torch.tensor([numbers[row[column]] for row in rows])
+            batch["content_ids"] = torch.tensor(_numbered([row["content"] for row in rows]))
+            styles = zip(*(self._styles(row["style"]) for row in rows), strict=True)
+            batch["style_ids"] = torch.tensor([_numbered(names) for names in styles]).T
         return batch
+
+    def _styles(self, style: str | list[str]) -> list[str]:
+        """One name for all style codes, or a list with one for each."""
+        if isinstance(style, str):
+            return [style]
+        if len(style) != self.args.num_style_codes:
+            raise ValueError(
+                f"`style` must be a name or a list of {self.args.num_style_codes} (`num_style_codes`), got {style!r}."
+            )
+        return style
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -247,21 +264,7 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            with folder_at_once(folder / "image_tokenizer", replace=True) as part:
-                self._save_released_layout(part)
+            save_image_tokenizer(folder, self._holder.visual, self._holder.vqmodel, self._image_processor)
             with folder_at_once(folder / "text_model", replace=True) as part:
                 self.accelerator.unwrap_model(self.model).text_model.save_pretrained(part)
                 self._text_tokenizer.save_pretrained(part)
-
-    def _save_released_layout(self, folder: Path) -> None:
-        """`config.json`, `preprocessor_config.json` and `image_tokenizer.safetensors`, as the release has them."""
-        parts = {"visual": self._holder.visual, "vqmodel": self._holder.vqmodel}
-        configs = {"vision_config": parts["visual"].config.to_dict(), "vq_config": parts["vqmodel"].config.to_dict()}
-        (folder / "config.json").write_text(json.dumps(configs, indent=2), encoding="utf-8")
-        self._image_processor.save_pretrained(folder)
-        tensors = {
-            f"model.{name}.{key}": tensor.contiguous()
-            for name, part in parts.items()
-            for key, tensor in part.state_dict().items()
-        }
-        save_file(tensors, folder / "image_tokenizer.safetensors", metadata={"format": "pt"})

@@ -228,6 +228,38 @@ def test_shared_codes_by_hand(make_trainer):
     torch.testing.assert_close(outputs.group_loss, expected / len(features))
 
 
+def test_each_style_code_may_have_a_name_of_its_own(make_trainer):
+    """The first code is that of a colour, the second that of a place; a name for both is the same as it twice."""
+    dataset = coloured_shapes()
+    places = [str(number % 3) for number in range(len(dataset))]
+    styles = [[colour, place] for colour, place in zip(dataset["style"], places, strict=True)]
+    trainer = make_trainer(dataset=dataset.remove_columns("style").add_column("style", styles), num_style_codes=2)
+    inputs = batch_of(trainer, 16)
+    with torch.no_grad():
+        outputs = trainer.model(**inputs)
+    features, codes = outputs.features.unflatten(0, (16, -1)), outputs.codes.unflatten(0, (16, -1))
+    codebook = F.normalize(trainer.model.vqmodel.quantize.embedding.weight.detach(), dim=-1)
+    values = trainer.train_dataset["style"][:]
+    for row, names in enumerate(values):
+        for code, name in enumerate(names):
+            group = [other for other, value in enumerate(values) if value[code] == name]
+            mean = F.normalize(features[group, code].mean(dim=0), dim=-1)
+            assert codes[row, code] == (mean @ codebook.T).argmax()
+    with pytest.raises(ValueError, match="`style` must be a name or a list of 2"):
+        trainer.data_collator([{**trainer.train_dataset[0], "style": ["red"]}])
+
+
+def test_mixed_precision_leaves_the_choice_of_codes_exact(make_trainer):
+    """Under bf16 features are compared with codes in float32."""
+    trainer = make_trainer(bf16=True, max_steps=1)
+    trainer.train()
+    with trainer.compute_loss_context_manager(), torch.no_grad():
+        outputs = trainer.model(**batch_of(trainer, 4))
+    assert outputs.features.dtype == outputs.image_embeds.dtype == torch.float32
+    codebook = F.normalize(trainer.model.vqmodel.quantize.embedding.weight.detach(), dim=-1)
+    assert torch.equal((outputs.features @ codebook.T).argmax(dim=-1), outputs.codes)
+
+
 def test_images_learn_to_share_codes(make_trainer):
     """Alone, too, an image then has the codes of its shape and of its colour."""
     trainer = make_trainer(
@@ -264,9 +296,10 @@ def test_pixels_may_be_told_by_all_codes_of_a_image(make_trainer):
     """With layers between, the pixels of a patch hang on the codes of others; without, on its own alone."""
     for layers in (0, 1):
         model = make_trainer(reconstruction_layers=layers, resize_mode="editing").model.eval()
-        num_patches = (model.visual.config.image_size // model.visual.config.patch_size) ** 2
+        side = model.visual.config.image_size // model.visual.config.patch_size
+        num_patches = side**2
         codes = torch.randn(2 * num_patches, model.pixel_projection[0].in_features, requires_grad=True)
-        model._pixels(codes, 2)[0].sum().backward()
+        model._pixels(codes, torch.tensor([[1, side, side]] * 2))[0].sum().backward()
         seen = codes.grad.abs().sum(dim=-1) > 0
         assert seen.sum() == (num_patches if layers else 1)
 
@@ -357,7 +390,7 @@ def test_a_save_that_stops_leaves_the_old_result(make_trainer, tmp_path, monkeyp
     trainer = make_trainer(tmp_path / "run", max_steps=1)
     trainer.save_model(str(tmp_path / "parts"))
     before = files()
-    monkeypatch.setattr("transformers_llada_uni.training.image_tokenizer_trainer.save_file", stop)
+    monkeypatch.setattr("transformers_llada_uni.training.image_tokenizer_saving.save_file", stop)
     with pytest.raises(OSError, match="the disk is full"):
         trainer.save_model(str(tmp_path / "parts"))
     assert before and files() == before

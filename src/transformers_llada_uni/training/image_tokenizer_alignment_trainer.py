@@ -1,0 +1,152 @@
+"""Training of the image tokenizer on images whose codes are given."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+
+from ..processing_llada_uni import LLaDAUniProcessor
+from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
+from .data.dataset_formats import stored_image
+from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
+from .image_tokenizer_model import SHARING_TEMPERATURE
+from .image_tokenizer_saving import save_image_tokenizer
+
+
+COLUMNS = ("image", "image_codes")
+
+
+class CodeClassifier(nn.Module):
+    """
+    The image tokenizer as a classifier of patches, whose classes are its codes.
+
+    Args:
+        visual: The vision tower (`model.visual`).
+        vqmodel: The quantiser (`model.vqmodel`); its codes stay what they are.
+    """
+
+    def __init__(self, visual: GlmImageVisionModel, vqmodel: GlmImageVQVAE):
+        super().__init__()
+        self.visual, self.vqmodel = visual, vqmodel
+
+    def forward(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor, labels: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the share of patches, `labels` `(patches,)`, whose nearest code is the wanted one."""
+        hidden_states = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
+        # Which code is nearest is a matter of small differences: mixed precision is for the tower alone.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            as_row = hidden_states.float().T[None, :, None]  # [1, channels, 1, patches]
+            features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
+            codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
+            similarity = features @ codebook.T
+            loss = F.cross_entropy(similarity / SHARING_TEMPERATURE, labels)
+        return loss, (similarity.argmax(dim=-1) == labels).float().mean()
+
+
+class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
+    r"""
+    transformers' [`~transformers.Trainer`] for an image tokenizer whose codes are settled, on images whose codes are
+    known: other views of images it has codes for, images put together of several, and what the decoder draws of codes.
+    Then it gives these images those codes, and what is drawn is read as what it was drawn from.
+
+        L = - log softmax_k(cos(h, e_k) / 0.05)[wanted code]
+
+    with the features h of a patch and all codes e_k, the mean over patches. Only the vision tower and the convolution
+    before the codes are trained, in place. Logged is the share of patches whose nearest code is the wanted one,
+    `code_accuracy`.
+
+    `save_model` writes `image_tokenizer/` in the released layout.
+
+    Args:
+        model ([`LLaDAUniForConditionalGeneration`] or [`LLaDAUniModel`]): Holds the image tokenizer.
+        args ([`LLaDAUniImageTokenizerAlignmentConfig`], *optional*): Settings.
+        train_dataset, eval_dataset: Rows with an `image` and `image_codes`, a list of one `{"grid": [H, W], "codes":
+            [H * W]}`, as [`encode_images`] gives them.
+        processing_class ([`LLaDAUniProcessor`]): Sizes the images.
+        **kwargs: Further arguments of [`~transformers.Trainer`].
+
+    Raises:
+        TypeError, ValueError: for components or data that do not fit.
+    """
+
+    _stage = "alignment of the image tokenizer"
+    args: LLaDAUniImageTokenizerAlignmentConfig
+    model: CodeClassifier
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: LLaDAUniImageTokenizerAlignmentConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | None = None,
+        processing_class: LLaDAUniProcessor | None = None,
+        **kwargs: Any,
+    ):
+        args = check_settings(args, LLaDAUniImageTokenizerAlignmentConfig, "llada-uni-image-tokenizer-aligned")
+        holder: Any = getattr(model, "model", model)
+        if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
+            raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
+        check_class("processing_class", processing_class, LLaDAUniProcessor)
+        assert processing_class is not None
+        check_datasets(train_dataset, eval_dataset, COLUMNS)
+        self._image_processor = processing_class.image_processor
+        self._num_codes = holder.vqmodel.quantize.embedding.num_embeddings
+        classifier = CodeClassifier(holder.visual, holder.vqmodel)
+        classifier.requires_grad_(False)
+        classifier.visual.requires_grad_(True)
+        classifier.vqmodel.quant_conv.requires_grad_(True)
+        super().__init__(
+            model=classifier,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=self._collate,
+            **kwargs,
+        )
+        self._accuracies: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [[self._image_processor.fetch_images(stored_image(row["image"]))] for row in rows]
+        batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
+        labels = []
+        for row, (_, *grid) in zip(rows, batch["image_grid_thw"].tolist(), strict=True):
+            wanted = row["image_codes"][0]
+            if list(wanted["grid"]) != grid:
+                raise ValueError(
+                    f"`image_codes` have the grid {list(wanted['grid'])}, but the image has {grid} by the rule of "
+                    f"{self.args.resize_mode!r}."
+                )
+            labels += wanted["codes"]
+        if labels and not 0 <= min(labels) <= max(labels) < self._num_codes:
+            raise ValueError(f"`image_codes` must be from 0 to {self._num_codes - 1}.")
+        return {**batch, "labels": torch.tensor(labels)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, accuracy = model(**inputs)
+        self._accuracies["train" if self.model.training else "eval"].append(accuracy.detach())
+        return (loss, {"code_accuracy": accuracy}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # Patches of a batch are one row of them: there is nothing to gather but the loss.
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        kind, prefix = ("eval", "eval_") if "eval_loss" in logs else ("train", "")
+        if accuracies := self._accuracies.pop(kind, None):
+            logs = {**logs, f"{prefix}code_accuracy": torch.stack(accuracies).mean().item()}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._is_saving_checkpoint:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            classifier = self.accelerator.unwrap_model(self.model)
+            folder = output_dir or str(self.args.output_dir)
+            save_image_tokenizer(folder, classifier.visual, classifier.vqmodel, self._image_processor)

@@ -1,0 +1,99 @@
+"""The alignment of the image tokenizer: the loss by hand, and that images get the codes they are given."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from transformers_llada_uni.training import (
+    LLaDAUniImageTokenizerAlignmentConfig,
+    LLaDAUniImageTokenizerAlignmentTrainer,
+    encode_images,
+)
+
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+
+
+@pytest.fixture
+def model_and_processor(converted_dir):
+    return (
+        AutoModelForImageTextToText.from_pretrained(converted_dir / "model"),
+        AutoProcessor.from_pretrained(converted_dir / "processor"),
+    )
+
+
+def rows(model, processor):
+    """Images of one colour each, darkened, with the codes of the bright ones."""
+    bright = [PILImage.new("RGB", (64, 64), colour) for colour in COLOURS]
+    dark = [PILImage.blend(image, PILImage.new("RGB", (64, 64), "grey"), 0.4) for image in bright]
+    data = Dataset.from_dict({"image": bright, "caption": list(COLOURS)}).cast_column("image", Image())
+    codes = encode_images(data, model, processor)["image_codes"]
+    return Dataset.from_dict({"image": dark, "image_codes": codes[:]}).cast_column("image", Image())
+
+
+def make_trainer(model, processor, data, tmp_path, **settings):
+    args = LLaDAUniImageTokenizerAlignmentConfig(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        per_device_train_batch_size=6,
+        per_device_eval_batch_size=6,
+        **settings,
+    )
+    return LLaDAUniImageTokenizerAlignmentTrainer(model, args, data, data, processor)
+
+
+def test_loss_by_hand(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    data = rows(model, processor)
+    trainer = make_trainer(model, processor, data, tmp_path)
+    batch = trainer.data_collator([data[number] for number in range(3)])
+    wanted = torch.tensor([code for row in data.select(range(3)) for code in row["image_codes"][0]["codes"]])
+    assert torch.equal(batch["labels"], wanted)
+    with torch.no_grad():
+        loss, accuracy = trainer.model(**batch)
+        hidden_states = model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).last_hidden_state
+        features = F.normalize(model.model.vqmodel.quant_conv(hidden_states.T[None, :, None])[0, :, 0].T, dim=-1)
+        codes = F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1)
+    shares = (features @ codes.T / 0.05).log_softmax(dim=-1)
+    torch.testing.assert_close(loss, -shares[range(len(wanted)), wanted].mean())
+    codes = model.get_image_codes(batch["pixel_values"], batch["image_grid_thw"])
+    nearest = torch.cat([grid.flatten() for grid in codes])
+    assert accuracy == (nearest == wanted).float().mean()
+
+
+def test_images_get_the_codes_they_are_given(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    data = rows(model, processor)
+    trainer = make_trainer(model, processor, data, tmp_path, max_steps=40, learning_rate=2e-3)
+    codebook = model.model.vqmodel.quantize.embedding.weight.detach().clone()
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    logged = [entry["code_accuracy"] for entry in trainer.state.log_history if "code_accuracy" in entry]
+    assert logged[0] < 0.8 < 0.95 < logged[-1]
+    assert trainer.evaluate()["eval_loss"] < before / 4
+    assert torch.equal(model.model.vqmodel.quantize.embedding.weight, codebook)
+    trainer.save_model()
+    saved = load_file(tmp_path / "image_tokenizer" / "image_tokenizer.safetensors")
+    assert torch.equal(saved["model.vqmodel.quant_conv.weight"], model.model.vqmodel.quant_conv.weight)
+
+
+def test_codes_that_do_not_fit_are_refused(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    data = rows(model, processor)
+    trainer = make_trainer(model, processor, data, tmp_path)
+    row = data[0]
+    (codes,) = row["image_codes"]
+    with pytest.raises(ValueError, match=r"`image_codes` have the grid \[1, 2\], but the image has"):
+        trainer.data_collator([{**row, "image_codes": [{"grid": [1, 2], "codes": [0, 0]}]}])
+    with pytest.raises(ValueError, match="`image_codes` must be from 0 to"):
+        trainer.data_collator([{**row, "image_codes": [{**codes, "codes": [10**6] * len(codes["codes"])}]}])
+    with pytest.raises(ValueError, match="must have a column `image_codes`"):
+        make_trainer(model, processor, data.remove_columns("image_codes"), tmp_path)
