@@ -4,6 +4,10 @@ Converts a LLaDA2.0-Uni checkpoint from the released layout to a diffusers pipel
     python conversion/convert_llada_uni_checkpoint.py SRC DST [--decoder turbo|normal|both] [--dtype bfloat16]
     python conversion/convert_llada_uni_checkpoint.py SRC DST --to-released
 
+and an autoregressive checkpoint of the family (Ling-mini-2.0) to a language model to train by block diffusion:
+
+    python conversion/convert_llada_uni_checkpoint.py LING DST [--mask-token TOKEN]
+
 All files are checked before anything is written, the data is copied one tensor at a time, compared with its source
 afterwards, and DST appears only when all of it is right.
 """
@@ -88,6 +92,68 @@ def convert_to_released(
     return carry_out(plan_released(source, decoder, dtype), destination, progress)
 
 
+def convert_autoregressive(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    mask_token: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    progress: bool = True,
+) -> Path:
+    """
+    Converts an autoregressive checkpoint of the family (BailingMoeV2: Ling-mini-2.0 and its siblings) to a folder that
+    `AutoModelForCausalLM.from_pretrained` loads: the same model, which fills in masks once it is trained to, as the
+    stage `"from_autoregressive"` does. With `block_length=1` it computes what it did.
+
+    Args:
+        source: The folder of the checkpoint.
+        destination: As in [`convert_to_diffusers`].
+        mask_token: A token of the tokenizer to stand for "not yet written", or a new one, whose embedding is drawn as
+            those of other tokens are spread. Default: the tokenizer's mask token, or else `<|mask|>`.
+        dtype, progress: As in [`convert_to_diffusers`].
+
+    Returns:
+        `destination`.
+
+    Raises:
+        FileExistsError, FileNotFoundError, OSError: As in [`convert_to_diffusers`].
+        ValueError: as there; and for a setting, named, that the model of block diffusion has no place for, or if the
+            vocabulary has no room for the mask token.
+    """
+    source, destination = _check_request(source, destination, None, dtype)
+    from llada_uni.conversion.autoregressive_plan import plan_autoregressive
+    from llada_uni.conversion.output_plan import carry_out
+
+    return carry_out(plan_autoregressive(source, mask_token, dtype), destination, progress)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to_released: bool = False,
+    decoder: str | None = None,
+    dtype: "torch.dtype | None" = None,
+    mask_token: str | None = None,
+) -> Path:
+    """
+    Whichever of the conversions `source` asks for.
+
+    Raises:
+        ValueError: for an argument that has no meaning for it; and what the conversions raise.
+    """
+    source, destination = _check_request(source, destination, decoder, dtype)
+    if not to_released:
+        from llada_uni.conversion.autoregressive_plan import is_autoregressive
+
+        if is_autoregressive(source):
+            if decoder is not None:
+                raise ValueError(f"`decoder` is {decoder!r}, but {source} is a language model, without a decoder.")
+            return convert_autoregressive(source, destination, mask_token, dtype)
+    if mask_token is not None:
+        raise ValueError(f"`mask_token` is for an autoregressive model, which {source} is not.")
+    write = convert_to_released if to_released else convert_to_diffusers
+    return write(source, destination, decoder, dtype)
+
+
 def _check_request(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -127,15 +193,16 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=DTYPES, help="dtype of the weights (default: as in SRC; the router's bias is float32)"
     )
     parser.add_argument("--to-released", action="store_true", help="from our layout to the released one")
+    parser.add_argument("--mask-token", help="of an autoregressive SRC (default: its tokenizer's, or <|mask|>)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parse_arguments(arguments)
-    convert = convert_to_released if args.to_released else convert_to_diffusers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary folder is removed
     try:
-        path = convert(args.source, args.destination, args.decoder, dtype_of(args.dtype))
+        settings = (args.to_released, args.decoder, dtype_of(args.dtype), args.mask_token)
+        path = convert(args.source, args.destination, *settings)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -146,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-__all__ = ["convert_to_diffusers", "convert_to_released", "main"]
+__all__ = ["convert", "convert_autoregressive", "convert_to_diffusers", "convert_to_released", "main"]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _plan_model(plan: Plan, source: Path, dtype: torch.dtype | None) -> tuple[LL
     file = source / "config.json"
     backbone = files.list_checkpoint(source, "model")
     block_fp8.check_quantization_config(raw, backbone, file)
-    shapes = layout.backbone_shapes(config, file, len(backbone)) | block_fp8.scale_shapes(backbone, raw)
+    shapes = layout.backbone_shapes(text_config, file, len(backbone)) | block_fp8.scale_shapes(backbone, raw)
     files.check_tensors("the backbone", backbone, shapes)
     if raw.get("quantization_config") is not None:
         config.quantization_config = block_fp8.quantization_config_to_ours(raw["quantization_config"], backbone)

@@ -87,19 +87,18 @@ def sub_configs(config: LLaDAUniConfig) -> tuple[LLaDA2MoeConfig, GlmImageVision
     return text, vision, vq
 
 
-def backbone_shapes(config: LLaDAUniConfig, file: Path, num_tensors: int) -> Shapes:
+def backbone_shapes(text_config: LLaDA2MoeConfig, file: Path, num_tensors: int) -> Shapes:
     """
     Names, as released, and shapes of the backbone's tensors, every expert by itself.
 
     Args:
-        config: Of the model.
+        text_config: Of the backbone.
         file: Where it was read, for errors.
         num_tensors: How many tensors the backbone's files hold: a config with far more is refused at once.
 
     Raises:
         ValueError: if the config does not fit together, or the files by far.
     """
-    text_config, *_ = sub_configs(config)
     shapes: Shapes = {}
     with naming(file):
         with building(text_config.to_dict(), num_tensors):
@@ -200,12 +199,12 @@ def choose_decoders(choice: str | None, available: list[str], source: Path) -> l
     return wanted
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, tokenizer_class: Any = AutoTokenizer) -> PreTrainedTokenizerBase:
     """Raises a `FileNotFoundError` or `ValueError` that names the folder if there is none, or it cannot be read."""
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing.")
     with naming(folder / "tokenizer.json", folder / "tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def look_up_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Any]:

@@ -55,10 +55,17 @@ class Plan:
 
 
 def plan_outputs(
-    refs: Mapping[str, TensorRef], dtype: torch.dtype | None, rename: Callable[[str], str] = str
+    refs: Mapping[str, TensorRef],
+    dtype: torch.dtype | None,
+    rename: Callable[[str], str] = str,
+    changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor] | None] | None = None,
 ) -> list[OutputTensor]:
     files.check_floating_point(refs)
-    return [OutputTensor(rename(name), ref, stored_dtype(name, ref.dtype, dtype)) for name, ref in refs.items()]
+    changes = changes or {}
+    return [
+        OutputTensor(rename(name), ref, stored_dtype(name, ref.dtype, dtype), changes.get(name))
+        for name, ref in refs.items()
+    ]
 
 
 def by_source_file(outputs: list[OutputTensor]) -> list[list[OutputTensor]]:

@@ -70,7 +70,7 @@ def _plan_model(plan: Plan, folder: Path, dtype: torch.dtype | None) -> LLaDAUni
     of_tokenizer = {name: ref for name, ref in refs.items() if name.startswith(layout.IMAGE_TOKENIZER_PREFIXES)}
     backbone = {name: ref for name, ref in refs.items() if name not in of_tokenizer}
     block_fp8.check_quantization_config(raw, backbone, file)
-    shapes = layout.backbone_shapes(config, file, len(backbone))
+    shapes = layout.backbone_shapes(layout.sub_configs(config)[0], file, len(backbone))
     expected = {layout.backbone_name_to_ours(name): shape for name, shape in shapes.items()}
     expected |= block_fp8.scale_shapes(backbone, raw) | layout.image_tokenizer_shapes(config, file, len(of_tokenizer))
     files.check_tensors("the model", refs, expected)

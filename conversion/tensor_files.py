@@ -54,11 +54,12 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write under `name`: the data of `source`, as `dtype`."""
+    """A tensor to write under `name`: the data of `source`, as `dtype`; a `change` of its values comes before."""
 
     name: str
     source: TensorRef
     dtype: torch.dtype
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -246,7 +247,9 @@ def _read_each(outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, 
         with open_tensors(file) as get:
             while end < len(outputs) and outputs[end].source.file == file:
                 output = outputs[end]
-                yield output, cast(get(output.source.key), output.name, output.dtype)
+                tensor = get(output.source.key)
+                tensor = tensor if output.change is None else output.change(tensor)
+                yield output, cast(tensor, output.name, output.dtype)
                 end += 1
         start = end
 

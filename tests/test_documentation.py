@@ -30,6 +30,7 @@ from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_release
 from transformers_llada_uni.training.data.dataset_loading import load_training_dataset
 
 from .documentation import blocks_of, runnable_blocks, sections_of
+from .text_only import write_ling, write_text_only
 from .warm_python import write_command
 
 
@@ -40,6 +41,7 @@ CONVERTED_CARD = "the card of a converted checkpoint"
 MOST_NOT_RUN = 12
 TEXT_CAPTIONS = ["0.png", "1.PNG", "2.jpg", "3.JPG", "a cat.JPEG", "5.webp"]
 RELEASED = "path/to/LLaDA2.0-Uni"
+RELATIVES = {"path/to/LLaDA2.1-mini": write_text_only, "path/to/Ling-mini-2.0": write_ling}
 SERVER = "http://127.0.0.1:8000"
 
 # The command of the reader; training that does not say how long it takes is stopped after one step.
@@ -200,6 +202,9 @@ def run_as_printed(document: str, text: str, reader: dict[str, str], tmp_path: P
     (files / "path" / "to" / "llada-uni").symlink_to(files / "llada-uni")
     if RELEASED in text:
         convert_to_released(files / "llada-uni", files / RELEASED, progress=False)
+    for relative, write in RELATIVES.items():
+        if relative in text:
+            write(files / relative, ROOT / "tests" / "fixtures" / "official_tiny")
     failed = []
     for number, blocks in enumerate(sections):
         makes_checkpoint = any(f"{RELEASED} llada-uni" in block.code for block in blocks)

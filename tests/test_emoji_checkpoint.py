@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from diffusers_llada_uni import embedded_checkpoint
+from transformers_llada_uni.generation.best_of import prompt_recall
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,28 @@ def test_draws_what_is_asked_for(pipe, emoji, decoder):
     pictures = pipe(list(prompts), decoder=decoder, generator=generator()).images
     assert [picture.size for picture in pictures] == [(64, 64)] * len(prompts)
     assert [nearest(picture, emoji) for picture in pictures] == list(prompts.values())
+
+
+def test_judges_its_own_codes(pipe, emoji):
+    names = ["red apple", "rocket", "dog face", "waving hand: dark skin tone", "norway flag"]
+    codes = pipe.encode_images([emoji[name] for name in names])
+    for number, name in enumerate(names):
+        scores = prompt_recall(pipe.model, pipe.processor, [f"please draw {name}"] * len(names), codes)
+        assert scores.index(max(scores)) == number
+
+
+def test_the_best_of_four_is_better_than_any_of_four(pipe):
+    prompts = ["a picture of rocket", "norway flag", "draw a waving hand: dark skin tone", "pizza", "dog face"]
+    sampled = {"output_type": "codes", "generation_kwargs": {"temperature": 4.0}}
+    best = pipe(prompts, num_candidates=4, generator=generator(), **sampled)
+    any_of_them = pipe(prompts, num_images_per_prompt=4, generator=generator(), **sampled)
+    sure = pipe(prompts, output_type="codes").codes  # what the model is surest of, all of them right
+
+    def distances(grids):
+        return [float((one != sure[i * len(sure) // len(grids)]).float().mean()) for i, one in enumerate(grids)]
+
+    kept, candidates = distances(best.codes), distances(any_of_them.codes)
+    assert sum(kept) / len(kept) < 0.9 * sum(candidates) / len(candidates)
 
 
 def test_names_what_it_sees(pipe, emoji):

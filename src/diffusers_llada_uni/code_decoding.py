@@ -23,6 +23,7 @@ from .stepped_decoder import SteppedDecoder
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+UPSCALES = (1, 2, 3, 4)  # the decoder learnt 2; the release's own tools go up to 4
 # ZImageTransformer2DModel pads the sequence of features to a multiple of this many (its SEQ_MULTI_OF).
 FEATURE_PADDING = 32
 # Of the images that the VAE decodes at once: more would be no faster, and its full-size channels take much memory.
@@ -172,7 +173,7 @@ class CodeDecoder:
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent":
             loaded("vae", self.vae)
-        check_choice("upscale", upscale, (1, 2))
+        check_choice("upscale", upscale, UPSCALES)
         steps = DEFAULT_STEPS[decoder] if num_inference_steps is None else num_inference_steps
         check_integer("num_inference_steps", steps, minimum=2 if decoder == "normal" else 1)
         guidance_scale = DEFAULT_GUIDANCE[decoder] if guidance_scale is None else guidance_scale

@@ -16,7 +16,8 @@ from transformers_llada_uni import (
     LLaDAUniForConditionalGeneration,
     LLaDAUniProcessor,
 )
-from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
+from transformers_llada_uni.generation.best_of import Reward, answer_log_probs, prompt_recall, rewards_of
+from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput, as_list
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.image_places import HEADER_LENGTH
 from transformers_llada_uni.image_sizes import UPSCALE
@@ -71,6 +72,7 @@ class PromptGroup:
     grid: tuple[int, int]
     touched: torch.Tensor | None = None  # (rows, H * W), true for the codes to make anew
     first_images: list[int] = field(default_factory=list)  # of each row, the place of its first among all images
+    source_codes: torch.Tensor | None = None  # (rows, H * W), of sources that were given as codes, with `touched`
 
 
 class CodeGenerator:
@@ -101,7 +103,7 @@ class CodeGenerator:
     def grid_of(self, height: int | None, width: int | None, upscale: int = UPSCALE) -> tuple[int, int]:
         """The grid (H, W) of codes of an image of so many pixels, the checkpoint's own size where they are `None`."""
         side = self.processor.image_processor.patch_size * upscale
-        default = self.processor.default_side
+        default = max(self.processor.default_side // side, 1) * side  # the largest that there is at this `upscale`
         rows = _check_side("height", default if height is None else height, multiple=side) // side
         columns = _check_side("width", default if width is None else width, multiple=side) // side
         return rows, columns
@@ -140,7 +142,7 @@ class CodeGenerator:
     def write_edit_prompts(
         self,
         texts: list[str],
-        images: list[list[PIL.Image.Image]],
+        images: list[list[PIL.Image.Image]] | list[list[torch.Tensor]],
         masks: list[PIL.Image.Image] | None = None,
         grid: tuple[int, int] | None = None,
         upscale: int = UPSCALE,
@@ -151,26 +153,34 @@ class CodeGenerator:
 
         Args:
             texts, grid, upscale, negative_texts: As in [`write_prompts`].
-            images: For each text its source, and references.
-            masks: For each text a mask of its source, white where it is to be made anew.
+            images: For each text its source, and references; or codes `(H, W)` of these.
+            masks: For each text a mask of its source, white where it is to be made anew; of codes with a pixel each.
         """
+        are_codes = isinstance(images[0][0], torch.Tensor)
         image_processor = self.processor.image_processor
         size: dict[str, Any] = {} if grid is None else self._size(grid)
         of_grid: dict[tuple[int, int], list[int]] = {}
         for row, (source, *_) in enumerate(images):
-            row_grid = grid or image_processor.get_grid(source.height, source.width, "editing")
+            row_grid = grid or (
+                tuple(source.shape)
+                if isinstance(source, torch.Tensor)
+                else image_processor.get_grid(source.height, source.width, "editing")
+            )
             of_grid.setdefault(row_grid, []).append(row)
         groups = []
         batches = [(of, batch) for of, rows in of_grid.items() for batch in _batches(rows, of)]
         for group_grid, rows in batches:
-            arguments: dict[str, Any] = {"images": [images[row] for row in rows], "task": "editing", **size}
+            name = "image_codes" if are_codes else "images"
+            arguments: dict[str, Any] = {name: [images[row] for row in rows], "task": "editing", **size}
             with _sizes_at(upscale):
                 inputs = self.processor(text=[texts[row] for row in rows], **arguments)
             group = PromptGroup(rows, inputs, group_grid)
             group.first_images = [sum(len(images[other]) for other in rows[:index]) for index in range(len(rows))]
             if masks is not None:
-                touched = [touched_codes(masks[row], image_processor).flatten() for row in rows]
+                touched = [touched_codes(masks[row], image_processor, are_codes).flatten() for row in rows]
                 group.touched = torch.stack(touched)
+                if are_codes:
+                    group.source_codes = torch.stack([torch.as_tensor(images[row][0]).flatten() for row in rows])
             if negative_texts is not None:
                 self._set_negative(group, [negative_texts[row] for row in rows], **arguments)
             groups.append(group)
@@ -265,8 +275,11 @@ class CodeGenerator:
         inputs = group.inputs.to(self.device)
         known: dict[str, Any] = {}
         if group.touched is not None:
-            codes = self.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
-            known["image_codes"] = torch.stack([codes[first].flatten() for first in group.first_images])
+            source_codes = group.source_codes
+            if source_codes is None:
+                codes = self.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+                source_codes = torch.stack([codes[first].flatten() for first in group.first_images])
+            known["image_codes"] = source_codes.to(inputs["input_ids"].device)
             known["image_codes_mask"] = group.touched.to(known["image_codes"].device)
         generated = sequences_of(
             self.model.generate_image_codes(
@@ -283,6 +296,56 @@ class CodeGenerator:
             )
         )
         return generated.view(-1, *group.grid)
+
+    # 4. Candidates
+
+    def judge(self, prompts: list[str], image_codes: list[torch.Tensor], reward: Reward | None = None) -> list[float]:
+        """
+        Args:
+            prompts: Of each candidate.
+            image_codes: Codes `(H, W)` of each.
+            reward: See the pipeline's call; the model itself by default.
+
+        Returns:
+            A number for each, the higher the better.
+
+        Raises:
+            ValueError: if the reward gives other than finite numbers.
+        """
+        if reward is None:
+            return prompt_recall(self.model, self.processor, prompts, image_codes)
+        offset = self.model.config.get_text_config().image_token_offset
+        ids = [(codes.flatten() + offset).tolist() for codes in image_codes]
+        columns = {"prompts": prompts, "image_codes": image_codes, "completion_ids": ids}
+        return rewards_of(reward, len(prompts), completions=[""] * len(prompts), **columns)
+
+    def judge_answers(
+        self,
+        messages: list[Any],
+        prompts: list[torch.Tensor],
+        answer_ids: torch.Tensor,
+        answers: list[str],
+        reward: Reward | None = None,
+    ) -> list[float]:
+        """
+        As [`judge`], of answers.
+
+        Args:
+            messages: The conversation of each candidate.
+            prompts: Its ids `(length,)`, images in it as their codes.
+            answer_ids: Ids `(candidates, length)` of the answers, padded behind their ends.
+            answers: The answers as texts.
+        """
+        config = self.model.generation_config
+        ends = {config.pad_token_id, *as_list(config.eos_token_id)}
+        rows = []
+        for row in answer_ids:
+            length = next((place for place, token in enumerate(row.tolist()) if token in ends), len(row))
+            rows.append(row[: max(length, 1)])
+        if reward is None:
+            return answer_log_probs(self.model, prompts, rows)
+        ids = [row.tolist() for row in rows]
+        return rewards_of(reward, len(rows), prompts=messages, completions=answers, completion_ids=ids)
 
     # A pipeline's model may wait on another device.
 
@@ -328,14 +391,15 @@ def _check_side(name: str, value: Any, multiple: int) -> int:
 
 @contextmanager
 def _sizes_at(upscale: int) -> Iterator[None]:
-    """Errors of the processor name sizes at `upscale` 2; at another they must say so."""
+    """Errors of the processor name sizes at [`UPSCALE`]; at another they must say so."""
     try:
         yield
     except ValueError as error:
         if upscale == UPSCALE:
             raise
         raise ValueError(
-            f"{error} (Sizes in this message are at `upscale` {UPSCALE}; at {upscale} they are half.)"
+            f"{error} (Sizes in this message are at `upscale` {UPSCALE}; at {upscale} they are {upscale / UPSCALE:g} "
+            "times as large.)"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""The images and masks a caller gives: one list of images per prompt, and which codes a mask touches."""
+"""The images, codes and masks a caller gives: one list of images per prompt, and which codes a mask touches."""
 
 from typing import Any
 
 import PIL.Image
 import torch
 
-from transformers_llada_uni import LLaDAUniImageProcessor
+from transformers_llada_uni import LLaDAUniImageProcessor, LLaDAUniProcessor
 
 
 def images_per_prompt(
@@ -35,14 +35,39 @@ def images_per_prompt(
     return [_read("image", entry, image_processor) for entry in entries]
 
 
+def codes_per_prompt(
+    image_codes: Any, num_prompts: int, is_batch: bool, processor: LLaDAUniProcessor
+) -> list[list[torch.Tensor]]:
+    """
+    As [`images_per_prompt`], of images that are given as codes `(H, W)`.
+
+    Raises:
+        TypeError, ValueError: for what are no codes of the model; for empty lists, or one of another length than the
+            prompts'.
+    """
+    image_codes = processor.fetch_codes(image_codes)
+    if not isinstance(image_codes, list):
+        return [[image_codes]] * num_prompts
+    entries = image_codes if is_batch else [image_codes]
+    if len(entries) != num_prompts:
+        raise ValueError(f"`image_codes` has {len(entries)} entries for {num_prompts} prompts; give one for each.")
+    rows = [entry if isinstance(entry, list) else [entry] for entry in entries]
+    if not all(row and all(isinstance(codes, torch.Tensor) for codes in row) for row in rows):
+        raise ValueError("`image_codes` must hold for each prompt the codes of an image, or one list of such.")
+    return rows
+
+
 def masks_per_prompt(
-    mask_image: Any, images: list[list[PIL.Image.Image]], image_processor: LLaDAUniImageProcessor
+    mask_image: Any,
+    images: list[list[PIL.Image.Image]] | list[list[torch.Tensor]],
+    image_processor: LLaDAUniImageProcessor,
 ) -> list[PIL.Image.Image]:
     r"""
     Args:
         mask_image: One mask for all prompts, or a list with one for each. A mask is an image, or an array or tensor
             `(height, width)`, of the size of its source image; at least half of full brightness means "regenerate".
-        images: For each prompt its images; the mask belongs to the first.
+        images: For each prompt its images, or their codes; the mask belongs to the first. A pixel of it is a pixel of
+            the image, or a code.
         image_processor: Reads the masks.
 
     Returns:
@@ -56,7 +81,8 @@ def masks_per_prompt(
         raise ValueError(f"`mask_image` has {len(given)} entries for {len(images)} prompts; give one for each.")
     masks = []
     for entry, row in zip(given, images, strict=True):
-        mask, size = _read("mask_image", entry, image_processor)[0], row[0].size
+        mask, source = _read("mask_image", entry, image_processor)[0], row[0]
+        size = (source.shape[1], source.shape[0]) if isinstance(source, torch.Tensor) else source.size
         if mask.size != size:
             raise ValueError(
                 f"`mask_image` must have the size of its image, {size[0]} x {size[1]} (width x height), got "
@@ -69,17 +95,22 @@ def masks_per_prompt(
     return masks
 
 
-def touched_codes(mask: PIL.Image.Image, image_processor: LLaDAUniImageProcessor) -> torch.Tensor:
+def touched_codes(
+    mask: PIL.Image.Image, image_processor: LLaDAUniImageProcessor, is_of_codes: bool = False
+) -> torch.Tensor:
     r"""
     Which codes a mask touches. The mask is scaled and cropped as its image is, so the two stay aligned.
 
     Args:
         mask (`PIL.Image.Image`): Black and white, of the size of the source image.
         image_processor ([`LLaDAUniImageProcessor`]): The processor of the images.
+        is_of_codes (`bool`, defaults to `False`): A pixel of the mask stands for a code already.
 
     Returns:
         `torch.BoolTensor` of shape `(H, W)`: True where the code's patch has any white.
     """
+    if is_of_codes:
+        return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width) > 0
     # A box filter looks at every pixel of the mask but never beyond the pixels that a pixel stands for.
     mask = image_processor.resize_and_crop(mask, "editing", resample=PIL.Image.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)

@@ -7,17 +7,18 @@ from typing import Any
 import PIL.Image
 import torch
 
+from transformers_llada_uni.generation.best_of import Reward, best_of, candidate_generators, check_candidates
 from transformers_llada_uni.generation.sampling import Generators
-from transformers_llada_uni.input_checks import check_generator, check_integer, refuse_settings
+from transformers_llada_uni.input_checks import check_choice, check_generator, check_integer, refuse_settings
 
-from .code_decoding import Images
+from .code_decoding import OUTPUT_TYPES, UPSCALES, Images
 from .code_generation import (
     DEFAULT_GUIDANCE_SCALE,
     CodeGenerationSettings,
     check_generation_kwargs,
     sequences_of,
 )
-from .image_inputs import images_per_prompt, masks_per_prompt
+from .image_inputs import codes_per_prompt, images_per_prompt, masks_per_prompt
 from .pipeline_base import Callback, LLaDAUniPipelineBase
 from .pipeline_output import LLaDAUniPipelineOutput
 from .prompt_inputs import check_negative_prompt, check_prompt, check_task
@@ -71,15 +72,19 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         generation_kwargs: dict[str, Any] | None = None,
         thinking_kwargs: dict[str, Any] | None = None,
         negative_prompt: str | list[str] | None = None,
+        image_codes: torch.Tensor | list | None = None,
+        num_candidates: int = 1,
+        reward: Reward | None = None,
     ) -> LLaDAUniPipelineOutput:
         r"""
-        Makes images from prompts; edits or fills in images where `image` is given.
+        Makes images from prompts; edits or fills in images where `image` or `image_codes` is given.
 
         1. Check the arguments.
         2. Read the images and masks; write the prompts.
         3. With thinking: let the model write its thoughts.
         4. Generate the image codes.
-        5. Decode them.
+        5. Of several candidates keep the best.
+        6. Decode them.
 
         Args:
             prompt (`str` or `list[str]`): What to draw, or how to change `image`. The codes of a list are generated
@@ -106,12 +111,15 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
                 `generation_kwargs={"do_sample": False}` says otherwise.
             decoder (`str`, *optional*): `"turbo"` or `"normal"`; turbo when it is loaded, by default.
             decoder_guidance_scale (`float`, *optional*): Guidance of the "normal" decoder, 1.0 by default.
-            upscale (`int`, defaults to 2): 1 or 2: a code becomes 16 or 32 pixels down and across.
+            upscale (`int`, defaults to 2): 1 to 4: a code becomes 16 * `upscale` pixels down and across. The decoder
+                was trained at 2. At 4 it takes four times the memory, most of it for pixels; with
+                `pipe.vae.enable_tiling()` less.
             generator (`torch.Generator` or list of one per image, *optional*): Source of all randomness. One prompt
                 with other seeds gives the same codes and other details, unless its codes are sampled
                 (`generation_kwargs={"do_sample": True}`).
             latents (`torch.Tensor` of shape `(images, 16, height // 8, width // 8)`, *optional*): Initial noise.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`; `"codes"` decodes nothing,
+                and needs no decoder: [`decode_codes`] can, later or elsewhere.
             return_dict (`bool`, defaults to `True`): Return [`LLaDAUniPipelineOutput`], else a tuple of its fields.
             callback_on_step_end (`Callable`, *optional*), callback_on_step_end_tensor_inputs: See [`decode_codes`].
             generation_kwargs (`dict`, *optional*): More settings of [`BlockDiffusionGenerationConfig`] for the image
@@ -120,9 +128,21 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from: one for all prompts or
                 one for each. The model was trained to be led away from no words at all, which is the default, and the
                 empty string.
+            image_codes (`torch.LongTensor` of shape `(H, W)` or list, *optional*): In place of `image`: codes of the
+                source, such as an earlier call's, or [`encode_images`]'. Lists as those of images. What was generated
+                is so changed without a loss by pixels between. A pixel of `mask_image` is a code then.
+            num_candidates (`int`, defaults to 1): Sample so many for each image, as codes, and decode the best only.
+                A candidate costs the language model's work once more, its judgement a short pass. It gains where
+                candidates differ: a model that is sure of its codes needs a `temperature` above 1.
+            reward (`Callable`, *optional*): What finds the best of them: called as `reward(prompts=...,
+                image_codes=..., completions=..., completion_ids=...)` with lists of all candidates', it gives a number
+                for each, as rewards of [`LLaDAUniGRPOTrainer`] do; it may call [`decode_codes`]. By default the model
+                judges by how many of the prompt's words it would say of its codes, see [`prompt_recall`]. That is no
+                judgement of an edit, whose prompt is an instruction: edits need a reward.
 
         Returns:
-            [`LLaDAUniPipelineOutput`], or the tuple `(images, codes)`, with thinking `(images, codes, thoughts)`.
+            [`LLaDAUniPipelineOutput`], or the tuple `(images, codes)`, with thinking `(images, codes, thoughts)`, and
+            with candidates their `scores` behind these.
 
         Raises:
             ValueError: if an argument is out of range or does not fit the others, or a component is not loaded;
@@ -132,12 +152,25 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         # 1. Check the arguments.
         prompts = check_prompt(prompt)
         num_images = len(prompts) * check_integer("num_images_per_prompt", num_images_per_prompt, minimum=1)
-        code_decoder = self.code_decoder
-        decoding = code_decoder.settle(decoder, num_inference_steps, decoder_guidance_scale, upscale, output_type)
+        check_candidates(num_candidates, reward)
+        check_choice("output_type", output_type, (*OUTPUT_TYPES, "codes"))
+        check_choice("upscale", upscale, UPSCALES)
+        code_decoder = None if output_type == "codes" else self.code_decoder
+        if code_decoder is not None:
+            decoding = code_decoder.settle(decoder, num_inference_steps, decoder_guidance_scale, upscale, output_type)
+        elif latents is not None:
+            raise ValueError("`latents` are decoded, but `output_type` is 'codes'.")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         coder = self.code_generator
+        if image is not None and image_codes is not None:
+            raise ValueError("`image` and `image_codes` are two ways to give the same: give one of them.")
+        source = image if image_codes is None else image_codes
+        if num_candidates > 1 and reward is None and source is not None and mask_image is None:
+            raise ValueError(
+                "`num_candidates` needs a `reward` for edits: the model judges what an image shows, not what is new."
+            )
         if guidance_scale is None:
-            guidance_scale = DEFAULT_GUIDANCE_SCALE if image is None else self.config["editing_guidance_scale"]
+            guidance_scale = DEFAULT_GUIDANCE_SCALE if source is None else self.config["editing_guidance_scale"]
         generation_kwargs = {} if generation_kwargs is None else generation_kwargs
         generation = CodeGenerationSettings(
             guidance_scale, image_guidance_scale, guidance_rescale, num_steps_per_block, generation_kwargs
@@ -146,26 +179,35 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         check_generation_kwargs("thinking_kwargs", thinking_kwargs)
         for name, settings in (("generation_kwargs", generation_kwargs), ("thinking_kwargs", thinking_kwargs)):
             refuse_settings(name, settings, {"num_return_sequences": "num_images_per_prompt"})
-        check_task(image, mask_image, (height, width), thinking, image_guidance_scale, thinking_kwargs)
+        check_task(source, mask_image, (height, width), thinking, image_guidance_scale, thinking_kwargs)
         negatives = check_negative_prompt(negative_prompt, len(prompts), guidance_scale)
         check_generator(generator, num_images, "images")
-        grid = None if image is not None and height is None else coder.grid_of(height, width, upscale)
+        grid = None if source is not None and height is None else coder.grid_of(height, width, upscale)
 
-        # 2. Read the images and masks; write the prompts. Sampled codes need a row of their own for each image.
-        if num_images_per_prompt > 1:
+        # 2. Read the images and masks; write the prompts. Sampled codes need a row for each image, and candidate.
+        if max(num_images_per_prompt, num_candidates) > 1:
             generation.generation_kwargs = {"do_sample": True, **generation_kwargs}
         own = coder.model.generation_config.do_sample
         samples = [settings.get("do_sample", own) for settings in (generation.generation_kwargs, thinking_kwargs)]
-        images_per_row = 1 if samples[0] or (thinking and samples[1]) else num_images_per_prompt
-        rows = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt // images_per_row)]
+        is_sampled = samples[0] or (thinking and samples[1])
+        if num_candidates > 1 and not is_sampled:
+            raise ValueError("`num_candidates` would all be the same: `generation_kwargs` say not to sample.")
+        images_per_row = 1 if is_sampled else num_images_per_prompt
+        rows_per_prompt = num_images_per_prompt // images_per_row * num_candidates
+        rows = [row for row in range(len(prompts)) for _ in range(rows_per_prompt)]
         texts = [prompts[row] for row in rows]
         negative_texts = None if negatives is None else [negatives[row] for row in rows]
-        if image is None:
+        if source is None:
             assert grid is not None
             groups = coder.write_prompts(texts, grid, thinking, upscale, negative_texts)
         else:
             image_processor, is_batch = coder.processor.image_processor, isinstance(prompt, (list, tuple))
-            sources, masks = images_per_prompt(image, len(prompts), is_batch, image_processor), None
+            sources: list[list[Any]]
+            if image_codes is None:
+                sources = images_per_prompt(image, len(prompts), is_batch, image_processor)
+            else:
+                sources = codes_per_prompt(image_codes, len(prompts), is_batch, coder.processor)
+            masks = None
             if mask_image is not None:
                 masks = masks_per_prompt(mask_image, sources, image_processor)
                 masks = [masks[row] for row in rows]
@@ -173,18 +215,22 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             groups = coder.write_edit_prompts(texts, sources, masks, grid, upscale, negative_texts)
         if latents is not None and len({group.grid for group in groups}) > 1:
             raise ValueError("`latents` cannot be given for images of different sizes.")
-        for group in groups:
-            code_decoder.check_grid(group.grid, decoding)
-            code_decoder.check_latents(latents, num_images, group.grid, decoding)
+        if code_decoder is not None:
+            for group in groups:
+                code_decoder.check_grid(group.grid, decoding)
+                code_decoder.check_latents(latents, num_images, group.grid, decoding)
 
+        generators = generator
+        if isinstance(generator, list):  # of the images that share a row's codes, the first one's
+            generators = candidate_generators(generator[::images_per_row], num_candidates)
         codes: dict[int, torch.Tensor] = {}
         thoughts: list[str] = []
         coder.bring_in_model()
         with self._bar("image codes", sum(group.grid[0] * group.grid[1] for group in groups)) as bar:
             for group in groups:
-                group_generator = generator
-                if isinstance(generator, list):  # of the images that share a row's codes, the first one's
-                    group_generator = [generator[row * images_per_row] for row in group.rows]
+                group_generator = generators
+                if isinstance(generators, list):
+                    group_generator = [generators[row] for row in group.rows]
                 # 3. With thinking: let the model write its thoughts.
                 if thinking:
                     thoughts += coder.think(group, thinking_kwargs, group_generator, self._shows_progress)
@@ -193,16 +239,56 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
                 generated = coder.generate(group, generation, group_generator, update)
                 codes |= dict(zip(group.rows, generated, strict=True))
 
-        # 5. Decode them.
+        # 5. Of several candidates keep the best.
+        kept, scores = list(range(len(rows))), None
+        if num_candidates > 1:
+            scores = coder.judge(texts, [codes[row] for row in kept], reward)
+            kept = best_of(scores, num_candidates)
+            scores = [scores[row] for row in kept]
+
+        # 6. Decode them.
         coder.let_go_of_model()
-        codes_of_images = [codes[row] for row in range(len(rows)) for _ in range(images_per_row)]
-        thoughts = [thought for thought in thoughts for _ in range(images_per_row)]
-        images = self._decode(
-            codes_of_images, decoding, generator, latents, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
+        codes_of_images = [codes[row] for row in kept for _ in range(images_per_row)]
+        thoughts = [thoughts[row] for row in kept for _ in range(images_per_row)] if thinking else []
+        images = []
+        if code_decoder is not None:
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            images = self._decode(codes_of_images, decoding, generator, latents, *callback)
         self.maybe_free_model_hooks()
-        output = LLaDAUniPipelineOutput(images=images, codes=codes_of_images, thoughts=thoughts if thinking else None)
+        output = LLaDAUniPipelineOutput(
+            images=images, codes=codes_of_images, thoughts=thoughts if thinking else None, scores=scores
+        )
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]  # as upstream types it
+
+    @torch.no_grad()
+    def encode_images(self, image: Any, resize_mode: str = "editing") -> list[torch.Tensor]:
+        r"""
+        Turns images into grids of image codes: what the model sees of them, and what [`decode_codes`] and the call's
+        `image_codes` take.
+
+        Args:
+            image (image or list): Anything [`LLaDAUniImageProcessor.fetch_images`] reads.
+            resize_mode (`str`, defaults to `"editing"`): How images are scaled and cropped: to the size of those that
+                are made, or for `"understanding"` to that of those that are talked about, one by one.
+
+        Returns:
+            `list[torch.LongTensor]`: of each image its codes `(H, W)`.
+
+        Raises:
+            ValueError, TypeError: for what is no image; if a component is not loaded.
+        """
+        coder = self.code_generator
+        processor = coder.processor.image_processor
+        (images,) = images_per_prompt(image, 1, False, processor)
+        inputs = [processor([one], resize_mode=resize_mode, return_tensors="pt") for one in images]
+        coder.bring_in_model()
+        codes = []
+        for of_image in inputs:
+            of_image = of_image.to(coder.device)
+            codes += coder.model.get_image_codes(of_image["pixel_values"], of_image["image_grid_thw"])
+        coder.let_go_of_model()
+        self.maybe_free_model_hooks()
+        return codes
 
     @torch.no_grad()
     def decode_codes(
@@ -260,7 +346,13 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         return images
 
     @torch.no_grad()
-    def chat(self, messages: list[dict[str, Any]] | list[list[dict[str, Any]]], **kwargs: Any) -> str | list[str]:
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        num_candidates: int = 1,
+        reward: Reward | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
         r"""
         Answers a conversation, which may hold images.
 
@@ -268,6 +360,11 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             messages (`list[dict]`): Turns `{"role": "user", "content": "..."}`; with images the content is a list of
                 `{"type": "image", "image": image}` and `{"type": "text", "text": "..."}`. A list of such lists is a
                 batch.
+            num_candidates (`int`, defaults to 1): Sample so many answers to each, and return the best.
+            reward (`Callable`, *optional*): What finds the best of them: called as `reward(prompts=...,
+                completions=..., completion_ids=...)` with lists of all candidates' (conversations, texts and ids) it
+                gives a number for each, as rewards of [`LLaDAUniGRPOTrainer`] do. By default the one whose tokens the
+                model finds most probable, in the mean, see [`answer_log_probs`].
             **kwargs: Of the model's `generate`: `max_new_tokens`, `do_sample`, `streamer`, `generator`, ...
 
         Returns:
@@ -276,6 +373,12 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         Raises:
             ValueError, TypeError: if `messages` are no conversation, or a setting is refused by `generate`.
         """
+        check_candidates(num_candidates, reward)
+        if num_candidates > 1:
+            refuse_settings("num_candidates", kwargs, {"num_return_sequences": "num_candidates"})
+            kwargs = {"do_sample": True, **kwargs, "num_return_sequences": num_candidates}
+            if not kwargs["do_sample"]:
+                raise ValueError("`num_candidates` would all be the same: `do_sample` is False.")
         coder = self.code_generator
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"`messages` must be a list of at least one message, got {messages!r}.")
@@ -289,9 +392,14 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         )
         coder.bring_in_model()
         ids = sequences_of(coder.model.generate(**inputs.to(coder.device), **kwargs))
-        answers = coder.processor.post_process_image_text_to_text(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        length = inputs["input_ids"].shape[1]
+        answers = coder.processor.post_process_image_text_to_text(ids[:, length:], skip_special_tokens=True)
+        if num_candidates > 1:
+            asked = [chat for chat in (messages if is_batch else [messages]) for _ in range(num_candidates)]
+            mask = inputs["attention_mask"].bool().repeat_interleave(num_candidates, dim=0)
+            prompts = [row[:length][is_token] for row, is_token in zip(ids, mask, strict=True)]
+            scores = coder.judge_answers(asked, prompts, ids[:, length:], answers, reward)
+            answers = [answers[row] for row in best_of(scores, num_candidates)]
         coder.let_go_of_model()
         self.maybe_free_model_hooks()
         return answers if is_batch or len(answers) > 1 else answers[0]

@@ -1,16 +1,21 @@
 """Conversations to ids, and ids to the text of an answer while they come."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 
+from transformers_llada_uni.chat_messages import encode_chat
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
 
 
-if TYPE_CHECKING:
-    from diffusers_llada_uni import LLaDAUniPipeline
+class ChatModel(Protocol):
+    """What answers: a language model, and the processor or, of a text-only model, the tokenizer that writes for it."""
+
+    model: Any
+    processor: Any
 
 
 class PromptTooLong(ValueError):
@@ -22,7 +27,7 @@ def read_conversation(processor: Any, messages: list[dict[str, Any]], max_tokens
     A conversation as the model's inputs, places held open for images.
 
     Args:
-        processor: Of the pipeline.
+        processor: Of a [`ChatModel`].
         messages: See the pipeline's `chat`.
         max_tokens: Most tokens. Default: no limit here.
 
@@ -30,9 +35,12 @@ def read_conversation(processor: Any, messages: list[dict[str, Any]], max_tokens
         PromptTooLong: if there are more.
         ValueError, TypeError: if they are no conversation.
     """
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
+    if isinstance(processor, PreTrainedTokenizerFast):
+        inputs = BatchFeature({"input_ids": [encode_chat(processor, messages)]}, tensor_type="pt")
+    else:
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
     length = inputs["input_ids"].shape[1]
     if max_tokens is not None and length > max_tokens:
         raise PromptTooLong(f"`messages` are {length} tokens; at most {max_tokens} are taken.")
@@ -45,13 +53,15 @@ def write_prompt(model: Any, processor: Any, messages: list[dict[str, Any]]) -> 
     A conversation as ids `(length,)`, images in it as their codes.
 
     Args:
-        model, processor: Of the pipeline.
+        model, processor: Of a [`ChatModel`].
         messages: See the pipeline's `chat`.
 
     Raises:
         ValueError, TypeError: if they are no conversation.
     """
     inputs = read_conversation(processor, messages).to(model.device)
+    if isinstance(processor, PreTrainedTokenizerFast):
+        return inputs["input_ids"][0]
     images = inputs.get("pixel_values"), inputs.get("image_grid_thw")
     return model.place_images({"input_ids": inputs["input_ids"]}, *images)["input_ids"][0]
 
@@ -101,7 +111,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream_answer(
-    pipe: "LLaDAUniPipeline",
+    chat_model: ChatModel,
     messages: list[dict[str, Any]],
     max_new_tokens: int,
     seed: int | None = None,
@@ -111,18 +121,19 @@ def stream_answer(
     The pieces of an answer, block by block; who takes no more of them ends it.
 
     Args:
-        pipe, messages: As above.
+        chat_model: What answers.
+        messages: See the pipeline's `chat`.
         max_new_tokens: Most tokens; fewer where the model's positions end.
         seed: Makes sampled text repeatable.
         **settings: Further fields of `BlockDiffusionGenerationConfig`.
     """
-    model, processor = pipe.code_generator.model, pipe.code_generator.processor
+    model, processor = chat_model.model, chat_model.processor
     ids = write_prompt(model, processor, messages)
     room = model.config.get_text_config().max_position_embeddings - len(ids)
     batch = ContinuousBatch(model, **settings)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     row = batch.add(ids, max(min(max_new_tokens, room), 1), generator)
-    answer = Answer(processor.tokenizer)
+    answer = Answer(getattr(processor, "tokenizer", processor))
     while batch.rows:
         batch.step()
         yield answer.take(row.tokens, row.is_finished)

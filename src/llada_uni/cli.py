@@ -27,6 +27,7 @@ from .commands.train import STAGES, prepare
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
 
+    from .answers import ChatModel
     from .commands.prompt_files import PromptRow
 
 
@@ -97,6 +98,9 @@ NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Image
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the decoder.")]
 BlockSteps = Annotated[int, typer.Option("--steps-per-block", min=1, help="Steps of a block of image codes.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance by the prompt; 1 is none.")]
+Candidates = Annotated[int, typer.Option("--num-candidates", min=1, help="Sample so many for each, keep the best.")]
+CodesTemperature = Annotated[float | None, typer.Option(min=0, help="Of sampled image codes; 0 takes the surest.")]
+Upscale = Annotated[int, typer.Option(min=1, max=4, help="A code becomes 16 times this many pixels down and across.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images made at once.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 Images = Annotated[list[str] | None, typer.Option("--image", "-i", help="An image to look at; more than once.")]
@@ -183,16 +187,28 @@ def _load(model: str, device: str | None, dtype: str) -> "LLaDAUniPipeline":
     from .pipeline_loading import load_pipeline, resolve_model
 
     resolve_model(model)  # before torch is imported
-    is_terminal = sys.stderr.isatty()
-    if not is_terminal:
+    _hide_progress_bars()
+    pipe = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def _load_to_talk(model: str, device: str | None, dtype: str) -> "ChatModel":
+    from .pipeline_loading import load_chat_model, resolve_model
+
+    resolve_model(model, takes_models=True)  # before torch is imported
+    _hide_progress_bars()
+    return load_chat_model(model, device, dtype)
+
+
+def _hide_progress_bars() -> None:
+    """Of what is loaded, where nobody looks."""
+    if not sys.stderr.isatty():
         import diffusers
         import transformers
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    pipe = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=not is_terminal)
-    return pipe
 
 
 def _size(size: str | None) -> dict[str, int]:
@@ -245,6 +261,15 @@ def _requests(
     return requests
 
 
+def _rarely_set(upscale: int, num_candidates: int = 1, temperature: float | None = None) -> dict[str, Any]:
+    """Settings that are left out at their defaults: what a run before made without them is found again."""
+    return {
+        "upscale": upscale if upscale != 2 else None,
+        "num_candidates": num_candidates if num_candidates > 1 else None,
+        "generation_kwargs": None if temperature is None else {"do_sample": False, **_sampling(temperature)},
+    }
+
+
 def _make(
     requests: "list[PromptRow]",
     output: Path,
@@ -290,11 +315,15 @@ def draw(
     model: Model = "emoji",
     size: Size = None,
     num_images: NumImages = 1,
+    num_candidates: Candidates = 1,
+    temperature: CodesTemperature = None,
     seed: Seed = 0,
     guidance: Guidance = None,
     steps: Steps = None,
     steps_per_block: BlockSteps = 8,
+    upscale: Upscale = 2,
     thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
+    max_thinking_tokens: Annotated[int | None, typer.Option(min=1, help="Of thoughts; 1024 by default.")] = None,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -308,6 +337,8 @@ def draw(
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
             "thinking": thinking or None,
+            "thinking_kwargs": max_thinking_tokens and {"max_new_tokens": max_thinking_tokens},
+            **_rarely_set(upscale, num_candidates, temperature),
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
         requests = _requests("draw", prompt, prompts)
@@ -327,6 +358,7 @@ def edit(
     image_guidance: Annotated[float, typer.Option(min=0, help="Guidance by the source.")] = 0.0,
     steps: Steps = None,
     steps_per_block: BlockSteps = 8,
+    upscale: Upscale = 2,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -339,6 +371,7 @@ def edit(
             "image_guidance_scale": image_guidance,
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
+            **_rarely_set(upscale),
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
         requests = _requests("edit", prompt, prompts, image)
@@ -354,10 +387,13 @@ def fill(
     output: Output = Path("images"),
     model: Model = "emoji",
     num_images: NumImages = 1,
+    num_candidates: Candidates = 1,
+    temperature: CodesTemperature = None,
     seed: Seed = 0,
     guidance: Guidance = None,
     steps: Steps = None,
     steps_per_block: BlockSteps = 8,
+    upscale: Upscale = 2,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -369,6 +405,7 @@ def fill(
             "guidance_scale": guidance,
             "num_inference_steps": steps,
             "num_steps_per_block": steps_per_block,
+            **_rarely_set(upscale, num_candidates, temperature),
         }
         plan = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
         requests = _requests("fill", prompt, prompts, image, mask)
@@ -398,7 +435,7 @@ def ask(
     with _told_in_a_line():
         requests = _requests("ask", question, prompts, image)
 
-        pipe = _load(model, device, dtype)
+        chat_model = _load_to_talk(model, device, dtype)
         from .answers import stream_answer
         from .commands.talk import message
         from .image_files import open_image
@@ -406,7 +443,7 @@ def ask(
         for request in requests:
             messages = [message("user", request.prompt, [open_image(path) for path in request.images])]
             answer_seed = seed if request.seed is None else request.seed
-            pieces = stream_answer(pipe, messages, max_new_tokens, answer_seed, **_sampling(temperature))
+            pieces = stream_answer(chat_model, messages, max_new_tokens, answer_seed, **_sampling(temperature))
             if as_json:
                 entry = {"prompt": request.prompt, "image": list(request.images), "answer": "".join(pieces)}
                 typer.echo(json.dumps(entry, ensure_ascii=False))
@@ -426,7 +463,7 @@ def chat(
 ) -> None:
     """Talk with the model; images by /image PATH."""
     with _told_in_a_line():
-        pipe = _load(model, device, dtype)
+        chat_model = _load_to_talk(model, device, dtype)
         from .commands.talk import HELP, converse
 
         def typed() -> Iterator[str]:
@@ -440,7 +477,7 @@ def chat(
                 import readline  # noqa: F401  keys that move in a line, and bring earlier ones back
             typer.echo(HELP)
         lines = typed() if is_terminal else sys.stdin
-        converse(pipe, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **_sampling(temperature))
+        converse(chat_model, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **_sampling(temperature))
 
 
 @app.command(cls=CommandWithHints)
@@ -636,16 +673,18 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16, of the weights. Default: as they are.")
     ] = None,
+    mask_token: Annotated[
+        str | None, typer.Option(help="Of an autoregressive model. Default: its tokenizer's, or a new <|mask|>.")
+    ] = None,
 ) -> None:
-    """Convert a released checkpoint into a pipeline, or back."""
+    """Convert a released checkpoint into a pipeline, or back; or an autoregressive one (Ling) to be trained."""
     with _told_in_a_line():
         from .conversion import convert_llada_uni_checkpoint as conversion
 
         if dtype is not None and dtype not in conversion.DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(conversion.DTYPES)}, got {dtype!r}.")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-        write = conversion.convert_to_released if to_released else conversion.convert_to_diffusers
-        typer.echo(write(source, output, decoder, conversion.dtype_of(dtype)))
+        typer.echo(conversion.convert(source, output, to_released, decoder, conversion.dtype_of(dtype), mask_token))
 
 
 @app.command()

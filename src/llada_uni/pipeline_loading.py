@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,19 @@ if TYPE_CHECKING:
 
     from diffusers_llada_uni import LLaDAUniPipeline
 
+    from .answers import ChatModel
+
 ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of peft, of diffusers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def resolve_model(name: str) -> str:
+def resolve_model(name: str, takes_models: bool = False) -> str:
     """
     A folder or a repository of the Hub.
 
     Args:
         name: A folder, a repository, or the name of a checkpoint that comes with the package (`emoji`).
+        takes_models: Whether it may also be the folder of a language model alone, which can talk and not draw.
 
     Raises:
         ValueError: if it is a path to nothing, or a folder without a pipeline.
@@ -38,7 +42,11 @@ def resolve_model(name: str) -> str:
                 f"`model` {name!r} is an adapter (LoRA), which stands upon a model: make one model of the two, as "
                 "docs/own-images.md shows in 'Keep it as a model', and name that."
             )
-        hint = "it is a model alone" if (path / "config.json").is_file() else "it holds no `model_index.json`"
+        is_model = (path / "config.json").is_file()
+        if is_model and takes_models:
+            return str(path)
+        alone = "it is a model alone, with which `ask` and `chat` can talk"
+        hint = alone if is_model else "it holds no `model_index.json`"
         raise ValueError(
             f"`model` {name!r} is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
         )
@@ -145,6 +153,50 @@ def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> 
         # A folder that is damaged or incomplete raises whatever its first reader raises.
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"`model` {name!r} cannot be loaded: {kind}{error}") from error
+
+
+@dataclass
+class LanguageModel:
+    """A language model without a pipeline around it, to talk with: see [`ChatModel`]."""
+
+    model: Any
+    processor: Any
+
+
+def load_chat_model(name: str, device: str | None = None, dtype: str = "auto") -> "ChatModel":
+    """
+    What a name means to `ask` and `chat`: the language model of a pipeline, or one alone, such as the text-only
+    LLaDA2.0-mini and LLaDA2.1-mini.
+
+    Args and errors: as [`load_pipeline`].
+    """
+    path = resolve_model(name, takes_models=True)
+    from transformers.utils import cached_file
+
+    try:
+        is_pipeline = cached_file(path, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
+    except OSError as error:  # of the Hub, or of the network
+        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
+    if is_pipeline:
+        return load_pipeline(name, device, dtype).code_generator
+    device = best_device() if device is None else device
+    _check_device(device)
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    import transformers_llada_uni  # noqa: F401  makes the Auto classes know the models
+    from transformers_llada_uni.loading.model_loading import load_model, load_processor
+
+    try:
+        processor: Any = load_processor(path)
+        model: Any = load_model(path, dtype=dtype_of(dtype, device)).eval()
+        model.to(device)
+    except Exception as error:
+        if should_reduce_batch_size(error):  # out of memory
+            raise
+        raise ValueError(f"`model` {name!r} cannot be loaded: {error}") from error
+    if model.generation_config.mask_token_id is None:
+        model.generation_config.mask_token_id = getattr(processor, "tokenizer", processor).mask_token_id
+    return LanguageModel(model, processor)
 
 
 def _check_device(device: str) -> None:

@@ -13,8 +13,8 @@ from .generation.block_diffusion import BlockDiffusionOutput as BlockDiffusionOu
 from .generation.cache import BlockDiffusionCache as BlockDiffusionCache
 from .generation.configuration import BlockDiffusionGenerationConfig as BlockDiffusionGenerationConfig
 from .generation.interleaved import InterleavedGenerationMixin as InterleavedGenerationMixin
-from .generation.sprint import SprintCache as SprintCache
 from .generation.sprint import SprintConfig as SprintConfig
+from .generation.trajectory import Trajectory as Trajectory
 from .image_processing_llada_uni import LLaDAUniImageProcessor as LLaDAUniImageProcessor
 from .loading.expert_offloading import expert_offload_device_map as expert_offload_device_map
 from .loading.quantization_groupwise import GroupwiseQuantizationConfig as GroupwiseQuantizationConfig

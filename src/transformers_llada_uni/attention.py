@@ -116,10 +116,7 @@ class LLaDA2MoeAttention(nn.Module):
 
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         if past_key_values is not None:
-            # A cache that weighs keys by how much they are looked at needs the queries too.
-            key_states, value_states = past_key_values.update(
-                key_states, value_states, self.layer_idx, query_states=query_states
-            )
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
         if positions_to_keep is not None:
             query_states = take_positions(query_states, positions_to_keep)
             if isinstance(attention_mask, torch.Tensor):

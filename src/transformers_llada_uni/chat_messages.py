@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from .prompts import list_of_texts, text_of_message
-from .user_words import MARK_END, cut_words, mark_words
+from .prompts import flat_text, list_of_texts, text_of_message
+from .user_words import MARK_END, cut_words, encode_prompt, mark_words
 
 
 def check_conversation(conversation: Any) -> None:
@@ -58,6 +58,24 @@ def mark_message(tokenizer: PreTrainedTokenizerFast, message: dict[str, Any]) ->
             part = {**part, "text": between + mark_words(tokenizer, part["text"])}
         parts.append(part)
     return {**mark_words(tokenizer, {**message, "content": None}), "content": parts}
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerFast, conversation: list[dict[str, Any]]) -> list[int]:
+    """
+    The ids of a chat in the tokenizer's own template, up to the answer: what a text-only model is asked. Words are
+    words, whatever they read like.
+
+    Raises:
+        TypeError, ValueError: if `conversation` is not one chat, or holds more than text.
+    """
+    check_conversation([conversation])
+    contents = [message.get("content") for message in conversation]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    if found := next((part["type"] for part in parts if part["type"] != "text"), None):
+        raise ValueError(f"`conversation` holds a part {found!r}, and the model reads text alone.")
+    marked = [flat_text(mark_message(tokenizer, message)) for message in conversation]
+    prompt = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    return encode_prompt(tokenizer, str(prompt))[0]
 
 
 def cut_chat(messages: list[dict], num_tokens: Callable[[list[dict]], int], max_length: int) -> list[dict]:

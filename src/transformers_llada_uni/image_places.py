@@ -55,7 +55,7 @@ def place_images(text: str, blocks: list[str]) -> tuple[str, list[dict[str, Any]
     return LONE_IMAGE.sub(place, text), found
 
 
-def deal_out(images: Any, num_texts: int, counts: list[int] | None) -> list[list]:
+def deal_out(images: Any, num_texts: int, counts: list[int] | None, name: str = "images") -> list[list]:
     """
     Gives each text its images.
 
@@ -64,6 +64,7 @@ def deal_out(images: Any, num_texts: int, counts: list[int] | None) -> list[list
         num_texts (`int`): Number of texts.
         counts (`list[int]`, *optional*): How many images each text asks for. Without it a list is dealt out one by
             one, or goes to the only text.
+        name (`str`, defaults to `"images"`): Of the argument, in errors.
 
     Raises:
         ValueError: if the images do not fit the texts.
@@ -73,9 +74,9 @@ def deal_out(images: Any, num_texts: int, counts: list[int] | None) -> list[list
         if not all(isinstance(entry, list) for entry in images) or any(
             isinstance(entry, list) for sample in images for entry in sample
         ):
-            raise ValueError("`images` must be one list of images, or one list of lists with a list per text.")
+            raise ValueError(f"`{name}` must be one list of images, or one list of lists with a list per text.")
         if len(images) != num_texts:
-            raise ValueError(f"`images` has {len(images)} lists of images for {num_texts} texts.")
+            raise ValueError(f"`{name}` has {len(images)} lists of images for {num_texts} texts.")
         samples = images
     elif num_texts == 1:
         samples = [images]
@@ -84,17 +85,17 @@ def deal_out(images: Any, num_texts: int, counts: list[int] | None) -> list[list
     elif counts is None:
         if len(images) != num_texts:
             raise ValueError(
-                f"`images` has {len(images)} images for {num_texts} texts; a list of lists says which are whose."
+                f"`{name}` has {len(images)} images for {num_texts} texts; a list of lists says which are whose."
             )
         samples = [[image] for image in images]
     else:
         if len(images) != sum(counts):
-            raise ValueError(f"`images`: {len(images)} were given for {sum(counts)} <|image|> in `text`.")
+            raise ValueError(f"`{name}`: {len(images)} were given for {sum(counts)} <|image|> in `text`.")
         remaining = iter(images)
         samples = [[next(remaining) for _ in range(count)] for count in counts]
     for sample, count in zip(samples, counts or [], strict=counts is not None):
         if len(sample) != count:
-            raise ValueError(f"`images`: {len(sample)} were given for {count} <|image|> in a text.")
+            raise ValueError(f"`{name}`: {len(sample)} were given for {count} <|image|> in a text.")
     return samples
 
 

@@ -38,7 +38,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    if isinstance(value, bool) or value not in choices:
+    if isinstance(value, bool) or value not in list(choices):  # a list cannot be looked up in a dict
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 

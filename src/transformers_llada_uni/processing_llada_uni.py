@@ -16,6 +16,7 @@ from .chat_messages import check_conversation, cut_chat, mark_message
 from .chat_templates import CHAT_TEMPLATE, TEXT_CHAT, by_name, give_back_text_chat, text_chat_of, without_text_chat
 from .checkpoint_stub import SavedWithStub
 from .id_rows import cut_answer, left_pad, to_lists
+from .image_codes import fetch_codes, fill_places
 from .image_places import (
     HEADER_LENGTH,
     IMAGE_START,
@@ -245,6 +246,7 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         height: int | None = None,
         width: int | None = None,
         thinking_text: str | list[str] | None = None,
+        image_codes: torch.Tensor | list | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -262,6 +264,9 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
             width (`int`, *optional*): Its width.
             thinking_text (`str` or `list[str]`, *optional*): For `task="thinking"`: thoughts already written; then the
                 header of the image follows them. Without it, let the model write and call [`add_image_header`].
+            image_codes (`torch.LongTensor` (H, W), *optional*): In place of `images`: the codes of an image, such as
+                `generate_image_codes` writes and `get_image_codes` reads; lists as those of images. Their tokens stand
+                in the ids, and nothing is left for the vision tower.
             **kwargs: Of the tokenizer and of the image processor (`resize_mode`, ...). `return_tensors` is `"pt"`
                 (also `"np"`, or `None` for lists). `truncation` to `max_length` cuts the user's words with a `task`,
                 and finished prompts as the tokenizer does. `sanitize_control_tokens`, `True` with a `task`, says that
@@ -269,7 +274,7 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
                 [`apply_chat_template`] does it.
 
         Returns:
-            [`BatchFeature`]: `input_ids` and `attention_mask` (batch, length), left padded; with images
+            [`BatchFeature`]: `input_ids` and `attention_mask` (batch, length), left padded; with `images`
             `pixel_values` (num_patches, 768) and `image_grid_thw` (num_images, 3). For text_to_image, editing, and
             thinking with `thinking_text`: `grid` (H, W) in codes, and the negative prompts for guidance
             `negative_input_ids`, `negative_attention_mask` (no text) and for editing `negative_image_input_ids`,
@@ -296,8 +301,9 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         is_marked = text_kwargs.pop("sanitize_control_tokens", task is not None)
         image_processor, images_kwargs = self._image_settings(merged["images_kwargs"], task)
         if text is None:
-            if images is None or task is not None:
-                raise ValueError("`text` is missing." if task else "At least one of `images` and `text` is needed.")
+            if image_codes is not None or images is None or task is not None:
+                missing = task is not None or image_codes is not None
+                raise ValueError("`text` is missing." if missing else "At least one of `images` and `text` is needed.")
             return image_processor(images, return_tensors=return_tensors, **images_kwargs)
 
         # 1. Which images belong to which text, and how many codes they become.
@@ -306,15 +312,23 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
             raise ValueError("`text` is empty; a prompt needs at least one word.")
         wanted = self._wanted_grid(task, height, width, thinking_text)
         counts = [len(LONE_IMAGE.findall(entry)) for entry in texts] if task is None else None
-        if images is not None:
-            images = image_processor.fetch_images(images, images_kwargs.get("input_data_format"))
-        samples = deal_out(images, len(texts), counts)
-        if task in ("text_to_image", "thinking") and any(samples):
-            raise ValueError(f"`images` cannot be given with task {task!r}; 'editing' and 'interleaved' take images.")
-        if task == "editing" and not all(samples):
-            raise ValueError("`images` is missing: the task 'editing' needs at least one image for each text.")
         mode, largest = images_kwargs["resize_mode"], self._image_tokens.largest_side
-        grids = [grids_of(image_processor, sample, mode, largest) for sample in samples]
+        has_codes, name = image_codes is not None, "images" if image_codes is None else "image_codes"
+        if has_codes:
+            if images is not None:
+                raise ValueError("`images` and `image_codes` are two ways to give the same images: give one of them.")
+            images = self.fetch_codes(image_codes)
+        elif images is not None:
+            images = image_processor.fetch_images(images, images_kwargs.get("input_data_format"))
+        samples = deal_out(images, len(texts), counts, name)
+        if task in ("text_to_image", "thinking") and any(samples):
+            raise ValueError(f"`{name}` cannot be given with task {task!r}; 'editing' and 'interleaved' take images.")
+        if task == "editing" and not all(samples):
+            raise ValueError(f"`{name}` is missing: the task 'editing' needs at least one image for each text.")
+        if has_codes:
+            grids = [[tuple(codes.shape) for codes in sample] for sample in samples]
+        else:
+            grids = [grids_of(image_processor, sample, mode, largest) for sample in samples]
         blocks = [[image_block(*grid) for grid in sample] for sample in grids]
 
         # 2. The prompt and its negative prompts, as text and as ids.
@@ -346,7 +360,12 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
             extras["grid"] = wanted
 
         # 3. The images.
-        if any(samples):
+        if has_codes:
+            offset = self.image_token_offset
+            assert offset is not None  # `fetch_codes` has asked
+            for name in (f"{prefix}input_ids" for prefix in prompts):
+                data[name] = fill_places(data[name], samples, self.image_token_id, offset)
+        elif any(samples):
             # transformers' ImageInput leaves out the lists of lists that its processors take.
             data |= image_processor(samples, **images_kwargs)  # type: ignore[arg-type]
         return BatchFeature({**data, **extras}, tensor_type=return_tensors, skip_tensor_conversion=list(extras))
@@ -371,6 +390,23 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         length = max(sum(mask) for mask in encoded["attention_mask"])
         check_length(length, self.max_position_embeddings, wanted, self.image_processor)
         return encoded
+
+    def fetch_codes(self, image_codes: Any) -> Any:
+        """
+        Checks images that are given as codes.
+
+        Args:
+            image_codes: A `torch.LongTensor` (H, W), a list of these, or a list of lists.
+
+        Returns:
+            The same, on the CPU.
+
+        Raises:
+            TypeError, ValueError: naming `image_codes`, for what are no codes of the model.
+        """
+        if self.image_token_offset is None:
+            raise ValueError("`image_codes` need the processor's `image_token_offset`, which is None.")
+        return fetch_codes(image_codes, self.codebook_size, self._image_tokens.largest_side)
 
     def add_image_header(
         self,

@@ -136,7 +136,7 @@ def test_guidance_never_makes_velocities_longer():
     torch.testing.assert_close(shorter, 0.5 * with_features)  # shorter than the limit: left as it is
 
 
-@pytest.mark.parametrize("upscale, side", [(1, 16), (2, 32)])
+@pytest.mark.parametrize("upscale, side", [(1, 16), (2, 32), (3, 48), (4, 64)])
 def test_output_types_and_upscale(decoding, upscale, side):
     codes = torch.arange(12).view(2, 2, 3)
     arguments = {"upscale": upscale, "num_inference_steps": 2}
@@ -434,7 +434,7 @@ GOOD = torch.zeros(1, 2, 2, dtype=torch.long)
         ({"decoder_guidance_scale": -1, "decoder": "normal"}, ValueError, "`decoder_guidance_scale`.*at least 0"),
         ({"decoder_guidance_scale": "1", "decoder": "normal"}, TypeError, "`decoder_guidance_scale`.*number"),
         ({"decoder_guidance_scale": 1.0}, ValueError, "`decoder_guidance_scale`.*0.*turbo"),
-        ({"upscale": 3}, ValueError, "`upscale`.*1, 2.*3"),
+        ({"upscale": 5}, ValueError, "`upscale`.*1, 2, 3, 4.*5"),
         ({"upscale": True}, ValueError, "`upscale`.*1, 2.*True"),
         ({"output_type": "jpg"}, ValueError, "`output_type`.*'pil'.*'jpg'"),
         ({"generator": 7}, TypeError, "`generator`.*int"),
@@ -743,11 +743,11 @@ def test_sampled_codes_differ_per_image(pipe, calls):
     assert torch.equal(one.codes[0], other.codes[0]) and not torch.equal(one.codes[1], other.codes[1])
 
 
-@pytest.mark.parametrize("upscale, size", [(1, (96, 64)), (2, (96, 64))])
+@pytest.mark.parametrize("upscale, size", [(1, (96, 64)), (2, (96, 64)), (4, (128, 64))])
 def test_size_counts_output_pixels(pipe, calls, upscale, size):
-    output = pipe("a cat", **SMALL, upscale=upscale)
+    output = pipe("a cat", **{**SMALL, "width": size[0]}, upscale=upscale)
     assert output.images[0].size == size
-    assert calls[0]["grid"] == (64 // (16 * upscale), 96 // (16 * upscale))
+    assert calls[0]["grid"] == (64 // (16 * upscale), size[0] // (16 * upscale))
 
 
 def test_output_types(pipe):
@@ -849,6 +849,87 @@ def test_one_image_for_all_prompts(pipe, calls):
 def source_codes(pipe, picture):
     inputs = pipe.processor.image_processor(picture, resize_mode="editing", return_tensors="pt")
     return pipe.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])[0]
+
+
+def test_sources_given_as_codes_are_those_of_their_images(pipe, calls):
+    pictures = [photo(), [photo(60, 80, seed=1), photo(seed=4)]]
+    prompts, settings = (
+        ["make it blue", "turn it around"],
+        {"image_guidance_scale": 1.5, "output_type": "codes", **FEW},
+    )
+    codes = [pipe.encode_images(picture) for picture in pictures]
+    assert torch.equal(codes[0][0], source_codes(pipe, photo()))
+    assert pipe.encode_images(photo(), "understanding")[0].shape == (4, 4)
+    by_image = pipe(prompts, image=pictures, **settings)
+    by_codes = pipe(prompts, image_codes=codes, **settings)
+    assert by_codes.images == [] and "pixel_values" not in calls[-1]
+    assert all(map(torch.equal, by_codes.codes, by_image.codes))
+
+    mask = PIL.Image.new("L", (80, 60))
+    mask.paste(255, (0, 0, 40, 30))  # the left upper quarter
+    of_codes = torch.zeros(6, 8, dtype=torch.bool)
+    of_codes[:3, :4] = True
+    by_image = pipe("a dog", image=photo(), mask_image=mask, output_type="codes", **FEW)
+    by_codes = pipe("a dog", image_codes=codes[0], mask_image=of_codes, output_type="codes", **FEW)
+    assert torch.equal(by_codes.codes[0], by_image.codes[0])
+
+
+def test_codes_need_no_decoder(pipe):
+    without = quiet(LLaDAUniPipeline(**{**pipe.components, "semantic_embedder": None, "vae": None}))
+    output = without("a cat", **SMALL, output_type="codes")
+    assert torch.equal(output.codes[0], pipe("a cat", **SMALL).codes[0]) and output.images == []
+
+
+SAMPLED = {"temperature": 5.0}
+
+
+def test_the_best_of_several_candidates_is_decoded(pipe, monkeypatch):
+    decoded, seen, decode = [], [], CodeDecoder.decode
+    monkeypatch.setattr(CodeDecoder, "decode", lambda self, *args: decoded.append(len(args[0])) or decode(self, *args))
+
+    def reward(prompts, image_codes, completions, completion_ids):
+        seen.append((prompts, image_codes))
+        assert [len(ids) for ids in completion_ids] == [6] * 8 and len(completions) == 8
+        return [float(codes.sum()) for codes in image_codes]
+
+    prompts = ["a cat", "a red apple on a table"]
+    arguments = {**SMALL, "num_candidates": 4, "reward": reward, "generation_kwargs": SAMPLED}
+    output = pipe(prompts, generator=[seeded(0), seeded(1)], **arguments)
+    assert seen[0][0] == ["a cat"] * 4 + ["a red apple on a table"] * 4
+    sums = [[int(codes.sum()) for codes in seen[0][1][4 * row : 4 * row + 4]] for row in range(2)]
+    assert [int(codes.sum()) for codes in output.codes] == [max(row) for row in sums] == output.scores
+    assert all(len(set(row)) > 1 for row in sums) and decoded == [2] and len(output.images) == 2
+    # A prompt alone has the candidates that it has in a batch.
+    arguments["reward"] = lambda image_codes, **_: [-float(codes.sum()) for codes in image_codes]
+    assert int(pipe(prompts[1:], generator=[seeded(1)], **arguments).codes[0].sum()) == min(sums[1])
+
+
+def test_without_candidates_nothing_is_judged(pipe, monkeypatch):
+    monkeypatch.setattr(CodeGenerator, "judge", lambda *args: pytest.fail("judged"))
+    assert pipe("a cat", **SMALL).scores is None
+
+
+def test_answers_are_the_best_of_several(pipe):
+    messages = [{"role": "user", "content": [{"type": "image", "image": photo()}, {"type": "text", "text": "what?"}]}]
+    settings = {"max_new_tokens": 8, "temperature": 3.0}
+
+    def reward(prompts, completions, completion_ids):
+        assert prompts == [messages] * 3 and len(completions) == len(completion_ids) == 3
+        return [float(text == max(completions)) for text in completions]
+
+    answers = pipe.chat(messages, num_return_sequences=3, do_sample=True, generator=seeded(0), **settings)
+    best = pipe.chat(messages, num_candidates=3, reward=reward, generator=seeded(0), **settings)
+    assert best == max(answers) and len(set(answers)) == 3
+    both = pipe.chat([messages] * 2, num_candidates=3, generator=[seeded(i) for i in range(6)], **settings)
+    assert len(both) == 2 and both[0] == pipe.chat(
+        messages, num_candidates=3, generator=[seeded(i) for i in range(3)], **settings
+    )
+    for arguments, words in (
+        ({"do_sample": False}, "`do_sample` is False"),
+        ({"reward": lambda **_: [1.0]}, "`reward`.*3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe.chat(messages, num_candidates=3, **{**settings, **arguments})
 
 
 def test_infilling_keeps_the_codes_outside_of_the_mask(pipe, calls):
@@ -1156,7 +1237,7 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         (
             {"height": 1024, "width": 1008, "upscale": 1},
             ValueError,
-            "`height` may be at most 2016.*`upscale` 2; at 1 they are half",
+            "`height` may be at most 2016.*`upscale` 2; at 1 they are 0.5 times as large",
         ),
         ({"width": 1000, "upscale": 1}, ValueError, "`width`.*multiple of 16.*1000.*1008"),
         ({"height": 0}, ValueError, "`height`.*at least 1.*0"),
@@ -1174,7 +1255,7 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"guidance_rescale": 1.5}, ValueError, "`guidance_rescale`.*at least 0 and at most 1.*1.5"),
         ({"image_guidance_scale": 1.0}, ValueError, "`image_guidance_scale`.*`image`"),
         ({"decoder": "slow"}, ValueError, "`decoder`.*'turbo', 'normal'.*'slow'"),
-        ({"upscale": 4}, ValueError, "`upscale`.*1, 2.*4"),
+        ({"upscale": 5}, ValueError, "`upscale`.*1, 2, 3, 4.*5"),
         ({"output_type": "png"}, ValueError, "`output_type`.*'pil'.*'png'"),
         ({"generator": 0}, TypeError, r"`generator`.*int.*torch.Generator\(\).manual_seed\(0\)"),
         ({"negative_prompt": 3}, TypeError, "`negative_prompt`.*int"),
@@ -1209,6 +1290,22 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"image": IMAGE, "mask_image": 1.0}, TypeError, "`mask_image`.*float"),
         ({"image": IMAGE, "mask_image": MASK, **SMALL}, ValueError, "`height` and `width`.*`mask_image`"),
         ({"prompt": "a cat " * 3000}, ValueError, "positions"),
+        ({"num_candidates": 0}, ValueError, "`num_candidates`.*at least 1"),
+        ({"num_candidates": 2.0}, TypeError, "`num_candidates`.*integer"),
+        ({"reward": len}, ValueError, "`reward`.*`num_candidates` is 1"),
+        ({"num_candidates": 2, "reward": "best"}, TypeError, "`reward`.*callable.*str"),
+        ({"num_candidates": 2, "generation_kwargs": {"do_sample": False}}, ValueError, "`num_candidates`.*the same"),
+        ({"num_candidates": 2, "image": IMAGE}, ValueError, "`num_candidates`.*`reward` for edits"),
+        ({"output_type": "codes", "latents": torch.zeros(1, 16, 8, 12)}, ValueError, "`latents`.*'codes'"),
+        ({"output_type": "codes", "upscale": 0}, ValueError, "`upscale`"),
+        ({"image": IMAGE, "image_codes": GOOD[0]}, ValueError, "`image` and `image_codes`"),
+        ({"image_codes": GOOD}, ValueError, r"`image_codes`.*\(1, 2, 2\)"),
+        ({"image_codes": GOOD[0].float()}, ValueError, "`image_codes`.*float32"),
+        ({"image_codes": IMAGE}, TypeError, "`image_codes`.*Image"),
+        ({"image_codes": GOOD[0] + 256}, ValueError, "`image_codes`.*0..255.*256"),
+        ({"image_codes": []}, ValueError, "`image_codes`"),
+        ({"prompt": ["a", "b"], "image_codes": [GOOD[0]]}, ValueError, "`image_codes`.*1 entries for 2 prompts"),
+        ({"image_codes": GOOD[0], "mask_image": MASK}, ValueError, "`mask_image`.*2 x 2.*80 x 60"),
     ],
 )
 def test_bad_input(pipe, arguments, error, words, monkeypatch):

@@ -44,6 +44,20 @@ def test_draw_a_file_of_prompts(run, tmp_path):
     assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 4
 
 
+def test_what_is_rarely_set_reaches_the_pipeline(run, pipe, monkeypatch, tmp_path):
+    call, seen = type(pipe).__call__, []
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, **given: seen.append(given) or call(self, **given))
+    run("draw", "a cat", "--num-candidates", "2", "--temperature", "3", "--upscale", "1")
+    run("draw", "a cat", "--thinking", "--max-thinking-tokens", "8", "--temperature", "0")
+    run("draw", "a cat")
+    assert seen[0]["num_candidates"] == 2 and seen[0]["upscale"] == 1
+    assert seen[0]["generation_kwargs"] == {"do_sample": True, "temperature": 3.0}
+    assert seen[1]["thinking_kwargs"] == {"max_new_tokens": 8}
+    assert seen[1]["generation_kwargs"] == {"do_sample": False}
+    assert not {"num_candidates", "upscale", "generation_kwargs", "thinking_kwargs"} & set(seen[2])
+    assert "`num_candidates`" in run("draw", "a cat", "--num-candidates", "2", "--temperature", "0", code=2).stderr
+
+
 def test_an_interrupted_run_goes_on(run, pipe, monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\na cow\n")
     call, prompts = type(pipe).__call__, []

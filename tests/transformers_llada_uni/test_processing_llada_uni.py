@@ -790,3 +790,46 @@ def test_a_batch_needs_a_pad_token(official_tiny):
     assert processor(text="a")["input_ids"].shape == (1, 1)
     with pytest.raises(ValueError, match="does not have a padding token"):
         processor(text=["a", "a b"])
+
+
+# Images that are given as codes
+
+
+def test_codes_stand_where_those_of_an_image_would(processor):
+    codes = [torch.arange(6).view(2, 3), torch.arange(100, 104).view(2, 2)]
+    for task in ("understanding", "editing", "interleaved"):
+        inputs = processor(text=["a cat", "two of them"], image_codes=[codes[:1], codes], task=task)
+        ids = unpadded(inputs, 0)
+        start = ids.index(processor.begin_of_image_token_id) + 1
+        header = ids_of(processor, "<|image|><|reserved_token_2|><|reserved_token_3|><boi>")
+        assert ids[start - 4 : start + 6] == header + [OFFSET + code for code in range(6)]
+        assert [token - OFFSET for token in unpadded(inputs, 1) if token >= OFFSET] == [*range(6), *range(100, 104)]
+        assert "pixel_values" not in inputs and processor.image_token_id not in inputs["input_ids"]
+        assert inputs.get("grid") == ((2, 3) if task == "editing" else None)
+        if task == "editing":
+            assert [t - OFFSET for t in unpadded(inputs, 0, "negative_") if t >= OFFSET] == [*range(6)]
+            assert not any(token >= OFFSET for token in unpadded(inputs, 0, "negative_image_"))
+    finished = processor(text="what is <|image|>?", image_codes=codes[1], return_mm_token_type_ids=True)
+    assert [token for token in finished["input_ids"][0].tolist() if token >= OFFSET] == list(range(612, 616))
+    assert int(finished["mm_token_type_ids"].sum()) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"image_codes": [[0, 1]]}, TypeError, "`image_codes`.*int"),
+        ({"image_codes": torch.zeros(2, 2)}, ValueError, "`image_codes`.*float32"),
+        ({"image_codes": torch.zeros(4, dtype=torch.long)}, ValueError, r"`image_codes`.*\(4,\)"),
+        ({"image_codes": torch.zeros(0, 2, dtype=torch.long)}, ValueError, r"`image_codes`.*\(0, 2\)"),
+        ({"image_codes": torch.full((2, 2), 256)}, ValueError, "`image_codes`.*0..255.*256"),
+        ({"image_codes": torch.full((2, 2), -1)}, ValueError, "`image_codes`.*-1"),
+        ({"image_codes": torch.zeros(1, 5000, dtype=torch.long)}, ValueError, "`image_codes` of 1 x 5000"),
+        ({"image_codes": torch.zeros(2, 2, dtype=torch.long), "images": picture()}, ValueError, "give one of them"),
+        ({"image_codes": [torch.zeros(2, 2).long()], "text": ["a", "b"]}, ValueError, "`image_codes` has 1 images"),
+        ({"image_codes": torch.zeros(2, 2, dtype=torch.long), "text": None}, ValueError, "`text` is missing"),
+        ({"image_codes": torch.zeros(2, 2, dtype=torch.long), "task": "text_to_image"}, ValueError, "`image_codes`"),
+    ],
+)
+def test_bad_codes(processor, arguments, error, words):
+    with pytest.raises(error, match=words):
+        processor(**{"text": "what is this?", "task": "understanding", **arguments})

@@ -18,6 +18,7 @@ from .component_trainer import ComponentTrainer
 from .decoder_config import LLaDAUniDecoderConfig
 from .decoder_data import COLUMNS, collate, prepare_decoder_dataset
 from .decoder_model import DecoderModule
+from .decoder_stages import DECODER_STAGES, freeze_decoder_but
 
 
 class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
@@ -31,7 +32,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
 
     Args:
         transformer ([`~diffusers.ZImageTransformer2DModel`]), semantic_embedder ([`LLaDAUniSemanticEmbedder`]): What
-            is trained.
+            is trained, as far as `args.stage` trains it.
         args ([`LLaDAUniDecoderConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Prepared by [`prepare_decoder_dataset`], or rows with an `image`, for which
             `model`, `processing_class` and `vae` are needed.
@@ -61,7 +62,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
         args = check_settings(args, LLaDAUniDecoderConfig, "llada-uni-decoder")
         check_datasets(train_dataset, eval_dataset, ())
         decoder = DecoderModule(transformer, semantic_embedder)
-        semantic_embedder.requires_grad_(args.train_semantic_embedder)
+        freeze_decoder_but(decoder, args.trained_parts or DECODER_STAGES[args.stage].trained_parts)
 
         def prepare(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
             if set(COLUMNS) <= set(get_dataset_column_names(dataset)):

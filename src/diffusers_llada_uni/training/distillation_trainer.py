@@ -35,6 +35,9 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
     One trajectory gives `pairs_per_trajectory` pairs. Codes are all the data that is needed, no images: such as
     those that the language model generates. Guidance is baked in; the student runs once a step.
 
+    This objective is ours. LLaDA2.0-Uni has consistency plus flow matching with two heads (arXiv 2604.20796, eq. 8),
+    LLaDA-Image TwinFlow (arXiv 2512.05150); `benchmarks/distillation.py` compares the three.
+
     Saved are the folders `transformer_turbo/` and `scheduler_turbo/` of a pipeline.
 
     Args:
@@ -52,6 +55,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
 
     _stage = "few-step distillation of the decoder"
     args: LLaDAUniDistillationConfig
+    student_class: type[DecoderModule] = DecoderModule  # what the student is while it learns
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
         student = copy.deepcopy(teacher) if student is None else student
         self.teacher = DecoderModule(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
         super().__init__(
-            DecoderModule(student.requires_grad_(True), semantic_embedder),
+            self.student_class(student.requires_grad_(True), semantic_embedder),
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -84,25 +88,31 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
         )
         self.teacher.to(self.args.device)
 
-    # Trajectories
+    # The teacher
 
     @torch.no_grad()
+    def teacher_velocity(
+        self, noisy: list[torch.Tensor], time: torch.Tensor, codes: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The teacher's guided velocity toward data at `time` `(batch,)`, 0 for noise to 1 for data."""
+        guidance_scale, batch_size = self.args.teacher_guidance_scale, len(codes)
+        branches = 2 if guidance_scale else 1
+        is_conditional = torch.arange(branches * batch_size, device=time.device) < batch_size
+        velocities = self.teacher(noisy * branches, time.repeat(branches), codes * branches, is_conditional)
+        if not guidance_scale:
+            return velocities
+        pairs = zip(velocities[:batch_size], velocities[batch_size:], strict=True)
+        return [guided_velocity(p[None], q[None], guidance_scale)[0] for p, q in pairs]
+
     def trajectory(self, noise: list[torch.Tensor], codes: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """
         The teacher's way from `noise`: at each of `teacher_sigmas` the latents of all rows, the last of which are the
         images.
         """
-        device, batch_size = noise[0].device, len(noise)
-        guidance_scale = self.args.teacher_guidance_scale
-        branches = 2 if guidance_scale else 1
-        is_conditional = torch.arange(branches * batch_size, device=device) < batch_size
         points = [noise]
         for sigma, following in zip(self.teacher_sigmas, self.teacher_sigmas[1:], strict=False):
-            time = torch.full((branches * batch_size,), 1 - sigma, device=device)
-            velocities = self.teacher(points[-1] * branches, time, codes * branches, is_conditional)
-            if guidance_scale:
-                pairs = zip(velocities[:batch_size], velocities[batch_size:], strict=True)
-                velocities = [guided_velocity(p[None], q[None], guidance_scale)[0] for p, q in pairs]
+            time = torch.full((len(codes),), 1 - sigma, device=noise[0].device)
+            velocities = self.teacher_velocity(points[-1], time, codes)
             points.append([x + (sigma - following) * v for x, v in zip(points[-1], velocities, strict=True)])
         return points
 

@@ -23,13 +23,8 @@ def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[s
         pipe: With `model` and `processor`.
         paths: Of the images.
     """
-    import torch
-
-    model, processor = pipe.code_generator.model, pipe.code_generator.processor
     for path in paths:
-        inputs = processor.image_processor(images=[open_image(path)], return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            (codes,) = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+        (codes,) = pipe.encode_images(open_image(path), "understanding")
         yield {"image": path, "grid": list(codes.shape), "codes": codes.flatten().tolist()}
 
 

@@ -16,6 +16,15 @@ WORKING_SPACE = 4 * GIB
 # Of numbers that are no floating point of 16 bits or more, and so stay as they are when they are loaded
 BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What a model that stands alone is for, by its class as the release names it, and as ours are named
+USES = {
+    "BailingMoeV2ForCausalLM": "An autoregressive model: `llada-uni convert {path} FOLDER` makes one to train by "
+    "block diffusion.",
+    **dict.fromkeys(
+        ("LLaDA2MoeModelLM", "LLaDA2MoeForBlockDiffusion"),
+        "A language model without a pipeline: `llada-uni chat --model {path}` talks with it.",
+    ),
+}
 
 
 def describe_folder(path: str) -> dict[str, Any]:
@@ -158,6 +167,8 @@ def advise(described: dict[str, Any], memory: dict[str, int]) -> list[str]:
     lines = []
     if described["is_released"]:
         lines.append(f"A released checkpoint: `llada-uni convert {described['path']} FOLDER` makes a pipeline of it.")
+    elif set(components) == {"model"} and (use := USES.get(components["model"]["class"])):
+        lines.append(use.format(path=described["path"]))
     if missing := [name for name, component in components.items() if not component["is_complete"]]:
         lines.append(f"Weights are missing: {', '.join(missing)}. What follows holds once they are there.")
     fits = len(lines)

@@ -3,18 +3,15 @@
 import os
 import shlex
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import PIL.Image
 
-from ..answers import stream_answer
+from ..answers import ChatModel, stream_answer
 from ..image_files import open_image
 
-
-if TYPE_CHECKING:
-    from diffusers_llada_uni import LLaDAUniPipeline
 
 HELP = """\
 /image PATH  adds an image to what you say next; a file dropped into the terminal does, too
@@ -60,7 +57,7 @@ def _is_dropped(line: str) -> bool:
 
 
 def converse(
-    pipe: "LLaDAUniPipeline",
+    chat_model: ChatModel,
     lines: Iterable[str],
     write: Callable[[str], None],
     max_new_tokens: int = 1024,
@@ -70,7 +67,7 @@ def converse(
     A conversation, line by line, each answer written piece by piece.
 
     Args:
-        pipe: The pipeline.
+        chat_model: What answers.
         lines: What the user says; see `HELP`.
         write: Takes text.
         max_new_tokens: Of an answer.
@@ -96,7 +93,7 @@ def converse(
         else:
             question, images, answer = message("user", line, images), [], ""
             try:
-                for piece in stream_answer(pipe, [*messages, question], max_new_tokens, **settings):
+                for piece in stream_answer(chat_model, [*messages, question], max_new_tokens, **settings):
                     answer += piece
                     write(piece)
             except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -6,6 +6,9 @@ from typing import Any
 
 from trl import TrlParser
 
+from transformers_llada_uni.input_checks import check_choice
+from transformers_llada_uni.training import RECIPES, LLaDAUniSFTConfig
+
 
 OWN_PACKAGES = ("transformers_llada_uni", "diffusers_llada_uni", "llada_uni")
 OWN, MODEL_AND_DATA = "options of this stage", "model and data"
@@ -41,6 +44,11 @@ class StageParser(TrlParser):
             usage="%(prog)s [--config FILE.yaml] [--option value ...]",
             description="Options are read from a YAML file and from the command line, which has the last word.",
         )
+        self._recipe: str | None = None
+        self._has_recipes = LLaDAUniSFTConfig in dataclasses
+        if self._has_recipes:
+            published = f"Published settings in the place of defaults: {', '.join(RECIPES)}; see docs/training.md."
+            self.add_argument("--recipe", choices=list(RECIPES), default=argparse.SUPPRESS, help=published)
 
     def format_help(self) -> str:
         sections: dict[str, list[argparse.Action]] = {OWN: [], MODEL_AND_DATA: []}
@@ -55,6 +63,15 @@ class StageParser(TrlParser):
             formatter.end_section()
         return formatter.format_help()
 
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """The options of a file become defaults, those of its recipe, or of the one that was typed, before them."""
+        if self._has_recipes:
+            recipe = config.pop("recipe", None)
+            if recipe is not None:
+                check_choice("recipe", recipe, RECIPES)
+            super().set_defaults_with_config(**RECIPES.get(self._recipe or recipe, {}))
+        return super().set_defaults_with_config(**config)
+
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """
         An instance of each dataclass.
@@ -67,4 +84,10 @@ class StageParser(TrlParser):
             words += argument.split("=", 1) if argument.startswith("--config=") else [argument]
         if words and words[-1] == "--config":
             self.error("argument --config: expected a file")
+        if self._has_recipes:
+            typed = argparse.ArgumentParser(prog=self.prog, add_help=False)
+            typed.add_argument("--recipe", choices=list(RECIPES))
+            known, words = typed.parse_known_args(words)
+            self._recipe = known.recipe
+            self.set_defaults_with_config()
         return self.parse_args_and_config(words, fail_with_unknown_args=True)

@@ -1,7 +1,6 @@
 """Generation by block diffusion: text, image codes with guidance, and both interleaved."""
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -27,23 +25,24 @@ from ..input_checks import (
     check_known_codes,
     check_length,
     check_streamer,
-    check_token_id,
     refuse_settings,
     split_rows,
 )
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig, check_generation_config
+from .configuration import BlockDiffusionGenerationConfig
 from .decoding import BlockDiffusionDecoder
-from .foreign_settings import settings_of, without_neutral
+from .foreign_settings import settings_of
 from .recording import recordings_of
 from .sampling import Generators
+from .settings import GenerationSettingsMixin
 from .state import BlockState
 from .stopping import RowEnds, make_criteria
+from .trajectory import Trajectory, TrajectoryRecorder
 
 
 logger = logging.get_logger(__name__)
 
-GUIDANCE = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
+GUIDANCE = ("guidance_scale", "image_guidance_scale", "guidance_rescale", "guidance_ramp")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -62,14 +61,16 @@ class BlockDiffusionOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(batch, prompt + new)`): Prompt and new tokens.
         num_forward_passes (`int`): Forward passes of the backbone.
         tokens_per_forward (`float`): New tokens of all rows, without what follows an end token, per forward pass.
+        trajectory ([`Trajectory`], *optional*): With `output_trajectory=True`, how it was decoded.
     """
 
     sequences: torch.Tensor | None = None
     num_forward_passes: int | None = None
     tokens_per_forward: float | None = None
+    trajectory: Trajectory | None = None
 
 
-class BlockDiffusionGenerationMixin:
+class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
     """
     `generate` and its siblings for a model with a block-causal backbone (`get_decoder()`) and an `lm_head`.
 
@@ -79,53 +80,10 @@ class BlockDiffusionGenerationMixin:
 
     output_modalities = ("text",)  # what pipelines of transformers may ask `generate` for
 
-    # What it is mixed into has these.
-    config: PreTrainedConfig
-    generation_config: BlockDiffusionGenerationConfig
-    lm_head: nn.Module
+    lm_head: nn.Module  # what it is mixed into has it
 
     def get_decoder(self) -> PreTrainedModel:
         raise NotImplementedError
-
-    def adjust_generation_fn(
-        self,
-        generation_config: BlockDiffusionGenerationConfig | None,
-        from_auto_class: bool,
-        from_pipeline: str | None,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        **kwargs: Any,
-    ) -> None:
-        """Called by `from_pretrained`: loads `generation_config.json` where the checkpoint has one."""
-        if generation_config is not None:
-            self.generation_config = generation_config
-        if generation_config is not None or pretrained_model_name_or_path is None:
-            return
-        names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-        location = {name: value for name, value in kwargs.items() if name in names and value is not None}
-        if os.path.isdir(pretrained_model_name_or_path):
-            # transformers takes the subfolder `model` of a relative path `model` for its parent.
-            pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
-        try:
-            config = BlockDiffusionGenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
-            self.generation_config = config  # type: ignore[assignment]  # transformers says its own class
-        except OSError:
-            # There is no such file: the settings that follow from the model's configuration stay.
-            if os.path.isfile(
-                os.path.join(pretrained_model_name_or_path, location.get("subfolder", ""), "generation_config.json")
-            ):
-                raise
-        except TypeError as error:
-            # The file was written for autoregressive generation; what it says of special tokens holds here too.
-            try:
-                foreign = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **location)
-            except ValueError:
-                foreign = None
-            if foreign is None or hasattr(foreign, "block_length"):
-                raise  # It was written for block diffusion, and holds what is unknown.
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                if getattr(foreign, name) is not None:
-                    setattr(self.generation_config, name, getattr(foreign, name))
-            logger.warning("Of `generation_config.json` only the special tokens are used: %s", error)
 
     def release_cuda_graphs(self) -> None:
         """Frees what generation keeps on a GPU from call to call: recorded steps and their buffers."""
@@ -228,10 +186,13 @@ class BlockDiffusionGenerationMixin:
         canvas = Canvas.lay_out([prompts], config.max_new_tokens, config.block_length, config.mask_token_id)
 
         # 3. Fill in block after block; stream what is finished.
+        recorder = TrajectoryRecorder(canvas) if config.output_trajectory else None
+        watchers: list[Callable[..., None]] = [] if recorder is None else [recorder]
         if streamer is not None:
             streamer.put(input_ids.cpu())
             if hasattr(streamer, "put_draft"):
-                decoder.on_step = partial(put_draft, streamer.put_draft, canvas)
+                watchers.append(partial(put_draft, streamer.put_draft, canvas))
+        decoder.on_step = call_each(watchers)
         with tqdm(total=config.max_new_tokens, unit="token", disable=not show_progress_bar) as progress:
             for block in decoder.run(canvas):
                 start = max(block.start, int(canvas.prompt_end.min()))
@@ -249,7 +210,10 @@ class BlockDiffusionGenerationMixin:
             return sequences
         passes = decoder.num_forward_passes
         return BlockDiffusionOutput(
-            sequences=sequences, num_forward_passes=passes, tokens_per_forward=num_new_tokens / passes
+            sequences=sequences,
+            num_forward_passes=passes,
+            tokens_per_forward=num_new_tokens / passes,
+            trajectory=None if recorder is None else recorder.trajectory(config.mask_token_id),
         )
 
     @torch.no_grad()
@@ -376,6 +340,8 @@ class BlockDiffusionGenerationMixin:
             canvas.masked[at] = False
 
         # 3. Fill in block after block.
+        recorder = TrajectoryRecorder(canvas) if config.output_trajectory else None
+        decoder.on_step = recorder
         with tqdm(total=num_codes, unit="code", disable=not show_progress_bar) as progress:
             for block in decoder.run(canvas):
                 done = min(max(block.stop - int(canvas.prompt_end.max()), 0), num_codes)
@@ -392,50 +358,8 @@ class BlockDiffusionGenerationMixin:
             sequences=codes,
             num_forward_passes=decoder.num_forward_passes,
             tokens_per_forward=codes.numel() / passes,
+            trajectory=None if recorder is None else recorder.trajectory(config.mask_token_id),
         )
-
-    def settle_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> BlockDiffusionGenerationConfig:
-        """
-        The settings of a call: of the model, of the call's configuration, of its `kwargs`; the later word counts.
-
-        Raises:
-            ValueError, TypeError: for a setting that is unknown or out of range.
-        """
-        check_generation_config(generation_config)
-        text_config = self.config.get_text_config()
-        defaults = BlockDiffusionGenerationConfig.from_model_config(text_config)
-        config = defaults
-        settings: dict[str, Any] = {}
-        for given in (self.generation_config, generation_config):
-            if isinstance(given, BlockDiffusionGenerationConfig):
-                config, settings = given, {}
-            elif given is not None:  # one of transformers
-                settings |= settings_of(given)
-        config = copy.deepcopy(config)
-        settings = without_neutral(settings | kwargs)
-        strangers = without_neutral(settings_of(config))  # set as attributes, as `transformers serve` does
-        config.check_names([*settings, *strangers])
-        if "max_new_tokens" in settings:
-            config.max_length = None  # the later word counts
-        config.update(**settings)
-        if config.temperature == 0:
-            config.do_sample = False
-        for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
-            if getattr(config, name) is None:
-                setattr(config, name, getattr(defaults, name))
-            check_token_id(name, getattr(config, name), text_config.vocab_size)
-        if config.mask_token_id is None:
-            raise ValueError(
-                "`mask_token_id` is not known from the checkpoint; pass `mask_token_id=tokenizer.mask_token_id`."
-            )
-        if config.block_length > text_config.max_position_embeddings:
-            raise ValueError(
-                f"`block_length` ({config.block_length}) exceeds `max_position_embeddings` "
-                f"({text_config.max_position_embeddings})."
-            )
-        return config
 
     def make_decoder(
         self, config: BlockDiffusionGenerationConfig, generator: Generators, **settings: Any
@@ -520,7 +444,21 @@ class BlockDiffusionGenerationMixin:
         return sequences, sum(len(row) for row in rows)
 
 
-def put_draft(put: Callable[[torch.Tensor], None], canvas: Canvas, block: BlockState, start: int) -> None:
+def call_each(watchers: list[Callable[..., None]]) -> Callable[..., None] | None:
+    """What sees every step, in one; `None` where nobody does."""
+    if not watchers:
+        return None
+
+    def watch(*step: Any) -> None:
+        for watcher in watchers:
+            watcher(*step)
+
+    return watch
+
+
+def put_draft(
+    put: Callable[[torch.Tensor], None], canvas: Canvas, block: BlockState, start: int, rows: torch.Tensor
+) -> None:
     """Shows a streamer the new tokens of the block under work, `(1, n)`."""
     tokens, first = block.tokens[0], max(int(canvas.prompt_end[0]) - start, 0)
     if tokens[:, first:].numel():

@@ -107,10 +107,9 @@ class BlockDiffusionCache(Cache):
     """
 
     layers: list[BlockDiffusionLayer]  # type: ignore[assignment]  # transformers' may hold layers of any kind
-    layer_class: type[BlockDiffusionLayer] = BlockDiffusionLayer
 
     def __init__(self, num_layers: int, max_length: int) -> None:
-        layers: list[Any] = [self.layer_class(max_length) for _ in range(num_layers)]
+        layers: list[Any] = [BlockDiffusionLayer(max_length) for _ in range(num_layers)]
         super().__init__(layers=layers)
         self.first_column: torch.Tensor | None = None
 

@@ -1,6 +1,6 @@
 """The canvas of block diffusion: prompts and the room to be filled, of all rows and branches of guidance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,15 @@ class Canvas:
             self.end + shift,
             F.pad(self.confidence, room, value=1.0),
         )
+
+    def conditional(self) -> "Canvas":
+        """The first branch alone: a view, so what is filled in there is filled in here."""
+        return replace(self, ids=self.ids[:1], padding=self.padding[:1])
+
+    def share_new_tokens(self) -> None:
+        """Gives all branches what the first one has behind the prompt."""
+        columns = torch.arange(self.num_columns, device=self.ids.device)
+        self.ids.copy_(torch.where(columns >= self.prompt_end[:, None], self.ids[0], self.ids))
 
     @staticmethod
     def side_by_side(canvases: list["Canvas"]) -> "Canvas":

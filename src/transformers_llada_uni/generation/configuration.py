@@ -13,6 +13,7 @@ from .sprint import SprintConfig
 
 logger = logging.get_logger(__name__)
 
+MASKING_SCHEDULES = ("linear", "cosine")
 CACHE_IMPLEMENTATIONS = ("dynamic", "sprint", "exact")  # the last is what older files say for "dynamic"
 
 
@@ -31,12 +32,28 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             than one need `do_sample`.
         block_length (`int`, defaults to 32): Tokens that are denoised together; also the block of the attention mask.
         num_steps_per_block (`int`, defaults to 32): Steps a block may take.
+        masking_schedule (`str`, defaults to `"linear"`): How many tokens the steps of a block commit at least:
+            `"linear"`, in each the same, or `"cosine"` (MaskGIT, arXiv 2202.04200; MMaDA), few at first, while little
+            is known, and many at the end. Made for image codes in few steps; of no effect where a block has as many
+            steps as tokens.
         threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
+        credit_alpha (`float`, *optional*): Weight of what a token has earned by being the most probable one in earlier
+            steps of a block (credit decoding, arXiv 2510.06133; 0.7 in dInfer). Not exact; stable predictions
+            are committed earlier, with any checkpoint.
         editing_threshold (`float`, *optional*): Replace a token that the block has generated before where another is
             now predicted with a higher probability than this (LLaDA2.1, arXiv 2602.08676). Not exact; made for
             checkpoints that were trained for it.
         max_post_steps (`int`, defaults to 16): With `editing_threshold`, steps a block may take after its last mask;
             they end with the first that replaces nothing.
+        remasking_threshold (`float`, *optional*): Check the tokens of a block once it is full: mask half of them, then
+            the other half, and find those anew whose probability is now less than this share of the most probable
+            token's (re-masking, arXiv 2604.18738; 0.05 is a good start). Not exact; corrects what was committed too
+            early, with any checkpoint, for two steps more a block. Takes the place of `editing_threshold`.
+        max_remasking_rounds (`int`, defaults to 2): With `remasking_threshold`, how often a block is checked at most;
+            a round that changes nothing is the last.
+        self_speculation (`bool`, defaults to `False`): Text as `block_length=1` would give it, in fewer forward passes
+            (S2D2, arXiv 2603.25702): blocks are drafted with these settings, and verified token by token in one pass.
+            Exact, but where rounding decides between two tokens. Image codes are generated as without it.
         do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
         temperature (`float`, *optional*, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*):
             Shape what is sampled from. Without `do_sample` they do nothing, which is warned of. A temperature of 0
@@ -45,6 +62,11 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             negative prompt's prediction to the prompt's; 1 is none. Default: 2.0 with a negative prompt, else 1.0.
         image_guidance_scale (`float`, defaults to 0.0): Of image codes, away from the prompt without image.
         guidance_rescale (`float`, defaults to 0.7): Of image codes, the share of the rescaled logits, 0 to 1.
+        guidance_ramp (`tuple[float, float]`, *optional*): Of image codes, guidance over time, weak early and strong
+            late (arXiv 2507.08965): none until this share of the image is known, all of it from that share on, rising
+            linearly between. `(0, 1)` rises all the time, `(0.25, 0.25)` begins at a quarter. Blocks without guidance
+            take no forward of the negative prompts; an image of one or two blocks has none. Default: the same all the
+            time, which is `(0, 0)`.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
         cache_implementation (`str`, defaults to `"dynamic"`): `"dynamic"`, which is exact, or `"sprint"`, an
@@ -53,6 +75,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         use_cuda_graphs (`bool`, *optional*): Record the steps of the exact cache as CUDA graphs, which gives the same
             tokens, several times as fast on a GPU. By default wherever it can be done; `True` raises where it cannot.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`BlockDiffusionOutput`] with counts.
+        output_trajectory (`bool`, defaults to `False`): With `return_dict_in_generate=True`, return the
+            [`Trajectory`] too: in which step each token was committed.
         mask_token_id, eos_token_id, pad_token_id, bos_token_id (`int`, *optional*): Special tokens; others are
             taken from the model's configuration. `eos_token_id` may be a list: any of them ends a row.
 
@@ -67,9 +91,14 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
     num_return_sequences: int = 1
     block_length: int = 32
     num_steps_per_block: int = 32
+    masking_schedule: str = "linear"
     threshold: float = 0.95
+    credit_alpha: float | None = None
     editing_threshold: float | None = None
     max_post_steps: int = 16
+    remasking_threshold: float | None = None
+    max_remasking_rounds: int = 2
+    self_speculation: bool = False
     do_sample: bool = False
     temperature: float | None = 1.0
     top_k: int | None = None
@@ -77,11 +106,13 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
     guidance_scale: float | None = None
     image_guidance_scale: float = 0.0
     guidance_rescale: float = 0.7
+    guidance_ramp: tuple[float, float] | None = None
     use_cache: bool = True
     cache_implementation: str = "dynamic"
     cache_config: dict[str, Any] | None = None
     use_cuda_graphs: bool | None = None
     return_dict_in_generate: bool = False
+    output_trajectory: bool = False
     mask_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -132,6 +163,7 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             "num_steps_per_block": 1,
             "max_new_tokens": 0,
             "max_post_steps": 0,
+            "max_remasking_rounds": 1,
             "num_return_sequences": 1,
         }
         for name, minimum in minima.items():
@@ -143,9 +175,16 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             check_number("max_time", self.max_time, 0.0, exclude_minimum=True)
         if self.stop_strings is not None:
             check_texts("stop_strings", self.stop_strings)
+        check_choice("masking_schedule", self.masking_schedule, MASKING_SCHEDULES)
         check_number("threshold", self.threshold, 0.0, 1.0)
+        if self.credit_alpha is not None:
+            check_number("credit_alpha", self.credit_alpha, 0.0)
         if self.editing_threshold is not None:
             check_number("editing_threshold", self.editing_threshold, 0.0, 1.0)
+        if self.remasking_threshold is not None:
+            check_number("remasking_threshold", self.remasking_threshold, 0.0, 1.0)
+            if self.editing_threshold is not None:
+                raise ValueError("`remasking_threshold` takes the place of `editing_threshold`: set one of them.")
         if self.temperature is not None:
             check_number("temperature", self.temperature, 0.0)
         if self.top_p is not None:
@@ -154,14 +193,20 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             check_number("guidance_scale", self.guidance_scale, 0.0)
         check_number("image_guidance_scale", self.image_guidance_scale, 0.0)
         check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.guidance_ramp is not None:
+            self._check_guidance_ramp()
         for name in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
             if isinstance(getattr(self, name), list) and name != "eos_token_id":
                 raise ValueError(f"`{name}` must be one id, got {getattr(self, name)!r}.")
             check_token_id(name, getattr(self, name))
-        for name in ("do_sample", "use_cache", "return_dict_in_generate"):
+        for name in ("self_speculation", "do_sample", "use_cache", "return_dict_in_generate", "output_trajectory"):
             check_flag(name, getattr(self, name))
+        if self.output_trajectory and not self.return_dict_in_generate:
+            raise ValueError("`output_trajectory=True` needs `return_dict_in_generate=True`.")
         check_choice("cache_implementation", self.cache_implementation, CACHE_IMPLEMENTATIONS)
         is_sprint = self.cache_implementation == "sprint"
+        if is_sprint and self.masking_schedule != "linear":
+            raise ValueError("`cache_implementation='sprint'` fills a block evenly: it takes no `masking_schedule`.")
         if is_sprint and not self.use_cache:
             raise ValueError("`cache_implementation='sprint'` needs `use_cache=True`.")
         if self.use_cuda_graphs is not None:
@@ -172,7 +217,33 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             self.sprint_config()
         elif self.cache_config is not None:
             raise ValueError("`cache_config` holds the settings of `cache_implementation='sprint'`, which is not set.")
+        if self.self_speculation:
+            self._check_self_speculation()
         self._check_sampling(user_set_attributes or set())
+
+    def _check_self_speculation(self) -> None:
+        others = {
+            "do_sample=True": self.do_sample and self.temperature != 0,
+            "editing_threshold": self.editing_threshold is not None,
+            "remasking_threshold": self.remasking_threshold is not None,
+            "use_cache=False": not self.use_cache,
+            "cache_implementation='sprint'": self.cache_implementation == "sprint",
+            "use_cuda_graphs=True": self.use_cuda_graphs,
+            "output_trajectory=True": self.output_trajectory,
+        }
+        if conflicts := [name for name, is_set in others.items() if is_set]:
+            raise ValueError(
+                f"`self_speculation=True` cannot be had with `{conflicts[0]}`: it gives the most probable token after "
+                "those before it, by steps of its own."
+            )
+
+    def _check_guidance_ramp(self) -> None:
+        if not isinstance(self.guidance_ramp, tuple | list) or len(self.guidance_ramp) != 2:  # a list in a file
+            raise ValueError(f"`guidance_ramp` must be two shares of the image, got {self.guidance_ramp!r}.")
+        for share in self.guidance_ramp:
+            check_number("guidance_ramp", share, 0.0, 1.0)
+        if self.guidance_ramp[0] > self.guidance_ramp[1]:
+            raise ValueError(f"`guidance_ramp` must not end before it begins, got {self.guidance_ramp!r}.")
 
     def _check_sampling(self, named: set[str]) -> None:
         if self.num_return_sequences > 1 and (not self.do_sample or self.temperature == 0):

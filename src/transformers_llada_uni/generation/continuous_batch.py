@@ -86,6 +86,8 @@ class ContinuousBatch:
         for name in ("max_time", "stop_strings"):
             if getattr(self.config, name) is not None:
                 raise ValueError(f"`{name}` cannot be had: who reads the rows' tokens removes a row when it is time.")
+        if self.config.self_speculation:
+            raise ValueError("`self_speculation=True` cannot be had: rows go on block by block, side by side.")
         if self.config.use_cuda_graphs:
             raise ValueError("`use_cuda_graphs=True` cannot be had: rows come and go, and no two steps are alike.")
         self._decoder = model.make_decoder(self.config, None)

@@ -11,8 +11,10 @@ from transformers.utils import logging
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
 from .configuration import BlockDiffusionGenerationConfig
+from .credit import CreditDecoding
+from .guidance_ramp import first_guided_block, guidance_weights
 from .guided_head import GuidedHead
-from .policy import CommitPolicy, num_steps_of
+from .policy import CommitPolicy, num_steps_of, schedule_of
 from .recording import (
     GraphPool,
     StaticBuffers,
@@ -24,7 +26,8 @@ from .recording import (
 )
 from .runners import EagerRunner, Runner, SprintRunner, StaticRunner
 from .sampling import Generators, make_warpers
-from .sprint import SprintCache, SprintConfig
+from .self_speculation import SelfSpeculationRunner, num_spare_columns
+from .sprint import SprintConfig
 from .state import BlockState
 from .step import DenoisingStep
 
@@ -47,10 +50,10 @@ class BlockDiffusionDecoder:
         generator: For sampling, one or one per row.
         is_done: From `(canvas, rows, columns of a finished block)` to `(rows,)`: rows that end with this block.
         image_token_offset: First image code, for SPRINT's separate ratios.
-        on_step: Called after every step with the block and the column where it begins.
+        on_step: Called after every step with the block, the column where it begins, and its rows of the canvas.
 
     Raises:
-        ValueError: for `use_cuda_graphs=True` where they cannot be had.
+        ValueError: for `use_cuda_graphs=True` where they cannot be had, `self_speculation=True` without a cache.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class BlockDiffusionDecoder:
         generator: Generators = None,
         is_done: Callable[[Canvas, torch.Tensor, range], torch.Tensor] | None = None,
         image_token_offset: int | None = None,
-        on_step: Callable[[BlockState, int], None] | None = None,
+        on_step: Callable[[BlockState, int, torch.Tensor], None] | None = None,
     ):
         self.backbone, self.head, self.config = backbone, head, config
         self.never_predicted, self.allowed, self.is_image = never_predicted, allowed, is_image
@@ -77,33 +80,74 @@ class BlockDiffusionDecoder:
         self.why_not_recorded = self.why_not_static or why_not_recorded(backbone, head)
         if config.use_cuda_graphs and self.why_not_recorded is not None:
             raise ValueError(f"`use_cuda_graphs=True` cannot be had: {self.why_not_recorded}.")
+        # Image codes stand in no order in which one could follow from those before it.
+        self.speculates = config.self_speculation and not is_image
+        if self.speculates and not config.use_cache:
+            raise ValueError("`self_speculation=True` needs a cache, which gradient checkpointing drops.")
 
     def run(self, canvas: Canvas) -> Iterator[range]:
         """
         Yields the columns of each block that is finished.
 
-        1. Choose who runs the steps, and on which cache.
-        2. For every block from the first that holds a mask:
-            a. fill it in;
-            b. leave out the rows that have ended.
-        3. Say if what was generated means nothing.
+        1. Find the blocks: from the first that holds a mask to the first that is guided, and from there on.
+        2. Fill in those that are not guided yet by the prompt alone.
+        3. Fill in the others by all branches.
+        4. Say if what was generated means nothing.
         """
+        # 1. Find the blocks.
         # What stands in the way of a block's masks is known from the canvas; the device is not asked again.
         num_masked, ends = canvas.num_masked(self.block_length), canvas.end.tolist()
         first_block = min((next((i for i, n in enumerate(row) if n), len(row)) for row in num_masked), default=0)
-        # 1. Choose who runs the steps, and on which cache.
+        weights, first_guided = None, first_block
+        if self._is_ramped(canvas):
+            weights = self._guidance_weights(canvas)
+            first_guided = max(first_block, first_guided_block(weights))
+        num_blocks = canvas.num_columns // self.block_length
+        unguided, others = range(first_block, first_guided), range(first_guided, num_blocks)
+        live = list(range(len(ends)))
         # Triton launches kernels on the process's current device.
-        with torch.cuda.device_of(canvas.ids), self._runner(canvas) as runner:
-            runner.on_step = self.on_step
-            live = list(range(len(ends)))
+        with torch.cuda.device_of(canvas.ids):
+            # 2. Fill in those that are not guided yet by the prompt alone.
+            if unguided:
+                yield from self._fill(canvas.conditional(), unguided, num_masked, ends, live)
+                canvas.share_new_tokens()
+            # 3. Fill in the others by all branches; what these have before them is forwarded only now.
+            if others and live:
+                yield from self._fill(canvas, others, num_masked, ends, live, weights)
+        # 4. Say if what was generated means nothing.
+        warn_of_no_numbers(canvas)
+
+    def _fill(
+        self,
+        canvas: Canvas,
+        blocks: range,
+        num_masked: list[list[int]],
+        ends: list[int],
+        live: list[int],
+        weights: torch.Tensor | None = None,
+    ) -> Iterator[range]:
+        """
+        Yields the columns of each of the blocks that is finished, and takes rows that have ended out of `live`.
+
+        1. Choose who runs the steps, and on which cache.
+        2. For every block:
+            a. fill it in;
+            b. leave out the rows that have ended.
+        """
+        # 1. Choose who runs the steps, and on which cache.
+        with self._runner(canvas) as runner:
+            runner.on_step, num_passes_before = self.on_step, self.num_forward_passes
+            runner.guidance_weights = None if weights is None else weights.to(canvas.ids.device)
+            if ended := [index for index, row in enumerate(runner.rows) if row not in live]:
+                runner.drop(ended)
             # 2. Walk the blocks.
-            for block in range(first_block, canvas.num_columns // self.block_length):
+            for block in blocks:
                 start, stop = block * self.block_length, (block + 1) * self.block_length
                 # 2.a. A block without a mask (known text between two gaps) is only context; the next step forwards it.
                 counts = [num_masked[row][block] if row in live else 0 for row in runner.rows]
                 if any(counts):
                     runner.fill(start, counts)
-                    self.num_forward_passes = runner.num_forward_passes
+                    self.num_forward_passes = num_passes_before + runner.num_forward_passes
                 # 2.b. Leave out the rows that have ended.
                 is_done = self._rows_done(canvas, runner, start, stop)
                 ended = [
@@ -112,13 +156,22 @@ class BlockDiffusionDecoder:
                     if row in live and (ends[row] <= stop or is_done[index])
                 ]
                 yield range(start, stop)
-                live = [row for row in live if row not in {runner.rows[index] for index in ended}]
+                for index in ended:
+                    live.remove(runner.rows[index])
                 if not live:
                     break
                 if ended:
                     runner.drop(ended)
-        # 3. Say if what was generated means nothing.
-        warn_of_no_numbers(canvas)
+
+    def _is_ramped(self, canvas: Canvas) -> bool:
+        """Whether guidance changes from step to step."""
+        return self.config.guidance_ramp is not None and len(canvas.ids) > 1
+
+    def _guidance_weights(self, canvas: Canvas) -> torch.Tensor:
+        assert self.config.guidance_ramp is not None
+        schedule = schedule_of(self.config)
+        counts = schedule + [0] * (num_steps_of(self.config) - len(schedule))
+        return guidance_weights(self.config.guidance_ramp, canvas, self.block_length, counts)
 
     def _rows_done(self, canvas: Canvas, runner: Runner, start: int, stop: int) -> list[bool]:
         if self.is_done is None:
@@ -136,16 +189,23 @@ class BlockDiffusionDecoder:
 
         if self.why_not_static is not None:
             release_unused(backbone)
+        if self.speculates:
+            spare = num_spare_columns(self.block_length)
+            cache = BlockDiffusionCache(backbone.config.num_hidden_layers, num_columns + spare)
+            state, step = self._make_step(canvas, self._guided_head(num_branches), None)
+            assert config.mask_token_id is not None  # it is settled
+            end_ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+            ids = config.mask_token_id, end_ids
+            yield SelfSpeculationRunner(canvas, self.generator, state, step, backbone, cache, *ids)
+            return
         if not is_exact or self.why_not_static is not None:
-            num_layers = backbone.config.num_hidden_layers
+            cache = BlockDiffusionCache(backbone.config.num_hidden_layers, num_columns)
             if sprint is None:
-                cache = BlockDiffusionCache(num_layers, num_columns) if config.use_cache else None
-                yield self.eager_runner(canvas, cache, self.generator)
+                yield self.eager_runner(canvas, cache if config.use_cache else None, self.generator)
             else:
-                pruned = SprintCache(num_layers, num_columns)
                 state, step = self._make_step(canvas, self._guided_head(num_branches), sprint)
-                offset = self.image_token_offset
-                yield SprintRunner(canvas, self.generator, state, step, backbone, pruned, sprint, offset)
+                of_block = canvas, self.generator, state, step
+                yield SprintRunner(*of_block, backbone, cache, sprint, self.head, self.image_token_offset)
             return
 
         with torch.inference_mode(False):  # what is kept must do for calls outside of it as well
@@ -171,12 +231,16 @@ class BlockDiffusionDecoder:
     def _kind(self, canvas: Canvas) -> tuple:
         """All that a recorded step holds fixed, but for the model."""
         config = self.config
-        policy = (config.block_length, config.num_steps_per_block, config.threshold)
+        schedule = (config.block_length, config.num_steps_per_block, config.masking_schedule)
+        policy = (*schedule, config.threshold, config.credit_alpha)
         editing = (config.editing_threshold, config.max_post_steps)
+        remasking = (config.remasking_threshold, config.max_remasking_rounds, config.mask_token_id)
         sampling = (config.temperature, config.top_k, config.top_p) if config.do_sample else None
-        guidance = self.guidance if len(canvas.ids) > 1 else None
+        # The weights of a ramp are in a tensor.
+        guidance = (*self.guidance, self._is_ramped(canvas)) if len(canvas.ids) > 1 else None
         head = (self.allowed, tuple(self.never_predicted))
-        return tuple(canvas.ids.shape[:2]), canvas.ids.device, policy, editing, sampling, guidance, head, self.is_image
+        shape = (*canvas.ids.shape[:2], canvas.ids.device)
+        return shape, policy, editing, remasking, sampling, guidance, head, self.is_image
 
     def _guided_head(self, num_branches: int) -> GuidedHead:
         return GuidedHead(self.head, self.allowed, self.never_predicted, self.guidance, num_branches)
@@ -187,10 +251,13 @@ class BlockDiffusionDecoder:
         config, device = self.config, canvas.ids.device
         warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
         num_branches, num_rows, _ = canvas.ids.shape
-        state = BlockState(num_branches, num_rows, self.block_length, num_steps_of(config), device, config.do_sample)
+        credit = None if config.credit_alpha is None else CreditDecoding(config.credit_alpha)
+        has = config.do_sample, credit is not None, self._is_ramped(canvas)
+        state = BlockState(num_branches, num_rows, self.block_length, num_steps_of(config), device, *has)
         policy = CommitPolicy(config, device, self.is_image, sprint)
         confidence = "low_confidence" if sprint is None else sprint.confidence
-        return state, DenoisingStep(self.backbone, head, policy, self.block_length, self.allowed, warpers, confidence)
+        settings = self.allowed, warpers, confidence, credit
+        return state, DenoisingStep(self.backbone, head, policy, self.block_length, *settings)
 
 
 def warn_of_no_numbers(canvas: Canvas) -> None:

@@ -61,31 +61,38 @@ class GuidedHead:
         if self.matrix is not None and num_branches > 1 and guidance[2] > 0:
             self.spread_matrix = _remembered_spread_matrix(self.matrix)
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             hidden_states: `(branches, masks, hidden)`.
+            weights: `(masks,)`, of guidance, see [`guided_logits`].
 
         Returns:
             `(masks, ids)`, float32 at least.
         """
         if self.matrix is not None:
-            logits = self._combined(hidden_states, self.matrix.weight[self.allowed])
+            logits = self._combined(hidden_states, self.matrix.weight[self.allowed], weights)
         else:
-            logits = guided_logits(_at_least_float32(self.head(hidden_states)), *self.guidance)[:, self.allowed]
+            logits = _at_least_float32(self.head(hidden_states))
+            logits = guided_logits(logits, *self.guidance, weights)[:, self.allowed]
         return logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
 
-    def _combined(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        *scales, rescale = self.guidance
+    def _combined(
+        self, hidden_states: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        guidance_scale, image_guidance_scale, rescale = self.guidance
         if len(hidden_states) == 1:
             return _at_least_float32(_linear(hidden_states[0], weight))
         branches = _at_least_float32(hidden_states)
-        guided = guided_hidden_states(branches, *scales)
+        guided = guided_hidden_states(branches, guidance_scale, image_guidance_scale, weights)
         logits = _at_least_float32(_linear(guided.to(weight.dtype), weight))
         if self.spread_matrix is not None:
             conditional_spread, guided_spread = _spread(torch.stack([branches[0], guided]), self.spread_matrix)
             ratio = conditional_spread / (guided_spread + 1e-6)
-            logits = logits * (rescale * ratio + 1 - rescale)[:, None]
+            factor = rescale * ratio + 1 - rescale
+            if weights is not None:
+                factor = torch.where(weights > 0, factor, 1.0)
+            logits = logits * factor[:, None]
         return logits
 
 

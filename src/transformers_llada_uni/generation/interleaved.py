@@ -114,6 +114,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
             "generation_config": config,
             "generator": generator,
             "return_dict_in_generate": False,
+            "output_trajectory": False,
         }
         text_start, last_image_end = len(sequence), None
 

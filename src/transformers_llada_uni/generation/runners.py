@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils.generic import is_flash_attention_requested
@@ -14,7 +15,7 @@ from .cache import BlockDiffusionCache
 from .canvas import Canvas
 from .recording import StaticBuffers
 from .sampling import Generators
-from .sprint import SprintCache, SprintConfig
+from .sprint import PrunedCache, SprintConfig, relative_key_norms, top_probabilities
 from .state import BlockState
 from .step import DenoisingStep, Mask
 
@@ -37,10 +38,12 @@ class Runner:
     Attributes:
         rows: Rows of the canvas that are under work.
         num_forward_passes: Forward passes of the backbone so far.
-        on_step: Called after every step with the block and the column where it begins.
+        on_step: Called after every step with the block, the column where it begins, and its rows of the canvas.
+        guidance_weights: `(blocks, steps, rows)` of the whole canvas, where guidance changes from step to step.
     """
 
-    on_step: Callable[[BlockState, int], None] | None = None
+    on_step: Callable[[BlockState, int, torch.Tensor], None] | None = None
+    guidance_weights: torch.Tensor | None = None
 
     def __init__(self, canvas: Canvas, generator: Generators, state: BlockState, step: DenoisingStep) -> None:
         self.canvas, self.generator, self.state, self.step = canvas, generator, state, step
@@ -57,6 +60,10 @@ class Runner:
         """
         self.state.load(self.canvas, self.row_index, start)
         self.state.draw(self.generator, self.rows, num_masked, self.canvas.ids.shape[1])
+        if self.state.guidance_weights is not None:
+            assert self.guidance_weights is not None  # who makes such a state gives them
+            weights = self.guidance_weights[start // self.step.block_length]
+            self.state.guidance_weights.copy_(weights[:, self.row_index])
         policy = self.step.policy
         policy.begin(self.state)
         left = num_masked
@@ -67,7 +74,7 @@ class Runner:
                 left = self.leave_out(start, left)
             self.run_step(start, index, max(left))
             if self.on_step is not None:
-                self.on_step(self.state, start)
+                self.on_step(self.state, start, self.row_index)
             # Where a block may end early the device is asked, once a step: the price of ending early.
             left = [max(num_left - count, 0) for num_left in left] if policy.is_scheduled else self.num_left()
         self.state.store(self.canvas, self.row_index, start)
@@ -99,7 +106,12 @@ class EagerRunner(Runner):
         canvas, generator, state, step: As above.
         backbone: The model without its head.
         cache ([`BlockDiffusionCache`], *optional*): The prefix. `None`: everything is forwarded in every step.
+
+    Attributes:
+        see_context: Called with the hidden states of what enters the prefix, `(branches, rows, columns, hidden)`.
     """
+
+    see_context: Callable[[torch.Tensor], None] | None = None
 
     def __init__(
         self,
@@ -150,7 +162,8 @@ class EagerRunner(Runner):
         columns = (~self.state.predicted).to(torch.int8).argsort(dim=-1, stable=True)[:, :num_left]
         padding = canvas.padding[:, self.row_index]
         self.num_forward_passes += 1
-        self.step(self.state, padding, cache, context, self._attention_mask(first, stop), columns)
+        mask = self._attention_mask(first, stop)
+        self.step(self.state, padding, cache, context, mask, columns, self.see_context)
         if cache is not None:
             cache.commit(start - first)
 
@@ -176,7 +189,9 @@ class EagerRunner(Runner):
             tokens = self.canvas.ids[:, self.row_index, first : first + length]
             mask = self._attention_mask(first, first + length)
             self.num_forward_passes += 1
-            self.step.forward(tokens, self.canvas.padding[:, self.row_index], cache, mask=mask)
+            hidden_states = self.step.forward(tokens, self.canvas.padding[:, self.row_index], cache, mask=mask)
+            if self.see_context is not None:
+                self.see_context(hidden_states)
             cache.commit(length)
 
     def _attention_mask(self, first: int, stop: int) -> Mask | None:
@@ -210,15 +225,16 @@ class EagerRunner(Runner):
 
 class SprintRunner(EagerRunner):
     """
-    SPRINT: after the last of its warm-up steps a block sees only part of what is before it.
+    SPRINT: after its first steps a block sees only the most important part of what is before it, see [`SprintConfig`].
 
     Args:
-        canvas, generator, state, step, backbone, cache: As above, the cache being a [`SprintCache`].
+        canvas, generator, state, step, backbone, cache: As above.
         sprint ([`SprintConfig`]): The settings.
+        head: Hidden states to logits.
         image_token_offset (`int`, *optional*): First image code, for separate ratios.
     """
 
-    cache: SprintCache
+    cache: BlockDiffusionCache  # a [`PrunedCache`] in a block's later steps
 
     def __init__(
         self,
@@ -227,33 +243,57 @@ class SprintRunner(EagerRunner):
         state: BlockState,
         step: DenoisingStep,
         backbone: PreTrainedModel,
-        cache: SprintCache,
+        cache: BlockDiffusionCache,
         sprint: SprintConfig,
+        head: nn.Module,
         image_token_offset: int | None,
     ) -> None:
         super().__init__(canvas, generator, state, step, backbone, cache)
-        self.sprint, self.image_token_offset = sprint, image_token_offset
+        self.sprint, self.head, self.image_token_offset = sprint, head, image_token_offset
+        self.confidence = torch.zeros(canvas.ids.shape, dtype=torch.float32, device=canvas.ids.device)
         self.leaves_out_rows = False  # what a block sees of the prefix is chosen for all rows at once
 
     def fill(self, start: int, num_masked: list[int]) -> None:
+        whole = self.cache
         super().fill(start, num_masked)
-        self.cache.restore()
-        self._mask_columns = None
+        self.cache, self._mask_columns = whole, None
 
     def run_step(self, start: int, index: int, num_left: int) -> None:
-        # The last warm-up step shows which part of the prefix the others need.
-        is_observed = start > 0 and index + 1 == self.sprint.cache_warmup_steps
-        if is_observed:
-            self.cache.observe(self._visible(start + self.block_length), self.block_length)
         super().run_step(start, index, num_left)
-        if is_observed:
+        if start > 0 and index + 1 == self.sprint.cache_warmup_steps:
             self._prune(start)
 
+    def see_context(self, hidden_states: torch.Tensor) -> None:
+        """Notes how sure the model is of each token that enters the prefix."""
+        first = self.cache.get_seq_length()
+        stop = first + hidden_states.shape[2]
+        wanted = self._visible(stop)[:, first:] & self.sprint.is_pruned(self._is_image(first, stop))
+        if bool(wanted.any()):
+            wanted = wanted.view(self.num_branches, -1, stop - first)
+            confidence = wanted.to(torch.float32)
+            probabilities = top_probabilities(self.head, hidden_states[wanted.to(hidden_states.device)])
+            confidence[wanted] = probabilities.to(confidence.device)
+            self.confidence[:, self.row_index, first:stop] = confidence
+
+    def _prune(self, start: int) -> None:
+        visible, alpha = self._visible(start), self.sprint.importance_alpha
+        confidence = self.confidence[:, self.row_index, :start].flatten(0, 1)
+        importance = alpha * relative_key_norms(self.cache, visible) + (1 - alpha) * confidence
+        keep = self.sprint.choose(importance, self._is_image(0, start), visible)
+        if not torch.equal(keep, visible):
+            self.cache, self._mask_columns = PrunedCache(self.cache, keep, self.block_length), None
+
+    def _is_image(self, first: int, stop: int) -> torch.Tensor:
+        """`(branches * rows, stop - first)`, true for image codes."""
+        ids = self.canvas.ids[:, self.row_index, first:stop].flatten(0, 1)
+        offset = self.image_token_offset
+        return torch.zeros_like(ids, dtype=torch.bool) if offset is None else ids >= offset
+
     def _attention_mask(self, first: int, stop: int) -> Mask | None:
-        if self.cache.kept_is_real is None:
+        if not isinstance(self.cache, PrunedCache):
             return super()._attention_mask(first, stop)
         if self._mask_columns is None:
-            visible = torch.cat([self.cache.kept_is_real, self._visible(stop)[:, first:]], dim=-1)
+            visible = torch.cat([self.cache.is_real, self._visible(stop)[:, first:]], dim=-1)
             self._mask = None
             if not bool(visible.all()):
                 self._mask = create_bidirectional_mask(
@@ -264,15 +304,6 @@ class SprintRunner(EagerRunner):
                 )
             self._mask_columns = first, stop
         return self._mask
-
-    def _prune(self, start: int) -> None:
-        prefix = self.canvas.ids[:, self.row_index, :start].flatten(0, 1)
-        is_image = torch.zeros_like(prefix, dtype=torch.bool)
-        if self.image_token_offset is not None:
-            is_image = prefix >= self.image_token_offset
-        confidence = self.canvas.confidence[self.row_index, :start].repeat(self.num_branches, 1)
-        self.cache.prune(self.sprint, confidence, is_image, self._visible(start))
-        self._mask_columns = None
 
 
 class StaticRunner(Runner):

@@ -1,5 +1,7 @@
 """One step of block diffusion as pure functions: guidance, the token of every mask, and which of them to commit."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -8,13 +10,35 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-def commit_schedule(block_length: int, num_steps: int) -> list[int]:
-    """Positions each step commits: `block_length // num_steps`, one more in the first `block_length % num_steps`."""
-    base, remainder = divmod(block_length, num_steps)
-    return [base + (step < remainder) for step in range(num_steps)]
+def commit_schedule(block_length: int, num_steps: int, masking_schedule: str = "linear") -> list[int]:
+    """
+    Positions each step commits.
+
+    Args:
+        block_length: Tokens in a block.
+        num_steps: Steps of a block.
+        masking_schedule: `"linear"`: `block_length // num_steps`, one more in the first `block_length % num_steps`.
+            `"cosine"` (MaskGIT, arXiv 2202.04200): after the share r of the steps the share cos(pi r / 2) is still
+            masked, but each step commits one position at least. Not more steps than tokens.
+    """
+    if masking_schedule == "linear":
+        base, remainder = divmod(block_length, num_steps)
+        return [base + (step < remainder) for step in range(num_steps)]
+    counts, left = [], block_length
+    for step in range(1, num_steps + 1):
+        wanted = int(block_length * math.cos(math.pi / 2 * step / num_steps))
+        after = min(max(wanted, num_steps - step), left - 1)
+        counts.append(left - after)
+        left = after
+    return counts
 
 
-def guided_hidden_states(branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float) -> torch.Tensor:
+def guided_hidden_states(
+    branches: torch.Tensor,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Classifier-free guidance (arXiv 2207.12598) on anything linear, such as logits or the hidden states before them.
 
@@ -22,6 +46,7 @@ def guided_hidden_states(branches: torch.Tensor, guidance_scale: float, image_gu
         branches: `(branches, masks, width)`: conditional, without text and, with three branches, without image.
         guidance_scale: s_text in u + s_text (c - u) + s_image (u - n).
         image_guidance_scale: s_image.
+        weights: `(masks,)`, how far to go from the conditional branch to that, 0 to 1. Default: all the way.
 
     Returns:
         `(masks, width)`.
@@ -32,11 +57,16 @@ def guided_hidden_states(branches: torch.Tensor, guidance_scale: float, image_gu
     guided = no_text + guidance_scale * (conditional - no_text)
     if len(branches) == 3:
         guided = guided + image_guidance_scale * (no_text - branches[2])
-    return guided
+    # At 0 and 1 this is one or the other, bit for bit.
+    return guided if weights is None else torch.lerp(conditional, guided, weights[:, None].to(guided.dtype))
 
 
 def guided_logits(
-    branches: torch.Tensor, guidance_scale: float, image_guidance_scale: float, guidance_rescale: float
+    branches: torch.Tensor,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    guidance_rescale: float,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     [`guided_hidden_states`] of logits, rescaled to the conditional's spread (arXiv 2305.08891).
@@ -44,14 +74,16 @@ def guided_logits(
     Args:
         branches, guidance_scale, image_guidance_scale: As there, the width being the whole vocabulary.
         guidance_rescale: Share r of the rescaled logits, 0 to 1.
+        weights: As there; where they are 0 nothing is rescaled.
 
     Returns:
         `(masks, vocabulary)`.
     """
-    guided = guided_hidden_states(branches, guidance_scale, image_guidance_scale)
+    guided = guided_hidden_states(branches, guidance_scale, image_guidance_scale, weights)
     if len(branches) > 1 and guidance_rescale > 0:
         spread = branches[0].std(dim=-1, keepdim=True) / (guided.std(dim=-1, keepdim=True) + 1e-6)
-        guided = guidance_rescale * guided * spread + (1 - guidance_rescale) * guided
+        rescaled = guidance_rescale * guided * spread + (1 - guidance_rescale) * guided
+        guided = rescaled if weights is None else torch.where(weights[:, None] > 0, rescaled, guided)
     return guided
 
 

@@ -30,6 +30,7 @@ from .lora import lora_config as lora_config
 from .objective.block_diffusion import add_block_diffusion_head as add_block_diffusion_head
 from .objective.noise import BlockDiffusionNoise as BlockDiffusionNoise
 from .objective.router_balancing import RouterBalancing as RouterBalancing
+from .recipes import RECIPES as RECIPES
 from .sft_config import LLaDAUniSFTConfig as LLaDAUniSFTConfig
 from .sft_trainer import LLaDAUniSFTTrainer as LLaDAUniSFTTrainer
 from .stages import STAGES as STAGES

@@ -7,10 +7,10 @@ from trl import GRPOConfig
 from ..input_checks import check_choice, check_integer, check_number
 from .documented_settings import documented
 from .objective.noise import BlockDiffusionNoise
+from .objective.rollout_likelihood import ESTIMATES
 from .trl_settings import refuse_without_meaning, settle_defaults
 
 
-ESTIMATES = ("full_mask", "complementary")
 # Settings of trl that have no meaning here, the only value they may have, and why.
 WITHOUT_MEANING = {
     "use_vllm": (False, "vLLM does not run this model"),
@@ -25,6 +25,9 @@ WITHOUT_MEANING = {
     "router_aux_loss_coef": (None, "loads are balanced by the experts' biases"),
     "remove_unused_columns": (False, "rollouts and rewards need all columns"),
 }
+# Noise levels of the bound: all of them for texts, high ones for images (MaskGRPO, arXiv 2510.02880, section 3.2).
+TEXT_NOISE_RANGE = (1e-3, 1.0)
+IMAGE_NOISE_RANGE = (0.8, 1.0)
 
 
 @documented
@@ -39,9 +42,13 @@ class LLaDAUniGRPOConfig(GRPOConfig):
         threshold (`float`, defaults to 0.95): Tokens predicted with a higher probability are committed at once.
         guidance_scale (`float`, defaults to 1.0): Of text-to-image rollouts; 1.0 is without guidance, so that the
             images come from the distribution that is trained.
-        log_probability_estimate (`str`, defaults to `"full_mask"`): How a token's log-probability is estimated, see
-            [`LLaDAUniGRPOTrainer`]: `"full_mask"` or `"complementary"`.
-        num_noise_samples (`int`, defaults to 1): Pairs of masks for `"complementary"`.
+        log_probability_estimate (`str`, defaults to `"full_mask"`): How the log-probabilities are estimated whose
+            ratio is clipped, see [`LLaDAUniGRPOTrainer`]: `"full_mask"`, `"elbo"` or `"trace"`.
+        num_noise_samples (`int`, defaults to 4): Noise levels of `"elbo"`; each costs a noisy copy of the answer.
+        noise_range (`list[float]`, *optional*): Lowest and highest noise level of `"elbo"`. Default: `[0.001, 1.0]`,
+            the bound, for texts, and `[0.8, 1.0]` for images.
+        trace_shrinkage (`int`, defaults to 1): How many neighbouring steps of a block `"trace"` takes for one; 1 is
+            exact, more take fewer noisy copies of the answer.
 
     > [!NOTE]
     > `temperature` and `top_p`, `top_k` shape the sampling of rollouts only; log-probabilities are those of the model.
@@ -49,7 +56,8 @@ class LLaDAUniGRPOConfig(GRPOConfig):
     > `steps_per_generation` above `gradient_accumulation_steps`) makes it anew, and is not bit-equal then.
 
     Raises:
-        ValueError: naming the field, for a value out of range or a setting of trl without meaning here.
+        ValueError: naming the field, for a value out of range, one that the estimate has no use for, or a setting of
+            trl without meaning here.
     """
 
     block_length: int | None = None
@@ -57,7 +65,9 @@ class LLaDAUniGRPOConfig(GRPOConfig):
     threshold: float = 0.95
     guidance_scale: float = 1.0
     log_probability_estimate: str = field(default="full_mask", metadata={"choices": list(ESTIMATES)})
-    num_noise_samples: int = 1
+    num_noise_samples: int = 4
+    noise_range: list[float] | None = None
+    trace_shrinkage: int = 1
 
     def __post_init__(self):
         refuse_without_meaning(self, WITHOUT_MEANING)
@@ -69,12 +79,24 @@ class LLaDAUniGRPOConfig(GRPOConfig):
         check_number("guidance_scale", self.guidance_scale, 0)
         check_choice("log_probability_estimate", self.log_probability_estimate, ESTIMATES)
         check_integer("num_noise_samples", self.num_noise_samples, 1)
+        check_integer("trace_shrinkage", self.trace_shrinkage, 1)
+        of_estimates = {"num_noise_samples": "elbo", "noise_range": "elbo", "trace_shrinkage": "trace"}
+        for name, estimate in of_estimates.items():
+            if getattr(self, name) != getattr(type(self), name) and self.log_probability_estimate != estimate:
+                raise ValueError(
+                    f"`{name}` is for `log_probability_estimate={estimate!r}`, which is "
+                    f"{self.log_probability_estimate!r}."
+                )
+        self.make_noise()
         super().__post_init__()
 
-    def make_noise(self) -> BlockDiffusionNoise:
-        if self.log_probability_estimate == "full_mask":
+    def make_noise(self, is_image: bool = False) -> BlockDiffusionNoise:
+        """What the estimate masks; `"trace"` draws nothing."""
+        if self.log_probability_estimate != "elbo":
             # All of a block is masked, since every number that is drawn lies below 1.
             return BlockDiffusionNoise(noise_range=(1 - 1e-12, 1.0), weighting="inverse")
+        default = IMAGE_NOISE_RANGE if is_image else TEXT_NOISE_RANGE
         return BlockDiffusionNoise(
-            noise_range=(0.0, 1.0), weighting="none", complementary=True, num_noise_samples=self.num_noise_samples
+            noise_range=default if self.noise_range is None else self.noise_range,  # type: ignore[arg-type]  # its length is checked there
+            num_noise_samples=self.num_noise_samples,
         )

@@ -1,11 +1,9 @@
 """Training by rewards: GRPO with block-diffusion rollouts, of texts and of images."""
 
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
@@ -19,7 +17,6 @@ from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..image_sizes import UPSCALE
 from ..input_checks import check_grid
 from ..processing_llada_uni import LLaDAUniProcessor
-from ..seeding import seeded_generator
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
 from .data.dataset_formats import CODES_COLUMN, check_text, refuse_row
@@ -27,8 +24,8 @@ from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import prepare_prompts
 from .grpo_config import LLaDAUniGRPOConfig
 from .language_model_trainer import LanguageModelTrainer, Processing
-from .objective.block_diffusion import add_block_diffusion_head
 from .objective.noise import step_generator
+from .objective.rollout_likelihood import RolloutLikelihood, Rollouts
 from .reference_model import make_reference
 
 
@@ -43,19 +40,34 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
     **Rollouts** come from the block-diffusion `generate` with its cache, or, for rows with a column `grid` (H, W),
     from `generate_image_codes`; the prompt is then the caption.
 
-    **Log-probabilities** of a token are estimated, as a masked-diffusion model has no exact ones: given the clean
-    blocks before it,
+    **Log-probabilities**, whose ratio is clipped (`epsilon`, `epsilon_high`), are estimated, as a masked-diffusion
+    model has no exact ones. Of `log_probability_estimate`, with p given the clean blocks before:
 
-    - `"full_mask"`: with all answer tokens of its block masked. This is the one-step estimate of diffu-GRPO (d1, arXiv
-      2504.12216) made block by block. It has no noise.
-    - `"complementary"`: the mean over `num_noise_samples` pairs of complementary masks: a token is predicted from a
-      part of its block, and once in each pair. The pairs are those of coupled-GRPO (DiffuCoder, arXiv 2506.20639),
-      which weighs their tokens by 1/t and averages with `"full_mask"`; here all tokens weigh the same.
+    - `"full_mask"`: log p of each token with all answer tokens of its block masked. This is the one-step estimate of
+      diffu-GRPO (d1, arXiv 2504.12216) made block by block. The cheapest, without noise, but blind to what a block's
+      tokens owe to one another: right where few steps decode a block.
+    - `"elbo"`: EBPO's ratio of the whole answer y (LLaDA2.1, arXiv 2602.08676, eqs. 4 and 5),
 
-    The masks follow from the row's tokens, the seed and the step of the rollout: the policy that made it, the one that
-    learns from it and the reference are compared under the same noise, and their ratio is exactly 1 before the first
-    update. What comes after an answer in its last block stays masked, as it was when the block was begun. Prompts are
-    never masked (d1 masks some of theirs anew in each iteration, but trl computes the old log-probabilities once).
+          log rho(y | x) = 1/|y| sum_n w_n sum_b (log p_new(y^b | z_n, x) - log p_old(y^b | z_n, x)),
+
+      the difference of two likelihood bounds. The sum over blocks b is one over their masked tokens, at
+      `num_noise_samples` noise levels t_n, which share a pass. The paper names neither levels nor weights. Ours: t_n
+      drawn from equal parts of `noise_range`, w_n = 1 / (N t_n), which makes it the bound; and 1/|y|, from ESPO (arXiv
+      2512.03759), without which the ratio of a long answer is clipped at once. For images t_n are high, as in MaskGRPO
+      (arXiv 2510.02880, section 3.2 and eq. 9: t from 0.8 to 1; its ratio is one of each level, ours of all together).
+    - `"trace"`: TraceRL's (arXiv 2509.06949, the policy's objective): log p of each token given exactly the partly
+      masked block that it was committed from in the rollout, which takes a noisy copy of a block for every step that
+      decoded it. All steps weigh the same, and so do the tokens of a step. `trace_shrinkage` (the paper's s) takes
+      neighbouring steps of a block for one, which is cheaper and less exact. The dearest, and the one that rewards
+      what the decoder did: its probabilities are those that tokens were drawn with, but for `temperature`, `top_k`,
+      `top_p` and guidance. Ours are the mean over an answer's steps, where the paper has the sum, and that there is no
+      value model: advantages are GRPO's.
+
+    The masks follow from the row's tokens, the seed and the step of the rollout (or from its trajectory): the policy
+    that made it, the one that learns from it and the reference are compared under the same noise, and their ratio is
+    exactly 1 before the first update. What comes after an answer in its last block stays masked, as it was when the
+    block was begun, but for `"trace"`, which knows what stood there. Prompts are never masked (d1 masks some of theirs
+    anew in each iteration, but trl computes the old log-probabilities once).
 
     Rewards are trl's: callables (or reward models) that get `prompts`, `completions`, `completion_ids` and the columns
     of the data, also those with the images of prompts. For generated images they also get `image_codes`, tensors
@@ -117,7 +129,7 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
                 raise TypeError("`processing_class` must be a LLaDAUniProcessor for rows with a `grid`.")
             self._processor = processing_class
         self.decode_images = decode_images
-        self._rollout_step = {"train": 0, "eval": 0}
+        self._rollouts = {"train": Rollouts(), "eval": Rollouts()}
         train_dataset = self._prepare_rows(train_dataset, "train_dataset", processing_class)
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -132,6 +144,16 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             args.beta = 0.0  # trl would load the reference by the name of a class of transformers
         text_config = model.config.get_text_config()
         self.mask_token_id, self.image_token_offset = text_config.mask_token_id, text_config.image_token_offset
+        self._likelihood = RolloutLikelihood(
+            args.log_probability_estimate,
+            args.make_noise(self.makes_images),
+            self.block_length,
+            self.mask_token_id,
+            args.seed,
+            args.trace_shrinkage,
+            rollouts=lambda: self._rollouts[self._mode],
+            keep_entropy=args.entropy_coef != 0 or args.use_adaptive_entropy,
+        )
 
         # 3. trl's trainer, with our objective and our way to generate
         super().__init__(
@@ -146,9 +168,10 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
         )
         self.beta = args.beta = beta
         self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
-        add_block_diffusion_head(unwrap(self.model))
+        self.rollout_func = self._roll_out
+        self._likelihood.attach(unwrap(self.model))
         if ref_model is not None:
-            add_block_diffusion_head(ref_model)
+            self._likelihood.attach(ref_model)
             self.ref_model = self._prepare_reference(ref_model)
         self.generation_config = BlockDiffusionGenerationConfig(
             max_new_tokens=args.max_completion_length,
@@ -162,8 +185,9 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_ids,
             pad_token_id=self._tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_trajectory=args.log_probability_estimate == "trace",
         )
-        self.generation_kwargs = {}
 
     def _prepare_reference(self, ref_model: PreTrainedModel) -> Any:
         """As trl does with the reference that it loads."""
@@ -209,32 +233,47 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset", self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
+    # Rows are seen before trl takes of them what it knows, and without what it has ways of its own for.
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, self._set_aside(inputs), num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(model, self._set_aside(inputs), prediction_loss_only, ignore_keys)
+
+    def _set_aside(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._rows = rows
+        own = ("prompt_ids", *IMAGE_COLUMNS)
+        return [{name: value for name, value in row.items() if name not in own} for row in rows]
+
     # Rollouts
 
-    def _generate_and_score_completions(self, inputs):
-        mode = "train" if self.model.training else "eval"
-        self._rollout_step[mode] = self.state.global_step if mode == "train" else 0
-        # trl would handle images of prompts by itself; here they are codes in `prompt_ids`.
-        self._rows = inputs
-        own = ("prompt_ids", *IMAGE_COLUMNS)
-        return super()._generate_and_score_completions(
-            [{name: value for name, value in row.items() if name not in own} for row in inputs]
-        )
-
     @property
-    def _grids(self) -> list[tuple[int, int]]:
-        return [tuple(row["grid"]) for row in self._rows]
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
-    def _tokenize_prompts(self, prompts: list):
-        if not self.makes_images:
-            return [row["prompt_ids"] for row in self._rows], None, {}
-        self._image_inputs = []
-        for caption, (height, width) in zip(prompts, self._grids, strict=True):
-            unit = self._processor.image_processor.patch_size * UPSCALE
-            self._image_inputs.append(
-                self._processor(text=caption, task="text_to_image", height=height * unit, width=width * unit)
-            )
-        return [inputs["input_ids"][0].tolist() for inputs in self._image_inputs], None, {}
+    def _roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What trl calls a `rollout_func`. What it returns besides tokens, rewards get."""
+        is_training = self._mode == "train"
+        self._rollouts[self._mode] = rollouts = Rollouts(self.state.global_step if is_training else 0)
+        checkpointing = self.args.activation_checkpointing_kwargs
+        assert not isinstance(checkpointing, str)  # parsed by the configuration
+        whole = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=checkpointing,
+        )
+        gather = self._dist.summon_full_params(self.model_wrapped, recurse=False)
+        with self._seeded(), whole as model, torch.no_grad(), gather:
+            if self.makes_images:
+                prompt_ids, completion_ids = self._roll_out_images(model, prompts, rollouts)
+            else:
+                prompt_ids, completion_ids = self._roll_out_texts(model, rollouts)
+        for_rewards = {name: [row[name] for row in self._rows] for name in IMAGE_COLUMNS if name in self._rows[0]}
+        if self.makes_images:
+            for_rewards |= self._images_of(completion_ids)
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None, **for_rewards}
 
     @contextmanager
     def _seeded(self):
@@ -245,138 +284,87 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             torch.manual_seed(seed)
             yield
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        with self._seeded():
-            if self.makes_images:
-                return self._generate_images(), None
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+    def _padded(self, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts with padding in front, and where they are more than that."""
+        padded = pad(ids, self._tokenizer.pad_token_id, padding_side="left")
+        mask = pad([torch.ones_like(row) for row in ids], 0, padding_side="left")
+        return padded.to(self.accelerator.device), mask.to(self.accelerator.device)
 
-    def _generate_images(self) -> list[list[int]]:
-        """The codes of all rows as tokens; rows of one grid are generated together."""
-        completions: list[list[int]] = [[] for _ in self._grids]
-        checkpointing = self.args.activation_checkpointing_kwargs
-        assert not isinstance(checkpointing, str)  # parsed by the configuration
-        whole = unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=checkpointing,
+    def _roll_out_texts(self, model: Any, rollouts: Rollouts) -> tuple[list[list[int]], list[list[int]]]:
+        prompt_ids = [list(row["prompt_ids"]) for row in self._rows]
+        input_ids, attention_mask = self._padded([torch.tensor(ids) for ids in prompt_ids])
+        output = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=self.generation_config
         )
+        completion_ids = []
+        end_ids = set(self.eos_token_ids)
+        for row in output.sequences[:, input_ids.shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in end_ids), len(row))
+            completion_ids.append(row[: end + 1])
+        whole_rows = [prompt + new for prompt, new in zip(prompt_ids, completion_ids, strict=True)]
+        rollouts.record(whole_rows, output.trajectory)
+        return prompt_ids, completion_ids
+
+    def _roll_out_images(
+        self, model: Any, captions: list[str], rollouts: Rollouts
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The codes of all rows as tokens; rows of one grid are generated together."""
+        unit = self._processor.image_processor.patch_size * UPSCALE
+        inputs_of_rows = [
+            self._processor(text=caption, task="text_to_image", height=height * unit, width=width * unit)
+            for caption, (height, width) in zip(captions, self._grids, strict=True)
+        ]
+        prompt_ids = [inputs["input_ids"][0].tolist() for inputs in inputs_of_rows]
+        completion_ids: list[list[int]] = [[] for _ in prompt_ids]
         is_guided = self.args.guidance_scale != 1.0
-        guidance = {"guidance_scale": self.args.guidance_scale} if is_guided else {}
-        gather = self._dist.summon_full_params(self.model_wrapped, recurse=False)
-        with whole as model, torch.no_grad(), gather:
-            for grid in sorted(set(self._grids)):
-                rows = [row for row, own in enumerate(self._grids) if own == grid]
-                inputs: dict[str, torch.Tensor] = {}
-                for name in ("input_ids", "negative_input_ids") if is_guided else ("input_ids",):
-                    ids = [self._image_inputs[row][name][0] for row in rows]
-                    mask_name = name.replace("input_ids", "attention_mask")
-                    inputs[name] = pad(ids, self._tokenizer.pad_token_id, padding_side="left")
-                    inputs[mask_name] = pad([torch.ones_like(row) for row in ids], 0, padding_side="left")
-                settings = {
-                    name: getattr(self.generation_config, name)
-                    for name in ("block_length", "threshold", "temperature", "top_k", "top_p", "mask_token_id")
-                }
-                codes = model.generate_image_codes(
-                    **{name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()},
-                    **guidance,
-                    grid=grid,
-                    num_steps_per_block=self.args.num_steps_per_block,
-                    do_sample=True,
-                    **settings,
-                )
-                for row, own in zip(rows, codes, strict=True):
-                    completions[row] = (own + self.image_token_offset).tolist()
-        return completions
+        names = ["block_length", "threshold", "temperature", "top_k", "top_p", "mask_token_id", "do_sample"]
+        names += ["return_dict_in_generate", "output_trajectory"]
+        settings = {name: getattr(self.generation_config, name) for name in names}
+        if is_guided:
+            settings["guidance_scale"] = self.args.guidance_scale
+        for grid in sorted(set(self._grids)):
+            rows = [row for row, own in enumerate(self._grids) if own == grid]
+            inputs: dict[str, torch.Tensor] = {}
+            for name in ("input_ids", "negative_input_ids") if is_guided else ("input_ids",):
+                ids = [inputs_of_rows[row][name][0] for row in rows]
+                inputs[name], inputs[name.replace("input_ids", "attention_mask")] = self._padded(ids)
+            output = model.generate_image_codes(
+                **inputs,
+                **settings,
+                grid=grid,
+                num_steps_per_block=self.args.num_steps_per_block,
+            )
+            for row, own in zip(rows, output.sequences, strict=True):
+                completion_ids[row] = (own + self.image_token_offset).tolist()
+            rollouts.record([prompt_ids[row] + completion_ids[row] for row in rows], output.trajectory)
+        return prompt_ids, completion_ids
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        images = [{name: row[name] for name in IMAGE_COLUMNS if name in row} for row in self._rows]
-        inputs = [{**row, **own} for row, own in zip(inputs, images, strict=True)]
-        if self.makes_images:
-            codes = [
-                torch.tensor(ids).view(grid) - self.image_token_offset
-                for ids, grid in zip(completion_ids_list, self._grids, strict=True)
-            ]
-            inputs = [{**row, "image_codes": own} for row, own in zip(inputs, codes, strict=True)]
-            if self.decode_images is not None:
-                with self._seeded():
-                    images = list(self.decode_images(codes))
-                if len(images) != len(codes):
-                    raise ValueError(f"`decode_images` returned {len(images)} images for {len(codes)} grids.")
-                inputs = [{**row, "generated_images": own} for row, own in zip(inputs, images, strict=True)]
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    @property
+    def _grids(self) -> list[tuple[int, int]]:
+        return [tuple(row["grid"]) for row in self._rows]
 
-    # Log-probabilities
+    def _images_of(self, completion_ids: list[list[int]]) -> dict[str, list[Any]]:
+        codes = [
+            torch.tensor(ids).view(grid) - self.image_token_offset
+            for ids, grid in zip(completion_ids, self._grids, strict=True)
+        ]
+        if self.decode_images is None:
+            return {"image_codes": codes}
+        with self._seeded():
+            images = list(self.decode_images(codes))
+        if len(images) != len(codes):
+            raise ValueError(f"`decode_images` returned {len(images)} images for {len(codes)} grids.")
+        return {"image_codes": codes, "generated_images": images}
 
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **unused,  # of models that read images in each pass
-    ):
-        batch_size = batch_size or len(input_ids)
-        logps, entropies = [], []
-        for start in range(0, len(input_ids), batch_size):
-            rows = slice(start, start + batch_size)
-            chunk = self._lay_out(input_ids[rows], attention_mask[rows], logits_to_keep)
-            positions, is_answer = chunk.pop("answer_positions"), chunk.pop("is_answer")
-            with self.accelerator.autocast():
-                outputs = model(**chunk, block_length=self.block_length, fused_lm_head=True)
-            logps.append(outputs.log_probs.gather(1, positions).masked_fill(~is_answer, 0.0))
-            entropies.append(outputs.entropy.gather(1, positions).masked_fill(~is_answer, 0.0))
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+    # The loss
 
-    def _lay_out(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, logits_to_keep: int
-    ) -> dict[str, torch.Tensor]:
-        """
-        Rows without padding in front, extended by masks to whole blocks, and their noise.
-
-        Returns:
-            Inputs of the objective; `answer_positions` `(batch, logits_to_keep)`, where each answer token went;
-            `is_answer`, which of them there are.
-        """
-        is_token = attention_mask.bool()
-        num_tokens = is_token.sum(dim=1)
-        length = int(num_tokens.max())
-        length += -length % self.block_length
-        batch_size, device = len(input_ids), input_ids.device
-
-        # A stable sort moves the tokens to the front in their order.
-        order = torch.sort((~is_token).to(torch.uint8), dim=1, stable=True).indices
-        ids = torch.full((batch_size, length), self.mask_token_id, device=device)
-        width = min(length, input_ids.shape[1])
-        positions = torch.arange(length, device=device).expand(batch_size, length)
-        is_kept = positions < num_tokens[:, None]
-        ids[:, :width] = input_ids.gather(1, order)[:, :width]
-        ids = ids.masked_fill(~is_kept, self.mask_token_id)
-
-        is_answer = is_token[:, -logits_to_keep:]
-        first_answer = num_tokens - is_answer.sum(dim=1)
-        labels = ids.masked_fill(~is_kept | (positions < first_answer[:, None]), -100)
-        end = num_tokens + (-num_tokens) % self.block_length
-        document_ids = torch.where(positions < end[:, None], 0, -1)
-        answer_positions = (first_answer[:, None] + torch.arange(logits_to_keep, device=device)).clamp(max=length - 1)
-
-        step = self._rollout_step["train" if self.model.training else "eval"]
-        generators = []
-        for row, count in zip(ids.tolist(), num_tokens.tolist(), strict=True):
-            content = zlib.crc32(np.array(row[:count]).tobytes())
-            generators.append(seeded_generator(self.args.seed, step, content))
-        masked, weights = self.noise.sample(labels, document_ids, self.block_length, generators)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "document_ids": document_ids,
-            "masked": masked,
-            "weights": weights,
-            "answer_positions": answer_positions,
-            "is_answer": is_answer,
-        }
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.args.log_probability_estimate == "trace":
+            # TraceRL's mean over steps, as weights of the advantages: the clipping does not see them.
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            labels = ids.masked_fill(mask == 0, -100)
+            labels[:, : inputs["prompt_ids"].shape[1]] = -100
+            weights = self._likelihood.step_weights(ids, mask, labels)[:, inputs["prompt_ids"].shape[1] :]
+            inputs = {**inputs, "advantages": inputs["advantages"][:, None] * weights}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..input_checks import check_choice, check_number
+from ..input_checks import check_choice, check_integer, check_number
 from .block_schedule import check_block_schedule
 from .documented_settings import documented
 from .objective.noise import WEIGHTINGS, BlockDiffusionNoise
@@ -68,7 +68,9 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             public code has 2.0).
         editing_weight (`float`, defaults to 0.0): Weight of the loss of tokens that are shown, of which some are
             wrong, for decoding with `editing_threshold`; see [`TokenCorruption`]. Masked tokens have 1.
-        corruption_rate (`float`, defaults to 0.1): How many of them are wrong.
+        corruption_rate (`float`, defaults to 0.1): How many of them are drawn at random.
+        draft_share (`float`, defaults to 0.0): How many blocks show, in the place of their masks, what the model
+            itself finds likeliest, with its mistakes (DMax, arXiv 2604.08302, has 0.5). Needs an `editing_weight`.
         text_weight, image_weight (`float`, default to 1.0): Factors on the loss of text tokens and of image codes. An
             image has a thousand codes, its caption ten words: their numbers say what the mean is made of.
 
@@ -87,6 +89,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
         packing (`bool`, *optional*): Whether documents share rows of `max_length` tokens. Default: the stage's.
         caption_dropout, image_dropout (`float`, default to 0.1): How often the caption of an image to generate, or
             the source image of an edit, is left out, for guidance. Drawn once, when the data are prepared.
+        editing_max_pixels (`int`, *optional*): Largest area of an image to make, where images are not codes yet. The
+            paper begins with 256 x 256 (65536). Default: that of the processor, 512 x 512.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]: `learning_rate` (the stage's), `bf16`
@@ -121,6 +125,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     confidence_weight: float = 0.0
     editing_weight: float = 0.0
     corruption_rate: float = 0.1
+    draft_share: float = 0.0
     text_weight: float = 1.0
     image_weight: float = 1.0
 
@@ -132,6 +137,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
     # Data
     caption_dropout: float = 0.1
     image_dropout: float = 0.1
+    editing_max_pixels: int | None = None
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
@@ -149,7 +155,7 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_parts("trained_parts", self.trained_parts)
         self._check_task_mix()
         NoiseSettings.__post_init__(self)
-        TokenCorruption(self.corruption_rate, self.editing_weight)
+        self.make_corruption()
         check_block_schedule(self.block_lengths, self.block_length_shares)
         check_choice("expert_bias_update", self.expert_bias_update, BIAS_UPDATES)
         for name in ("text_weight", "image_weight", "confidence_weight", "router_z_loss_coefficient"):
@@ -160,6 +166,8 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_number("expert_bias_update_rate", self.expert_bias_update_rate, 0.0)
         for name in ("caption_dropout", "image_dropout"):
             check_number(name, getattr(self, name), 0.0, 1.0)
+        if self.editing_max_pixels is not None:
+            check_integer("editing_max_pixels", self.editing_max_pixels, 1)
         if self.router_z_loss_coefficient and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "`router_z_loss_coefficient` must be 0 with `use_reentrant` in `activation_checkpointing_kwargs`, "
@@ -175,6 +183,15 @@ class LLaDAUniSFTConfig(NoiseSettings, SFTConfig):
             check_number(f"task_mix[{task!r}]", share, 0.0)
         if not any(self.task_mix.values()):
             raise ValueError(f"`task_mix` gives every task the share 0: {self.task_mix!r}.")
+
+    def make_corruption(self) -> TokenCorruption | None:
+        """`None` where nothing but masks is shown."""
+        corruption = TokenCorruption(self.corruption_rate, self.editing_weight, self.draft_share)
+        if corruption.draft_share and not corruption.weight:
+            raise ValueError(
+                f"`draft_share` is {self.draft_share!r}, but without `editing_weight` nothing is learnt from drafts."
+            )
+        return corruption if corruption.weight else None
 
     def make_noise(self) -> BlockDiffusionNoise:
         return dataclasses.replace(super().make_noise(), weighting=self.weighting)

@@ -26,11 +26,16 @@ from .block_schedule import block_length_at
 from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import mix_datasets, prepare_dataset
 from .language_model_trainer import LanguageModelTrainer, Processing
-from .objective.block_diffusion import BlockDiffusionTerms, add_block_diffusion_head, document_ids_of, tokens_of_pass
+from .objective.block_diffusion import (
+    BlockDiffusionTerms,
+    add_block_diffusion_head,
+    document_ids_of,
+    never_shown,
+    tokens_of_pass,
+)
 from .objective.length_weighting import length_sums, length_weights
 from .objective.noise import step_generators
 from .objective.router_balancing import RouterBalancing
-from .objective.token_corruption import TokenCorruption
 from .sft_config import LLaDAUniSFTConfig
 from .stages import STAGES, freeze_all_but
 
@@ -149,10 +154,11 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             base_model, update_rate, self.accelerator, self._report, args.expert_bias_update
         )
         self._length_scale: torch.Tensor | None = None
-        self._corruption = TokenCorruption(args.corruption_rate, args.editing_weight) if args.editing_weight else None
+        self._corruption = args.make_corruption()
         text_config = base_model.config.get_text_config()
         num_words = text_config.vocab_size if self._image_token_offset is None else self._image_token_offset
-        self._vocabulary = num_words, text_config.vocab_size, text_config.mask_token_id
+        self._vocabulary = num_words, text_config.vocab_size
+        self._never_shown = never_shown(base_model)
         self.add_callback(self.router_balancing)
 
     # Model
@@ -207,6 +213,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
                 image_dropout=args.image_dropout,
                 seed=args.seed,
                 model=self._data_model,
+                editing_max_pixels=args.editing_max_pixels,
             )
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
@@ -236,14 +243,26 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         kept = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         noised = {"masked": masked, "weights": weights, "document_ids": document_ids, "block_length": block_length}
         if self._corruption is not None:
-            noised["shown_ids"], noised["weights"] = self._corruption.corrupt(
+
+            def draft(blocks: torch.Tensor) -> torch.Tensor:
+                # Only blocks that hold a token with a label take part in a pass.
+                drafted = {"labels": labels.masked_fill(~blocks.any(dim=1), -100)}
+                drafted |= {"masked": masked & blocks, "weights": weights * blocks}
+                with torch.no_grad():
+                    return model(**kept, **{**noised, **drafted}, predict=True, fused_lm_head=True).predicted_ids
+
+            noised["shown_ids"], noised["masked"], noised["weights"] = self._corruption.corrupt(
                 inputs["input_ids"],
                 labels,
                 masked,
                 weights,
                 self.noise.masked_share(labels),
                 self._vocabulary,
+                self._never_shown,
+                document_ids,
+                block_length,
                 generators,
+                draft,
             )
         statistics = torch.zeros(2, 5, device=labels.device)
         wrong = torch.zeros(2, device=labels.device)
@@ -260,7 +279,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
         def forward(**kwargs: Any) -> BlockDiffusionTerms:
             outputs = model(**kwargs)
-            seen = masked.any(dim=1)
+            seen = noised["masked"].any(dim=1)
             terms = (-outputs.log_probs, outputs.is_top1, outputs.entropy, seen, outputs.label_mask)
             for row, modality in zip(statistics, (~is_image, is_image), strict=True):
                 row += torch.stack([term.detach()[modality].float().sum() for term in terms])

@@ -112,12 +112,29 @@ def test_the_loss_falls_and_images_get_closer(trained_decoder):
     assert not torch.equal(trained[0].all_x_embedder["2-1"].weight, last)
 
 
-def test_the_embedder_can_be_frozen(tmp_path):
-    transformer, semantic_embedder = components = make_components()
-    old = semantic_embedder.prior_token_embedding.weight.clone(), transformer.all_x_embedder["2-1"].weight.clone()
-    make_trainer(tmp_path, components, max_steps=2, train_semantic_embedder=False).train()
-    assert torch.equal(old[0], semantic_embedder.prior_token_embedding.weight)
-    assert not torch.equal(old[1], transformer.all_x_embedder["2-1"].weight)
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({"stage": "warmup"}, ("semantic_embedder.", "transformer.cap_", "transformer.context_refiner.")),
+        ({"stage": "all_domains"}, ()),
+        ({"stage": "refinement"}, ()),
+        ({"trained_parts": ["image_layers", "semantic_refiner"]}, ("semantic_embedder.",)),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else None,
+)
+def test_a_stage_trains_what_it_says(tmp_path, settings, frozen):
+    trainer = make_trainer(tmp_path, max_steps=1, learning_rate=1e-2, lr_scheduler_type="constant", **settings)
+    old = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    trainer.train()
+    kept = {name for name, tensor in trainer.model.named_parameters() if torch.equal(tensor, old[name])}
+    assert kept == {name for name in old if name.startswith(frozen)}
+
+
+def test_stages_have_their_learning_rates_and_the_default_trains_all(tmp_path):
+    default, refinement = (LLaDAUniDecoderConfig(str(tmp_path), **RUN, **s) for s in ({}, {"stage": "refinement"}))
+    assert default.stage == "all_domains" and default.learning_rate == 1e-4
+    assert refinement.learning_rate == 1e-5
+    assert all(parameter.requires_grad for parameter in make_trainer(tmp_path).model.parameters())
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
@@ -233,6 +250,9 @@ def test_trains_a_converted_pipeline_from_images(encoders, converted_dir, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
+        ({"stage": "alignment"}, "stage"),
+        ({"trained_parts": ["vae"]}, "trained_parts"),
+        ({"trained_parts": []}, "trained_parts"),
         ({"condition_dropout": 1.2}, "condition_dropout"),
         ({"timestep_sampling": "cosine"}, "timestep_sampling"),
         ({"logit_std": 0.0}, "logit_std"),

@@ -174,7 +174,14 @@ def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    assert_resumed_equals_uninterrupted(make_trainer, tmp_path, learning_rate=1e-3, lr_scheduler_type="constant")
+    settings = {"learning_rate": 1e-3, "ema_decay": 0.9, "lr_scheduler_type": "constant"}
+    whole, resumed = assert_resumed_equals_uninterrupted(make_trainer, tmp_path, **settings)
+    averages = resumed.trained_model().state_dict()
+    for name, tensor in whole.trained_model().state_dict().items():
+        assert torch.equal(tensor, averages[name]), name
+    # What is saved is the average, not the last weights
+    last = whole.model.transformer.all_x_embedder["2-1"].weight
+    assert not torch.equal(whole.components()["transformer_turbo"].all_x_embedder["2-1"].weight, last)
 
 
 @pytest.mark.parametrize(

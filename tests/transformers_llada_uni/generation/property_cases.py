@@ -56,6 +56,8 @@ def random_case(seed: int) -> tuple[str, dict]:
     arguments["num_steps_per_block"] = rng.choice([1, 2, 3, 4, 8, rng.randint(1, 70)])
     arguments["threshold"] = rng.choice([0.0, 0.05, 0.3, 0.6, 0.95, 1.0])
     arguments["editing_threshold"] = rng.choice([None, None, None, 0.1, 0.5])
+    if arguments["editing_threshold"] is None and seed % 3 == 0:
+        arguments["remasking_threshold"] = 0.5
     if rng.random() < 0.5:
         arguments["max_new_tokens"] = rng.randint(1, 80)
         if rng.random() < 0.4:  # gaps to fill in the prompt

@@ -190,6 +190,22 @@ class TestRules:
     def test_schedule(self):
         assert commit_schedule(8, 3) == [3, 3, 2]
         assert commit_schedule(4, 6) == [1, 1, 1, 1, 0, 0]
+        # 32 cos(pi / 2 * 1 / 8) = 31.4 are left after the first of 8 steps, 29.6 after the second.
+        assert commit_schedule(32, 8, "cosine") == [1, 2, 3, 4, 5, 5, 6, 6]
+        assert commit_schedule(8, 8, "cosine") == [1] * 8
+        assert commit_schedule(16, 1, "cosine") == [16]
+
+    def test_steps_follow_the_schedule(self, backbone):
+        prompt, arguments = torch.arange(16)[None], {"block_length": 16, "num_steps_per_block": 4, "threshold": 1.0}
+        arguments |= {"return_dict_in_generate": True, "output_trajectory": True}
+        for masking_schedule, counts in (("linear", [4, 4, 4, 4]), ("cosine", [2, 3, 5, 6])):
+            output = backbone.generate_image_codes(prompt, (4, 8), masking_schedule=masking_schedule, **arguments)
+            steps = output.trajectory.steps[0, 16:].view(2, 16)
+            assert [row.bincount().tolist() for row in steps] == [counts, counts]
+        with pytest.raises(ValueError, match="`masking_schedule`"):
+            backbone.generate_image_codes(prompt, (4, 8), masking_schedule="sine", **arguments)
+        with pytest.raises(ValueError, match="takes no `masking_schedule`"):
+            backbone.generate(prompt, masking_schedule="cosine", cache_implementation="sprint")
 
     def test_text_commits_the_sure_ones_or_else_the_best(self):
         masked = torch.tensor([[True, True, True, False], [True, True, True, False]])
@@ -345,71 +361,6 @@ class TestSampling:
             ids, (4, 4), block_length=8, threshold=1.0, num_steps_per_block=1, do_sample=True, top_k=1
         )
         assert torch.equal(greedy, sampled)
-
-
-class TestSprint:
-    def test_with_everything_kept_the_prefix_is_exact(self, backbone):
-        """keep_ratio 1 differs from exact decoding in its even schedule only; with one step a block in nothing."""
-        ids = torch.randint(0, 60, (2, 21), generator=torch.Generator().manual_seed(1))
-        attention_mask = torch.ones_like(ids)
-        attention_mask[1, :7] = 0
-        settings = {"attention_mask": attention_mask, "max_new_tokens": 40, "block_length": 8, "eos_token_id": None}
-        exact = backbone.generate(ids, num_steps_per_block=1, **settings)
-        sprint = backbone.generate(ids, num_steps_per_block=1, cache_implementation="sprint", **settings)
-        assert torch.equal(exact, sprint)
-
-    def test_keeping_all_equals_not_pruning(self, backbone):
-        ids = torch.randint(0, 60, (2, 21), generator=torch.Generator().manual_seed(1))
-        attention_mask = torch.ones_like(ids)
-        attention_mask[1, :7] = 0
-        settings = {
-            "attention_mask": attention_mask,
-            "max_new_tokens": 40,
-            "block_length": 8,
-            "num_steps_per_block": 4,
-            "eos_token_id": None,
-            "cache_implementation": "sprint",
-        }
-        never = backbone.generate(ids, cache_config={"cache_warmup_steps": 4, "keep_ratio": 0.1}, **settings)
-        everything = backbone.generate(ids, cache_config={"cache_warmup_steps": 1, "keep_ratio": 1.0}, **settings)
-        pruned = backbone.generate(ids, cache_config={"cache_warmup_steps": 1, "keep_ratio": 0.2}, **settings)
-        assert torch.equal(never, everything)
-        assert not torch.equal(never, pruned)
-
-    def test_later_steps_attend_to_the_kept_share(self, backbone):
-        lengths = []
-        ids = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(1))
-        hook = backbone.model.layers[0].attention.register_forward_hook(
-            lambda module, args, kwargs, output: lengths.append(kwargs["past_key_values"].get_mask_sizes(8, 0)[0]),
-            with_kwargs=True,
-        )
-        backbone.generate(
-            ids,
-            max_new_tokens=8,
-            block_length=8,
-            num_steps_per_block=4,
-            threshold=1.0,
-            cache_implementation="sprint",
-            cache_config={"keep_ratio": 0.25},
-        )
-        hook.remove()
-        assert lengths[1:] == [10 + 8] * 3
-
-    def test_three_branches_fall_back_to_the_exact_cache(self, backbone):
-        method, arguments = (
-            "generate_image_codes",
-            {
-                "input_ids": torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]]),
-                "negative_input_ids": torch.tensor([[1, 2]]),
-                "negative_image_input_ids": torch.tensor([[3, 4, 5]]),
-                "grid": (4, 4),
-                "block_length": 8,
-                "guidance_scale": 2.0,
-                "image_guidance_scale": 1.0,
-            },
-        )
-        exact = getattr(backbone, method)(**arguments)
-        assert torch.equal(exact, getattr(backbone, method)(**arguments, cache_implementation="sprint"))
 
 
 class TestStreaming:

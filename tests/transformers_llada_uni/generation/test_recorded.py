@@ -61,6 +61,7 @@ KINDS = {
     ),
     "codes": ("generate_image_codes", {name: CODES[name] for name in ("input_ids", "grid", *SETTINGS)}),
     "guided codes": ("generate_image_codes", CODES),
+    "guided codes with re-masking": ("generate_image_codes", CODES | {"remasking_threshold": 0.5}),
     "codes guided by text and image": (
         "generate_image_codes",
         CODES | {"negative_image_input_ids": ids_of(1, 30, seed=2), "image_guidance_scale": 1.5},

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from tests.common import assert_resumed_equals_uninterrupted
 from tests.transformers_llada_uni.training.training_common import BLOCK, RUN
 from tests.transformers_llada_uni.training.training_common import tiny_model as small_model
+from transformers_llada_uni.generation.trajectory import Trajectory
 from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer, lora_config
 
 
@@ -61,6 +62,12 @@ INPUT_IDS = torch.tensor([[*range(11, 16), *range(21, 27)], [END, END, *range(31
 ATTENTION_MASK = torch.tensor([[1] * 11, [0, 0] + [1] * 7 + [0, 0]])
 
 
+def labels_of(logits_to_keep=6):
+    labels = INPUT_IDS.masked_fill(ATTENTION_MASK == 0, -100)
+    labels[:, :-logits_to_keep] = -100
+    return labels
+
+
 def test_full_mask_estimate_equals_single_forwards(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path)
     with torch.no_grad():
@@ -82,9 +89,14 @@ def test_full_mask_estimate_equals_single_forwards(tokenizer, tmp_path):
     assert logps[1, 4:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+@pytest.mark.parametrize("estimate", ["full_mask", "elbo", "trace"])
 def test_an_estimate_depends_on_the_row_alone(tokenizer, tmp_path, estimate):
-    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate=estimate, num_noise_samples=2)
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate=estimate)
+    rows = [INPUT_IDS[0].tolist(), INPUT_IDS[1, 2:9].tolist()]
+    ids = torch.tensor([[*row, 51, 52, 53, 54, 55][:12] for row in rows])
+    steps = torch.tensor([[-1] * 5 + [1, 0, 2, 0, 1, 1, 0], [-1] * 3 + [0, 2, 1, 0, 1, 2, 0, 0, 0]])
+    trainer._rollouts["eval"].record(rows, Trajectory(ids, steps))
+    trainer.model.eval()
     with torch.no_grad():
         arguments = (trainer.model, INPUT_IDS, ATTENTION_MASK, 6)
         both, _, _ = trainer._get_per_token_logps_and_entropies(*arguments)
@@ -96,52 +108,141 @@ def test_an_estimate_depends_on_the_row_alone(tokenizer, tmp_path, estimate):
     torch.testing.assert_close(alone[0], both[1, :4], atol=1e-5, rtol=1e-5)
 
 
-def test_complementary_estimate_covers_every_token(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="complementary", num_noise_samples=3)
-    chunk = trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)
-    is_answer = chunk["labels"] != -100
-    assert chunk["masked"].shape[1] == 6
-    assert torch.equal(chunk["masked"].sum(dim=1), 3 * is_answer)
-    torch.testing.assert_close(chunk["weights"].sum(dim=1), is_answer.float())
-
-
-@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+@pytest.mark.parametrize("estimate", ["full_mask", "elbo", "trace"])
 def test_the_ratio_is_one_before_the_first_update(tokenizer, tmp_path, estimate):
-    """With several iterations old log-probabilities are made when the rollout is; they must equal the new ones."""
+    """
+    With several iterations old log-probabilities are made when the rollout is; they must equal the new ones, also of
+    rows that were shuffled and split in between.
+    """
     trainer = make_trainer(
         tokenizer,
         tmp_path,
         num_iterations=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
         beta=0.1,
         log_probability_estimate=estimate,
         learning_rate=1e-2,
         max_steps=2,
     )
     seen = []
-    original = trainer._compute_loss
+    original = trainer.compute_loss
 
-    def spy(model, inputs):
+    def spy(model, inputs, **kwargs):
         keep = inputs["completion_ids"].shape[1]
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, mask, keep)
         old, reference = inputs["old_per_token_logps"], inputs["ref_per_token_logps"]
         seen.append(((logps - old).abs().max().item(), (logps - reference).abs().max().item()))
-        return original(model, inputs)
+        return original(model, inputs, **kwargs)
 
-    trainer._compute_loss = spy
+    trainer.compute_loss = spy
     trainer.train()
-    assert seen[0] == (0.0, 0.0)
-    assert seen[1][0] > 1e-4  # after an update they differ
+    # The same rows in the other order, or in batches of other rows, differ in the last bits.
+    assert max(seen[0] + seen[1]) < 1e-5
+    assert seen[2][0] > 1e-4  # after an update they differ
 
 
 def test_masks_change_from_rollout_to_rollout(tokenizer, tmp_path):
-    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="complementary", num_noise_samples=4)
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="elbo")
     trainer.model.train()
-    first, again = (trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"] for _ in range(2))
-    trainer._rollout_step["train"] = 1
-    later = trainer._lay_out(INPUT_IDS, ATTENTION_MASK, 6)["masked"]
+    likelihood, batch = trainer._likelihood, (INPUT_IDS, ATTENTION_MASK, labels_of())
+    first, again = (likelihood.lay_out(*batch)[0]["masked"] for _ in range(2))
+    trainer._rollouts["train"].step = 1
+    later = likelihood.lay_out(*batch)[0]["masked"]
     assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def loss_inputs(advantages, old=None):
+    """What trl makes of rollouts."""
+    inputs = {
+        "prompt_ids": INPUT_IDS[:, :5],
+        "prompt_mask": ATTENTION_MASK[:, :5],
+        "completion_ids": INPUT_IDS[:, 5:],
+        "completion_mask": ATTENTION_MASK[:, 5:],
+        "advantages": torch.tensor(advantages),
+        "num_items_in_batch": torch.tensor(10),
+    }
+    return inputs if old is None else {**inputs, "old_per_token_logps": old}
+
+
+def gradients(model):
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def test_elbo_clips_the_ratio_of_answers(tokenizer, tmp_path):
+    """EBPO, eq. 4: min(rho A, clip(rho) A) of each answer, whose gradient is the policy gradient where rho is 1."""
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="elbo", loss_type="grpo", epsilon_high=0.3)
+    model = trainer.model
+    trainer.current_gradient_accumulation_steps = 1
+
+    def bounds():
+        terms = model(INPUT_IDS, ATTENTION_MASK, labels_of(), fused_lm_head=True)
+        return terms.log_probs[:, 5]  # each token has that of its answer
+
+    # 1. rho is 1
+    trainer.compute_loss(model, loss_inputs([2.0, -1.0])).backward()
+    found = gradients(model)
+    (-(torch.tensor([2.0, -1.0]) * bounds()).mean()).backward()
+    for own, expected in zip(found, gradients(model), strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
+
+    # 2. rho is 1.5 and 0.5: clipped where it has gone far enough, in its advantage's direction
+    old = bounds().detach()[:, None].expand(-1, 6) - torch.tensor([[1.5], [0.5]]).log()
+    for advantages, expected in (([1.0, -1.0], [1.3, -0.8]), ([-1.0, 1.0], [-1.5, 0.5])):
+        loss = trainer.compute_loss(model, loss_inputs(advantages, old))
+        torch.testing.assert_close(loss, -torch.tensor(expected).mean(), atol=1e-5, rtol=1e-5)
+        loss.backward()
+        is_still = all(not grad.any() for grad in gradients(model))
+        assert is_still == (advantages == [1.0, -1.0])
+
+
+def test_trace_weighs_steps_alike(tokenizer, tmp_path):
+    """TraceRL's objective: the sum over steps of the mean over a step's tokens, here by the number of steps."""
+    trainer = make_trainer(tokenizer, tmp_path, log_probability_estimate="trace", loss_type="grpo")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    rows = [INPUT_IDS[0].tolist(), INPUT_IDS[1, 2:9].tolist()]
+    ids = torch.tensor([[*rows[0], 51], [*rows[1], 51, 52, 53, 54, 55]])
+    # Answers of 6 and 4 tokens, from places 5 and 3: blocks of 4 end at places 8, 12 and 4, 8.
+    steps = torch.tensor([[-1] * 5 + [0, 0, 1, 1, 0, 1, 0], [-1] * 3 + [0, 0, 0, 0, 1] + [-1] * 4])
+    trainer._rollouts["train"].record(rows, Trajectory(ids, steps))
+    counts = [[2, 2, 1, 2, 1, 2], [1, 3, 3, 3]]  # tokens of each token's step in its block
+    num_steps = [4, 2]
+    ratios = torch.tensor([[1.1, 1.5, 0.9, 0.5, 1.0, 1.3], [1.0, 0.7, 1.1, 1.25, 1.0, 1.0]])
+    terms = trainer.model(INPUT_IDS, ATTENTION_MASK, labels_of(), fused_lm_head=True)
+    old = terms.log_probs[:, 5:].detach() - ratios.log()
+    loss = trainer.compute_loss(trainer.model, loss_inputs([2.0, -1.0], old))
+    expected = 0.0
+    for row, advantage in enumerate([2.0, -1.0]):
+        for place, count in enumerate(counts[row]):
+            ratio = float(ratios[row, place])
+            clipped = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            expected -= clipped / count / num_steps[row] / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("estimate", ["full_mask", "elbo"])
+def test_the_entropy_bonus_has_a_gradient(tokenizer, tmp_path, estimate):
+    """trl's `entropy_coef`: to follow what it adds to the gradient raises the entropy."""
+    found = []
+    for coefficient in (0.0, 1.0):
+        model = tiny_model()
+        model.lm_head.weight.data *= 20  # a new head has nearly the highest entropy
+        settings = {"log_probability_estimate": estimate, "entropy_coef": coefficient}
+        trainer = make_trainer(tokenizer, tmp_path, model, **settings)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.compute_loss(trainer.model, loss_inputs([2.0, -1.0])).backward()
+        found.append(gradients(trainer.model))
+    before = trainer.model(INPUT_IDS, ATTENTION_MASK, labels_of(), fused_lm_head=True).entropy
+    with torch.no_grad():
+        for parameter, without, with_bonus in zip(trainer.model.parameters(), *found, strict=True):
+            parameter -= 1e-2 * (with_bonus - without)
+        after = trainer.model(INPUT_IDS, ATTENTION_MASK, labels_of(), fused_lm_head=True).entropy
+    assert after.sum() > before.sum() + 0.01
 
 
 def test_the_reference_of_a_trained_adapter_is_that_adapter(tokenizer, tmp_path):
@@ -156,14 +257,14 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(tokenizer, tmp_path)
     assert first == 0.0 and second > 0
 
 
-@pytest.mark.parametrize("estimate", ["full_mask", "complementary"])
+@pytest.mark.parametrize("estimate", ["elbo", "trace"])
 def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path, estimate):
     settings = {"learning_rate": 1e-2, "beta": 0.05, "log_probability_estimate": estimate}
     assert_resumed_equals_uninterrupted(partial(make_trainer, tokenizer), tmp_path, **settings)
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_the_reward_rises_to_its_optimum(tokenizer, tmp_path, with_adapter):
+@pytest.mark.parametrize(("estimate", "with_adapter"), [("full_mask", False), ("elbo", True), ("trace", False)])
+def test_the_reward_rises_to_its_optimum(tokenizer, tmp_path, estimate, with_adapter):
     model = tiny_model()
     model.lm_head.weight.data *= 20  # a new head is too flat for any hidden state to decide a token
     trainer = make_trainer(
@@ -174,6 +275,7 @@ def test_the_reward_rises_to_its_optimum(tokenizer, tmp_path, with_adapter):
         learning_rate=2e-2 if with_adapter else 1e-2,
         per_device_train_batch_size=16,
         temperature=1.0,
+        log_probability_estimate=estimate,
         peft_config=lora_config(r=8) if with_adapter else None,
     )
     trainer.train()
@@ -222,13 +324,14 @@ def rollouts_of(converted_dir, output_dir, dataset, **settings):
         train_dataset=dataset,
         processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
     )
-    original = trainer._generate_single_turn
+    original = trainer.rollout_func
 
-    def spy(prompt_ids, *args):
-        prompts.append(prompt_ids)
-        return original(prompt_ids, *args)
+    def spy(*args):
+        rollouts = original(*args)
+        prompts.append(rollouts["prompt_ids"])
+        return rollouts
 
-    trainer._generate_single_turn = spy
+    trainer.rollout_func = spy
     trainer.train()
     return trainer, prompts, seen
 
@@ -285,8 +388,8 @@ def test_prompts_show_their_images(converted_dir, tmp_path, place):
     assert trainer.state.log_history[0]["kl"] == 0.0
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_images_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_scale):
+@pytest.mark.parametrize(("guidance_scale", "estimate"), [(1.0, "trace"), (2.0, "full_mask")])
+def test_images_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_scale, estimate):
     processor = AutoProcessor.from_pretrained(converted_dir / "processor")
     model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
     offset = model.config.text_config.image_token_offset
@@ -311,6 +414,7 @@ def test_images_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_sc
             block_length=8,
             num_steps_per_block=2,
             guidance_scale=guidance_scale,
+            log_probability_estimate=estimate,
         ),
         train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"] * 4, "grid": [[2, 3], [3, 2]] * 4}),
         processing_class=processor,
@@ -323,6 +427,8 @@ def test_images_are_rolled_out_and_rewarded(converted_dir, tmp_path, guidance_sc
 
 
 def test_the_reward_of_images_rises_to_its_optimum(converted_dir, tmp_path):
+    """With MaskGRPO's truncated noise."""
+
     def share_of_low_codes(image_codes, **kwargs):
         return [float((codes < 128).float().mean()) for codes in image_codes]
 
@@ -334,11 +440,13 @@ def test_the_reward_of_images_rises_to_its_optimum(converted_dir, tmp_path):
             **{**RUN, "per_device_train_batch_size": 16, "num_generations": 8, "max_steps": 12, "learning_rate": 1e-3},
             block_length=8,
             num_steps_per_block=2,
+            log_probability_estimate="elbo",
         ),
         train_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog"] * 8, "grid": [[2, 3], [3, 2]] * 8}),
         processing_class=AutoProcessor.from_pretrained(converted_dir / "processor"),
     )
     trainer.train()
+    assert trainer._likelihood.noise.noise_range == (0.8, 1.0)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert rewards[0] < 0.8 and sum(rewards[-3:]) / 3 > 0.95
 
@@ -350,6 +458,11 @@ def test_the_reward_of_images_rises_to_its_optimum(converted_dir, tmp_path):
         ({"min_p": 0.1}, "min_p"),
         ({"log_probability_estimate": "exact"}, "log_probability_estimate"),
         ({"num_noise_samples": 0}, "num_noise_samples"),
+        ({"num_noise_samples": 8}, "num_noise_samples"),
+        ({"log_probability_estimate": "elbo", "noise_range": [0.9, 0.2]}, "noise_range"),
+        ({"noise_range": [0.2, 0.9]}, "noise_range"),
+        ({"log_probability_estimate": "trace", "trace_shrinkage": 0}, "trace_shrinkage"),
+        ({"log_probability_estimate": "elbo", "trace_shrinkage": 2}, "trace_shrinkage"),
         ({"threshold": 1.5}, "threshold"),
         ({"num_steps_per_block": 0}, "num_steps_per_block"),
         ({"guidance_scale": -1.0}, "guidance_scale"),

@@ -1,6 +1,7 @@
 """Supervised training: the loss against its formula, presets, load balancing, resuming, adapters."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -136,7 +137,7 @@ def loss_by_hand(model, inputs, masked, weights, num_items, settings):
                 if not hidden:
                     continue
                 ids = inputs["input_ids"][row, : begin + BLOCK].clone()
-                ids[hidden] = model.config.mask_token_id
+                ids[hidden] = model.config.get_text_config().mask_token_id
                 log_probs = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
                 for i in hidden:
                     label = inputs["labels"][row, i]
@@ -224,12 +225,14 @@ def test_wrong_tokens_are_shown_and_predicted():
     noise = BlockDiffusionNoise((0.2, 0.6), weighting="none")
     generators = [torch.Generator().manual_seed(0)]
     masked, weights = noise.sample(labels, None, BLOCK, generators)
-    shown, new_weights = TokenCorruption(rate=0.1, weight=2.0).corrupt(
-        ids, labels, masked, weights, noise.masked_share(labels), (IMAGE_OFFSET, 768, 441), generators
+    shares, documents = noise.masked_share(labels), torch.zeros_like(labels)
+    shown, still_masked, new_weights = TokenCorruption(rate=0.1, weight=2.0).corrupt(
+        ids, labels, masked, weights, shares, (IMAGE_OFFSET, 768), [441, 7], documents, BLOCK, generators
     )
+    assert torch.equal(still_masked, masked)
     is_wrong = shown[:, 0] != ids
     is_shown = ~masked[:, 0] & (labels != -100)
-    assert not is_wrong[~is_shown].any() and not (shown == 441).any()
+    assert not is_wrong[~is_shown].any() and not (shown == 441).any() and not (shown[is_wrong[:, None]] == 7).any()
     assert is_wrong[is_shown].float().mean().item() == pytest.approx(0.1, abs=0.003)
     assert torch.equal(shown[:, 0] >= IMAGE_OFFSET, ids >= IMAGE_OFFSET)
     assert torch.equal(new_weights[masked], weights[masked])
@@ -247,6 +250,100 @@ def test_who_learns_to_edit_repairs_what_is_wrong(make_trainer):
         examiner = make_trainer(trainer.model, dataset, dataset, editing_weight=1.0, num_noise_samples=8)
         repaired[editing_weight] = examiner.evaluate()["eval_repaired"]  # of the tenth that is wrong by default
     assert repaired[2.0] > 0.8 and repaired[0.0] < 0.5, repaired
+
+
+def test_wrong_tokens_of_a_row_do_not_depend_on_its_padding():
+    labels = torch.randint(0, 768, (1, 20), generator=torch.Generator().manual_seed(1))
+    corruption = TokenCorruption(rate=0.5, draft_share=0.5)
+
+    def corrupt(length):
+        padded = torch.nn.functional.pad(labels, (0, length - 20), value=-100)
+        documents = torch.where(torch.arange(length) < 20, 0, -1)[None]
+        generators = [torch.Generator().manual_seed(5)]
+        noise = BlockDiffusionNoise(complementary=True)
+        noised = noise.sample(padded, documents, BLOCK, generators)
+        shares, vocabulary = noise.masked_share(padded), (IMAGE_OFFSET, 768)
+        return corruption.corrupt(
+            padded.clamp(min=0),
+            padded,
+            *noised,
+            shares,
+            vocabulary,
+            [441],
+            documents,
+            BLOCK,
+            generators,
+            lambda blocks: torch.full(blocks.shape, 3),
+        )
+
+    for alone, padded in zip(corrupt(20), corrupt(32), strict=True):
+        torch.testing.assert_close(padded[..., :20], alone, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_drafts_are_what_the_model_puts_in_the_place_of_masks(make_trainer):
+    """All masks of some blocks, none of the others; each token's weight is as it was."""
+    settings = {"complementary": False, "num_noise_samples": 2, "noise_range": [0.3, 1.0], "weighting": "none"}
+    settings |= {"editing_weight": 2.0, "corruption_rate": 0.0, "draft_share": 0.4}
+    trainer, calls = make_trainer(**settings), []
+    inputs = collate(trainer)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    noise, generators = trainer.noise, step_generators(make_trainer(**settings), len(ids))
+    masked, _ = noise.sample(labels, document_ids_of(labels, inputs["attention_mask"]), BLOCK, generators)
+
+    def model(**kwargs):
+        calls.append(kwargs)
+        return trainer.model(**kwargs)
+
+    trainer.compute_loss(model, dict(inputs))
+    shown, still_masked, weights = (calls[-1][name] for name in ("shown_ids", "masked", "weights"))
+    num_drafted = num_left = 0
+    for row, of_noise, begin in itertools.product(range(len(ids)), range(2), range(0, LENGTH, BLOCK)):
+        block = slice(begin, begin + BLOCK)
+        before, after = masked[row, of_noise, block], still_masked[row, of_noise, block]
+        expected = ids[row, block]
+        if before.any() and not after.any():
+            noised = torch.cat([ids[row, :begin], expected.masked_fill(before, 441)])
+            logits = trainer.model(input_ids=noised[None]).logits[0, block]
+            logits[:, 441] = -torch.inf
+            expected = torch.where(before, logits.argmax(dim=-1), expected)
+            assert not torch.equal(expected, ids[row, block])  # it has not learnt anything
+            num_drafted += 1
+        else:
+            assert torch.equal(after, before)
+            num_left += int(before.any())
+        assert torch.equal(shown[row, of_noise, block], expected)
+    assert num_drafted > 2 and num_left > 2
+    share = 0.65 * 0.6  # of the tokens that are expected to be masked still
+    is_shown = ~still_masked & (labels != -100)[:, None]
+    torch.testing.assert_close(weights, (still_masked / share + 2.0 * is_shown / (1 - share)) / 2)
+
+
+def test_who_learns_from_drafts_makes_one_of_what_does_not_go_together(make_trainer):
+    """Four answers to one question. Tokens drawn one by one are of one each, and none of the answers."""
+    answers = torch.arange(100, 100 + 4 * BLOCK).view(4, BLOCK)
+    ids = torch.cat([torch.arange(BLOCK).expand(4, -1), answers], dim=1)
+    labels = torch.cat([torch.full((4, BLOCK), -100), answers], dim=1)
+    dataset = Dataset.from_dict({"input_ids": ids.repeat(4, 1).tolist(), "labels": labels.repeat(4, 1).tolist()})
+    settings = {"max_steps": 160, "learning_rate": 2e-2, "per_device_train_batch_size": 16, "noise_range": [0.3, 1.0]}
+    settings |= {"weighting": "none", "complementary": False, "corruption_rate": 0.0, "logging_steps": 160}
+    trainer = make_trainer(dataset=dataset, editing_weight=1.0, draft_share=0.5, **settings)
+    trainer.train()
+    model = trainer.model.eval()
+
+    def share_of_answers():
+        return (drafts[:, None, BLOCK:] == answers).all(dim=-1).any(dim=-1).float().mean().item()
+
+    with torch.no_grad():
+        drafts = ids[:1].repeat(64, 1)
+        drafts[:, BLOCK:] = 441
+        probabilities = model(input_ids=drafts[:1]).logits[0, BLOCK:].softmax(dim=-1)
+        generator = torch.Generator().manual_seed(0)
+        drafts[:, BLOCK:] = torch.multinomial(probabilities, 64, replacement=True, generator=generator).T
+        assert share_of_answers() < 0.05
+        for _ in range(3):
+            drafts[:, BLOCK:] = model(input_ids=drafts).logits[:, BLOCK:].argmax(dim=-1)
+        assert share_of_answers() > 0.3
 
 
 def test_reports_each_modality(make_trainer):
@@ -280,9 +377,11 @@ def test_reports_each_modality(make_trainer):
     assert metrics["mean_token_accuracy"] == pytest.approx(sum(all_hits) / len(all_hits))
 
 
-@pytest.mark.parametrize("length_weighting", [True, False])
-def test_gradient_accumulation_equals_a_big_batch(make_trainer, length_weighting):
-    settings = {"length_weighting": length_weighting, "confidence_weight": 1.0}
+@pytest.mark.parametrize(
+    "settings", [{"length_weighting": True, "editing_weight": 1.0, "draft_share": 0.5}, {"length_weighting": False}]
+)
+def test_gradient_accumulation_equals_a_big_batch(make_trainer, settings):
+    settings = {"confidence_weight": 1.0, **settings}
     settings |= {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
     big = make_trainer(per_device_train_batch_size=8, **settings)
     small = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
@@ -487,6 +586,8 @@ def test_resumed_run_equals_the_uninterrupted_one(make_trainer, kind):
         "block_lengths": [2],
         "block_length_shares": [0.5],
         "num_noise_samples": 2,
+        "editing_weight": 1.0,
+        "draft_share": 0.5,
     }
     if kind != "adapter":
         settings |= {"expert_bias_update_rate": 0.01}
@@ -561,6 +662,8 @@ def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
         ({"expert_bias_update": "error"}, "`expert_bias_update`.*'error'"),
         ({"editing_weight": -1.0}, "`editing_weight`.*-1"),
         ({"corruption_rate": 1.5}, "`corruption_rate`.*1.5"),
+        ({"draft_share": 1.5}, "`draft_share`.*1.5"),
+        ({"draft_share": 0.5}, "`draft_share`.*0.5.*`editing_weight`"),
         ({"confidence_weight": -1.0}, "`confidence_weight`.*-1"),
         ({"router_z_loss_coefficient": -0.1}, "`router_z_loss_coefficient`.*-0.1"),
         ({"caption_dropout": 1.5}, "`caption_dropout`.*1.5"),

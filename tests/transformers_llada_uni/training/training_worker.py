@@ -48,6 +48,8 @@ def train(checkpoint: str, output_dir: str, settings: tuple[str, ...]) -> None:
             block_length=8,
             weighting="none",
             complementary=True,
+            editing_weight=1.0,
+            draft_share=0.5,
             packing=False,
             bf16=False,
             gradient_checkpointing=False,

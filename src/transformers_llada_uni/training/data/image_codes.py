@@ -30,6 +30,7 @@ def encode_images(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
     batch_size: int = 8,
+    editing_max_pixels: int | None = None,
 ) -> AnyDataset:
     """
     Replaces the images of a dataset by the codes of the image tokenizer: a column `image_codes` that holds for each
@@ -45,6 +46,8 @@ def encode_images(
         model ([`LLaDAUniForConditionalGeneration`]): Holds the image tokenizer.
         processor ([`LLaDAUniProcessor`]): Sizes the images.
         batch_size (`int`, defaults to 8): Rows read at a time.
+        editing_max_pixels (`int`, *optional*): Largest area of an image to be made, for training that begins with
+            small ones. Default: the processor's, 512 x 512, which the decoder draws as 1024 x 1024.
 
     Raises:
         ValueError, TypeError: for a model without image tokenizer or one sharded over processes, and for a row whose
@@ -59,6 +62,7 @@ def encode_images(
         raise ValueError("`model` is sharded over processes; encode the images before the run, in one process.")
     if not isinstance(processor, LLaDAUniProcessor):
         raise TypeError(f"`processor` must be a LLaDAUniProcessor, got {type(processor).__name__}.")
+    image_processor, _ = processor.image_processor.configured(editing_max_pixels=editing_max_pixels)
     dataset = with_caption(dataset)
     columns = get_dataset_column_names(dataset)
     format_name = format_of(columns)
@@ -82,7 +86,7 @@ def encode_images(
         return [next(codes if rule == "understanding" else made) for _, rule in images]
 
     def _codes(samples: list[list[Any]], rule: str) -> list[dict[str, list[int]]]:
-        inputs = processor.image_processor(samples, resize_mode=rule, return_tensors="pt").to(model.device)
+        inputs = image_processor(samples, resize_mode=rule, return_tensors="pt").to(model.device)
         pixel_values = inputs["pixel_values"].to(model.dtype)
         grids = model.get_image_codes(pixel_values, inputs["image_grid_thw"])  # type: ignore[operator]  # checked
         return [{"grid": list(grid.shape), "codes": grid.flatten().tolist()} for grid in grids]
@@ -100,7 +104,7 @@ def encode_images(
     }
     if isinstance(dataset, Dataset):
         # `datasets` would hash the closure, and with it all weights of the model.
-        identity = [dataset._fingerprint, processor.image_processor, model.model.visual, model.model.vqmodel]
+        identity = [dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel]
         settings |= {"desc": "Encoding images", "new_fingerprint": fingerprint(identity)}
     return dataset.map(encode, **settings)
 

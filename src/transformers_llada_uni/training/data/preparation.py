@@ -31,6 +31,7 @@ def prepare_dataset(
     image_dropout: float = 0.1,
     seed: int = 0,
     model: PreTrainedModel | None = None,
+    editing_max_pixels: int | None = None,
 ) -> AnyDataset:
     """
     Rows to `input_ids` and `labels` for supervised training.
@@ -64,6 +65,7 @@ def prepare_dataset(
         seed (`int`, defaults to 0): Decides with a row's number what is left out of it; for several epochs, prepare
             the data with several seeds and concatenate them.
         model ([`LLaDAUniForConditionalGeneration`], *optional*): Encodes images that are not codes yet.
+        editing_max_pixels (`int`, *optional*): As in [`encode_images`].
 
     Raises:
         ValueError: for columns that make no format, a row that does not fit its format (named by its number), data of
@@ -75,7 +77,7 @@ def prepare_dataset(
     check_number("caption_dropout", caption_dropout, 0, 1)
     check_number("image_dropout", image_dropout, 0, 1)
     tokenizer = ExampleTokenizer(processor)
-    dataset, format_name = _recognise(dataset, processor, model, LEARNABLE)
+    dataset, format_name = _recognise(dataset, processor, model, LEARNABLE, editing_max_pixels)
 
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
         examples: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
@@ -202,7 +204,11 @@ def mix_datasets(parts: dict[str, AnyDataset], mix: dict[str, float], seed: int 
 
 
 def _recognise(
-    dataset: AnyDataset, processor: Any, model: PreTrainedModel | None, expected: tuple[str, ...]
+    dataset: AnyDataset,
+    processor: Any,
+    model: PreTrainedModel | None,
+    expected: tuple[str, ...],
+    editing_max_pixels: int | None = None,
 ) -> tuple[AnyDataset, str]:
     """The dataset with images as codes, and its format."""
     dataset = with_caption(only_dataset("dataset", dataset))
@@ -216,7 +222,8 @@ def _recognise(
     if has_images(dataset, model):
         if model is None:
             raise ValueError("`model` is needed to encode the images of `dataset`, or encode them before.")
-        dataset = encode_images(dataset, model, processor)  # refuses a tokenizer
+        # A tokenizer is refused there.
+        dataset = encode_images(dataset, model, processor, editing_max_pixels=editing_max_pixels)
     return dataset, format_name
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
@@ -33,6 +34,8 @@ from .masking import block_ids_of, create_noisy_clean_mask, positions_of, runnin
 
 # Entries of the vocabulary whose logits exist at one time.
 VOCABULARY_TILE = 32768
+# Tokens whose logits exist at one time, where no gradient is taken.
+TOKEN_TILE = 1024
 STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
@@ -51,7 +54,11 @@ def document_ids_of(
 
 
 def tokens_of_pass(
-    labels: torch.Tensor, document_ids: torch.Tensor, num_copies: int, block_length: int
+    labels: torch.Tensor,
+    document_ids: torch.Tensor,
+    num_copies: int,
+    block_length: int,
+    predicted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     What of `[noisy_1 | ... | noisy_R | clean]` has to be computed: of a noisy copy the blocks that hold a token with a
@@ -62,6 +69,7 @@ def tokens_of_pass(
         labels, document_ids: `(batch, length)`.
         num_copies: R.
         block_length: Tokens of a block.
+        predicted: `(batch, copies, length)`; where it is given, a copy leaves out the blocks in which it has none.
 
     Returns:
         `places`, `copies` and `is_real`, all `(batch, width)`: of each token of the pass its place in the document's
@@ -79,7 +87,12 @@ def tokens_of_pass(
     last_noised = torch.full_like(labels, -1).scatter_reduce_(1, documents, noised_blocks, "amax")
     is_seen = block_numbers < last_noised.gather(1, documents)
 
-    is_needed = torch.cat([is_noised.repeat(1, num_copies), is_seen], dim=1)
+    in_copies = is_noised.repeat(1, num_copies)
+    if predicted is not None:
+        numbers = block_numbers[:, None].expand_as(predicted)
+        predicted_in_block = torch.zeros_like(numbers).scatter_add_(2, numbers, predicted.to(torch.long))
+        in_copies = (predicted_in_block.gather(2, numbers) > 0).flatten(1)
+    is_needed = torch.cat([in_copies, is_seen], dim=1)
     width = max(int(is_needed.sum(dim=1).max()), 1)
     # A stable sort puts what is needed first, in its order.
     order = torch.sort(is_needed.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :width]
@@ -104,7 +117,10 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
             Default: the clean ids.
         document_ids: `(batch, length)`, see [`document_ids_of`], which makes them if they are not given.
         block_length: Default: the model's.
-        keep_entropy: Whether `confidence_loss` is returned, which costs a further backward pass through the head.
+        keep_entropy: Whether `entropy` has a gradient, and `confidence_loss` is returned, which costs a further
+            backward pass through the head.
+        predict: Whether `predicted_ids` are returned, and nothing else: what the model itself would put in.
+        skip_empty_copies: Whether a block is left out of the copies that predict nothing in it.
 
     Returns of the call:
         [`trl.trainer.utils.FusedCausalLMOutput`] with `log_probs` `(batch, length)`, the sum over the copies of
@@ -113,7 +129,9 @@ def add_block_diffusion_head(model: PreTrainedModel) -> None:
         `keep_entropy` the `confidence_loss` `(batch, length)`, the sum over the copies of weight times the entropy of
         a prediction that is right, 0 where it is not, which has a gradient (LLaDA2.0's loss for parallel decoding,
         arXiv 2512.15745); and with `shown_ids`, of the tokens that are shown wrong, how many there are and how many
-        are predicted right, `num_wrong` and `num_repaired`, `(batch, length)`.
+        are predicted right, `num_wrong` and `num_repaired`, `(batch, length)`. With `predict` only
+        the `predicted_ids` `(batch, copies, length)`, the likeliest token of each masked place and the clean one
+        elsewhere, without a gradient.
 
     Raises:
         ValueError, TypeError: if `model` has no block-diffusion backbone; in the call, for shapes that do not fit.
@@ -141,6 +159,7 @@ class BlockDiffusionTerms(FusedCausalLMOutput):
     confidence_loss: torch.Tensor | None = None
     num_wrong: torch.Tensor | None = None
     num_repaired: torch.Tensor | None = None
+    predicted_ids: torch.Tensor | None = None
 
 
 def _forward_objective(
@@ -156,6 +175,8 @@ def _forward_objective(
     position_ids: torch.Tensor | None = None,
     num_items_in_batch: int | None = None,
     keep_entropy: bool = False,
+    predict: bool = False,
+    skip_empty_copies: bool = False,
     **kwargs: Any,
 ) -> BlockDiffusionTerms:
     config = model.config.get_text_config()
@@ -168,10 +189,11 @@ def _forward_objective(
     num_copies = masked.shape[1]
 
     # 1. What has to be computed of [noisy copies | clean]
-    places, copies, is_real = tokens_of_pass(labels, document_ids, num_copies, block_length)
-    positions = positions_of(document_ids)
     has_label = (labels != -100)[:, None]
     masked, predicted = masked & has_label, (masked | (weights > 0)) & has_label
+    wanted = predicted if skip_empty_copies else None
+    places, copies, is_real = tokens_of_pass(labels, document_ids, num_copies, block_length, wanted)
+    positions = positions_of(document_ids)
     if shown_ids is not None:
         check_shape("shown_ids", shown_ids, tuple(masked.shape))
     shown = input_ids[:, None].expand_as(masked) if shown_ids is None else shown_ids
@@ -202,6 +224,10 @@ def _forward_objective(
     # 3. The head, on predicted tokens only
     row, index = is_predicted.nonzero(as_tuple=True)
     place, copy = places[row, index], copies[row, index]
+    if predict:
+        predicted_ids = input_ids[:, None].repeat(1, num_copies, 1)
+        predicted_ids[row, copy, place] = _likeliest(model, outputs.last_hidden_state[row, index])
+        return BlockDiffusionTerms(predicted_ids=predicted_ids)
     log_probs, entropy, mean_logits, is_top1 = _score(
         model, outputs.last_hidden_state[row, index], labels[row, place], keep_entropy
     )
@@ -220,7 +246,7 @@ def _forward_objective(
         is_wrong = (ids[row, index] != labels[row, place]) & ~is_masked
         num_wrong, num_repaired = sum_over_copies(is_wrong.to(log_probs.dtype)), sum_over_copies(is_top1 * is_wrong)
     entropy, mean_logits, is_top1 = (
-        sum_over_copies(values.detach() * is_masked) / times_masked for values in (entropy, mean_logits, is_top1)
+        sum_over_copies(values * is_masked) / times_masked for values in (entropy, mean_logits, is_top1)
     )
     return BlockDiffusionTerms(
         log_probs=sum_over_copies(log_probs * weights_of_predicted),
@@ -256,6 +282,29 @@ def _score(
                 hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
             )
     return log_probs, entropy if keep_entropy else entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
+
+
+def never_shown(model: PreTrainedModel) -> list[int]:
+    """What may not stand where a token is: the mask, and the place of an image whose pixels would be missing."""
+    placeholder = getattr(model.config, "image_token_id", None)
+    return [model.config.get_text_config().mask_token_id, *([] if placeholder is None else [placeholder])]
+
+
+@torch.no_grad()
+def _likeliest(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each of `hidden_states` `(tokens, width)`, without [`never_shown`]; `(tokens,)`."""
+    head = model.get_output_embeddings()
+    tokens = []
+    with weights_in_place(head):
+        weight = head.weight
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        with maybe_gather_lm_head_ctx(weight):
+            for tile in hidden_states.split(TOKEN_TILE):
+                logits = F.linear(tile, weight.to(tile.dtype))
+                logits[:, never_shown(model)] = -torch.inf
+                tokens.append(logits.argmax(dim=-1))
+    return torch.cat(tokens)
 
 
 def _check_inputs(input_ids: Any, labels: Any, masked: Any, weights: Any, block_length: Any) -> None:

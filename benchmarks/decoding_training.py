@@ -1,0 +1,186 @@
+r"""
+What is gained by training for decoding (`confidence_weight`, `editing_weight`, `draft_share`), on the emoji model.
+
+    npm pack emoji-datasource-twitter@16.0.0
+    python benchmarks/decoding_training.py emoji-datasource-twitter-16.0.0.tgz \
+        --models shipped control=runs/control editing=runs/editing
+
+Each model is `shipped`, or the output folder of `llada-uni train sft`, which takes the shipped language model's place.
+Of each, with several settings of decoding: the shares of exact names and of right image codes of drawings (which no
+decoder takes part in), and how often a block went through the model for them, the mean over blocks of all rows,
+guidance not counted. And of each: where a tenth of the
+tokens of right answers is replaced by others at random, how many of these a single pass with token editing repairs,
+and how many of the right ones it spoils.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForImageTextToText
+
+from diffusers_llada_uni import embedded_checkpoint
+from transformers_llada_uni.generation.policy import CommitPolicy
+from transformers_llada_uni.generation.state import BlockState
+from transformers_llada_uni.seeding import seeded_generator
+from transformers_llada_uni.training import prepare_dataset
+from transformers_llada_uni.training.objective.block_diffusion import never_shown
+from transformers_llada_uni.training.objective.token_corruption import TokenCorruption
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
+from emoji_codes import codes_of
+from emoji_table import Emoji, load_emoji
+from evaluate import BATCH, Evaluation
+from prepare_tasks import TaskRows
+from wordings import TRAINED_DRAWING
+
+
+EDITING = {"editing_threshold": 0.9}
+SETTINGS = {
+    "0.95": {"threshold": 0.95},
+    "0.85": {"threshold": 0.85},
+    "0.5": {"threshold": 0.5},
+    "0.95, editing": {"threshold": 0.95, **EDITING},
+    "0.85, editing": {"threshold": 0.85, **EDITING},
+    "0.5, editing": {"threshold": 0.5, **EDITING},
+}
+
+
+Codes = dict[str, dict[str, list[int]]]
+
+
+class PassesOfBlocks:
+    """Counts the steps of each row's blocks, whatever is computed beside them."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_blocks = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        begin, update = CommitPolicy.begin, CommitPolicy.update
+
+        def counted_begin(policy: CommitPolicy, state: BlockState) -> None:
+            self.num_blocks += int(state.masked.any(dim=-1).sum())
+            begin(policy, state)
+
+        def counted_update(policy: CommitPolicy, state: BlockState, *args: Any, **kwargs: Any) -> None:
+            self.num_steps += int(state.predicted.any(dim=-1).sum())
+            update(policy, state, *args, **kwargs)
+
+        with (
+            mock.patch.object(CommitPolicy, "begin", counted_begin),
+            mock.patch.object(CommitPolicy, "update", counted_update),
+        ):
+            yield
+
+    def measure(self, method: Any, *args: Any, **kwargs: Any) -> str:
+        """Cells of the table: the share that is right, passes a block."""
+        self.num_steps = self.num_blocks = 0
+        with self.counting():
+            share = method(*args, **kwargs)
+        return f"{100 * share:.1f}% | {self.num_steps / self.num_blocks:.2f}"
+
+
+def load_pipeline(folder: str) -> DiffusionPipeline:
+    parts = {}
+    if folder:
+        parts["model"] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return DiffusionPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.float32, **parts)
+
+
+def drawing(pipe: Any, subjects: list[Emoji], codes: Codes, seed: int, generation_kwargs: dict[str, Any]) -> float:
+    """The share of codes that are those of the asked emoji."""
+    prompts = [TRAINED_DRAWING[n % len(TRAINED_DRAWING)].format(emoji.name) for n, emoji in enumerate(subjects)]
+    is_right = []
+    for start in range(0, len(subjects), BATCH):
+        generator = torch.Generator().manual_seed(seed + start)
+        settings = {"generator": generator, "generation_kwargs": generation_kwargs, "output_type": "codes"}
+        drawn = pipe(prompts[start : start + BATCH], **settings).codes
+        for emoji, own in zip(subjects[start : start + BATCH], drawn, strict=True):
+            is_right.append(own.flatten() == torch.tensor(codes[emoji.key]["codes"]))
+    return torch.cat(is_right).float().mean().item()
+
+
+@torch.no_grad()
+def repairs(model: Any, answers: Dataset, threshold: float, seed: int) -> tuple[float, float]:
+    """Of a tenth of an answer's tokens that is wrong the share that is repaired, and of the others what is spoilt."""
+    config, corruption = model.config.text_config, TokenCorruption(rate=0.1)
+    vocabulary = config.image_token_offset, config.vocab_size
+    num_wrong = num_repaired = num_right = num_spoilt = 0
+    for number, row in enumerate(answers):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        shown, _, _ = corruption.corrupt(
+            ids,
+            labels,
+            masked=torch.zeros(1, 1, ids.shape[1], dtype=torch.bool),
+            weights=torch.zeros(1, 1, ids.shape[1]),
+            masked_share=torch.zeros(ids.shape),
+            vocabulary=vocabulary,
+            never_shown=never_shown(model),
+            document_ids=torch.zeros_like(ids),
+            block_length=config.block_length,
+            generators=[seeded_generator(seed, number)],
+        )
+        shown = shown[:, 0]
+        best = model(input_ids=shown).logits.softmax(dim=-1).max(dim=-1)
+        after = torch.where(best.values > threshold, best.indices, shown)
+        is_wrong, is_right = shown != ids, (labels != -100) & (shown == ids)
+        num_wrong, num_right = num_wrong + int(is_wrong.sum()), num_right + int(is_right.sum())
+        num_repaired += int((is_wrong & (after == ids)).sum())
+        num_spoilt += int((is_right & (after != ids)).sum())
+    return num_repaired / max(num_wrong, 1), num_spoilt / max(num_right, 1)
+
+
+def answers_of(pipe: DiffusionPipeline, table: list[Emoji], subjects: list[Emoji], codes: Codes, seed: int) -> Dataset:
+    """A name and a drawing of each subject, as rows of the training."""
+    rows = TaskRows(table, codes, seed)
+    rows.trained = subjects
+    settings = {"block_length": pipe.model.config.text_config.block_length, "max_length": 256, "seed": seed}
+    parts = [Dataset.from_list(task) for task in (rows.naming(1), rows.drawing_by_name(1))]
+    return concatenate_datasets([prepare_dataset(part, pipe.processor, **settings) for part in parts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("--models", nargs="+", default=["shipped"], metavar="NAME=FOLDER")
+    parser.add_argument("--subjects", type=int, default=256, help="emoji to name and to draw")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    table = load_emoji(arguments.package)
+    trained = [emoji for emoji in table if not emoji.is_held_out]
+    subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
+    threshold = EDITING["editing_threshold"]
+    print(f"{len(subjects)} emoji; editing replaces with more than {threshold}\n")
+    print("| model | threshold | names | passes | codes | passes |\n|---|---|---|---|---|---|")
+    lines, codes = [], None
+    for name, _, folder in (model.partition("=") for model in arguments.models):
+        evaluation = Evaluation(load_pipeline(folder), table, arguments.seed)
+        pipe: Any = evaluation.pipe
+        if codes is None:  # all models have the same image tokenizer
+            codes = codes_of(subjects, pipe.model, pipe.processor)
+        for setting in arguments.settings:
+            passes, options = PassesOfBlocks(), SETTINGS[setting]
+            names = passes.measure(evaluation.naming, subjects, **options)
+            drawings = passes.measure(drawing, pipe, subjects, codes, arguments.seed, options)
+            print(f"| {name} | {setting} | {names} | {drawings} |", flush=True)
+        answers = answers_of(pipe, table, subjects, codes, arguments.seed)
+        repaired, spoilt = repairs(pipe.model, answers, threshold, arguments.seed)
+        lines.append(f"| {name} | {100 * repaired:.1f}% | {100 * spoilt:.2f}% |")
+    print("\n| model | wrong tokens repaired | right ones spoilt |\n|---|---|---|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

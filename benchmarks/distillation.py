@@ -1,0 +1,181 @@
+"""
+Few-step decoders by several ways of distillation, for equally many passes through the decoder: the shipped emoji
+model's many-step decoder teaches, the student starts from it.
+
+    npm pack emoji-datasource-twitter@16.0.0
+    python benchmarks/distillation.py emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/distillation.py emoji-datasource-twitter-16.0.0.tgz --passes 0       # the shipped students alone
+
+Shares of right drawings (of all emoji, the asked one is the nearest to the drawn one) and errors (root of the mean
+square, in 32 x 32 RGB of 0..1) at 1, 2, 4 and 8 steps, from the codes of the emoji themselves, so that no error is
+the language model's. A pass is one image of one forward, the teacher's and the student's, with a gradient or without.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, ZImageTransformer2DModel
+from distillation_methods import TwinFlowTrainer, TwoHeadsTrainer
+from transformers import PrinterCallback
+
+from diffusers_llada_uni import embedded_checkpoint
+from diffusers_llada_uni.training import (
+    LLaDAUniDistillationConfig,
+    LLaDAUniDistillationTrainer,
+    prepare_decoder_dataset,
+)
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
+from emoji_table import Emoji, load_emoji
+from nearest_emoji import NearestEmoji
+from prepare_data import pictures
+
+
+STEPS = (1, 2, 4, 8)
+BATCH = 64
+
+
+@dataclass
+class Method:
+    """A trainer, the passes it makes for an image of its batch, and what of its settings differs."""
+
+    trainer_class: type[LLaDAUniDistillationTrainer]
+    passes_an_image: float
+    batch_size: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    # 11 guided steps of the teacher, two passes each, and 6 points on their way
+    "ends of the teacher's trajectories": Method(LLaDAUniDistillationTrainer, 28, 4),
+    # the guided teacher, the student beside the point and at it
+    "consistency and flow, two heads (arXiv 2604.20796, eq. 8)": Method(TwoHeadsTrainer, 5, 16),
+    # two thirds of the images as above; a third in six passes
+    "TwinFlow (arXiv 2512.05150)": Method(TwinFlowTrainer, 16 / 3, 15),
+}
+# Levels of noise of the sampler with 8 steps, among which those of 1, 2 and 4 are
+SETTINGS = {
+    "num_teacher_steps": 12,
+    "min_student_steps": 8,
+    "max_student_steps": 8,
+    "pairs_per_trajectory": 6,
+    "ema_decay": 0.99,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "adam_beta2": 0.98,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 20,
+    "use_cpu": True,
+    "bf16": True,
+}
+
+
+class PassCounter:
+    """Images that have gone through any of some transformers."""
+
+    def __init__(self, *transformers: ZImageTransformer2DModel):
+        self.count = 0
+        for transformer in transformers:
+            transformer.register_forward_pre_hook(self._add)
+
+    def _add(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.count += len(arguments[0])
+
+
+class Drawings:
+    """Draws some emoji from their codes, and compares."""
+
+    def __init__(self, pipe: DiffusionPipeline, table: list[Emoji], subjects: list[tuple[Emoji, dict[str, Any]]]):
+        self.pipe, self.nearest, self.subjects = pipe, NearestEmoji(table), subjects
+        self.numbers = {emoji.key: number for number, emoji in enumerate(table)}
+
+    def __call__(self, decoder: str, num_inference_steps: int) -> str:
+        """Share and error of drawings."""
+        right, error = 0, 0.0
+        for start in range(0, len(self.subjects), BATCH):
+            emoji, rows = zip(*self.subjects[start : start + BATCH], strict=True)
+            codes = torch.tensor([row["codes"] for row in rows]).unflatten(1, rows[0]["grid"])
+            generator = torch.Generator().manual_seed(start)
+            with torch.autocast("cpu", torch.bfloat16):
+                images = self.pipe.decode_codes(codes, decoder, num_inference_steps, generator=generator)
+            right += sum(one.key in found for one, found in zip(emoji, self.nearest(images), strict=True))
+            drawn = torch.stack([self.nearest._small(image) for image in images])
+            wanted = self.nearest.pixels[[self.numbers[one.key] for one in emoji]]
+            error += (drawn - wanted).square().mean(dim=1).sum().item()
+        return f"{100 * right / len(self.subjects):.1f}% / {(error / len(self.subjects)) ** 0.5:.4f}"
+
+
+def distil(method: Method, passes: int, dataset: Dataset, seed: int) -> tuple[ZImageTransformer2DModel, int, float]:
+    """The student, the passes it took, and the seconds."""
+    pipe = load_pipeline(model=None, processor=None)
+    with tempfile.TemporaryDirectory() as folder:
+        args = LLaDAUniDistillationConfig(
+            folder,
+            max_steps=round(passes / (method.passes_an_image * method.batch_size)),
+            per_device_train_batch_size=method.batch_size,
+            seed=seed,
+            **(SETTINGS | method.settings),
+        )
+        trainer = method.trainer_class(
+            pipe.transformer, pipe.semantic_embedder, pipe.scheduler, args=args, train_dataset=dataset
+        )
+        trainer.remove_callback(PrinterCallback)  # its lines would stand in the table
+        counter = PassCounter(pipe.transformer, trainer.model.transformer)
+        start = time.perf_counter()
+        trainer.train()
+        return trainer.trained_model().transformer.eval(), counter.count, time.perf_counter() - start
+
+
+def load_pipeline(**components: Any) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.float32, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("--passes", type=int, default=6720, help="through the decoder, for each method")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--subjects", type=int, default=256, help="emoji to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    table = load_emoji(arguments.package)
+    trained = [emoji for emoji in table if not emoji.is_held_out]
+    pipe = load_pipeline()
+    encoders = (pipe.model, pipe.processor.image_processor, pipe.vae)
+    dataset = prepare_decoder_dataset(pictures(table, is_held_out=False), *encoders, batch_size=BATCH)
+    chosen = random.Random(arguments.seed).sample(range(len(trained)), arguments.subjects)
+    drawings = Drawings(pipe, table, [(trained[number], dataset[number]) for number in chosen])
+
+    print(f"{arguments.subjects} emoji, {torch.get_num_threads()} threads\n")
+    print(f"| student | passes | seconds | {' | '.join(f'steps: {steps}' for steps in STEPS)} |")
+    print("|---" * (3 + len(STEPS)) + "|")
+
+    def add(name: str, passes: str, seconds: str, student: ZImageTransformer2DModel) -> None:
+        pipe.register_modules(transformer_turbo=student)
+        cells = [name, passes, seconds, *(drawings("turbo", steps) for steps in STEPS)]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    add("none: the teacher, sampled so", "", "", pipe.transformer)
+    add("the shipped one", "", "", load_pipeline(model=None, processor=None).transformer_turbo)
+    for name in arguments.methods if arguments.passes else []:
+        student, passes, seconds = distil(METHODS[name], arguments.passes, dataset, arguments.seed)
+        add(name, f"{passes:,}", f"{seconds:.0f}", student)
+
+
+if __name__ == "__main__":
+    main()

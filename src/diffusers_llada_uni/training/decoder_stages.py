@@ -1,0 +1,63 @@
+"""
+The three phases in which LLaDA2.0-Uni's decoder is trained (arXiv 2604.20796), as presets of what is trained.
+
+- `"warmup"` trains the layers that draw; the semantic processor, which makes the codes' features what they look at,
+  is frozen.
+- `"all_domains"` trains everything, on images of all kinds.
+- `"refinement"` trains everything on, slower, on the best of them.
+
+From the paper are their order and that the semantic processor is frozen in the first. It does not list the
+processor's parameters: we count all that only codes go through, from the embedder to the refiner of their features.
+Learning rates are ours, and which images a phase sees is the data's affair.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+# What the name of a parameter of [`DecoderModule`] says it belongs to; the first that matches.
+DECODER_PARTS = {
+    "semantic_embedder": r"^semantic_embedder\.",
+    "semantic_refiner": r"^transformer\.(cap_embedder|cap_pad_token|context_refiner)\b",
+    "image_layers": r"^transformer\.",
+}
+
+
+@dataclass(frozen=True)
+class DecoderStage:
+    """
+    What a stage sets where the user does not.
+
+    Args:
+        trained_parts: Names among `DECODER_PARTS`; all else is frozen.
+        learning_rate: The peak.
+    """
+
+    trained_parts: tuple[str, ...]
+    learning_rate: float
+
+
+DECODER_STAGES = {
+    "warmup": DecoderStage(trained_parts=("image_layers",), learning_rate=1e-4),
+    "all_domains": DecoderStage(trained_parts=tuple(DECODER_PARTS), learning_rate=1e-4),
+    "refinement": DecoderStage(trained_parts=tuple(DECODER_PARTS), learning_rate=1e-5),
+}
+
+
+def check_decoder_parts(name: str, parts: Iterable[str]) -> None:
+    """Raises ValueError, naming the argument, for a part that a decoder does not have, or none at all."""
+    parts = list(parts)
+    unknown = [part for part in parts if part not in DECODER_PARTS]
+    if unknown or not parts:
+        raise ValueError(f"`{name}` must name parts among {', '.join(DECODER_PARTS)}, got {unknown or parts!r}.")
+
+
+def freeze_decoder_but(decoder: nn.Module, trained_parts: Iterable[str]) -> None:
+    """Sets which parameters of a [`DecoderModule`] take gradients: those of `trained_parts`, and no others."""
+    trained_parts = set(trained_parts)
+    for name, parameter in decoder.named_parameters():
+        part = next(part for part, pattern in DECODER_PARTS.items() if re.search(pattern, name))
+        parameter.requires_grad_(part in trained_parts)

@@ -1,0 +1,57 @@
+"""What the command does with a language model alone: LLaDA2.0-mini, LLaDA2.1-mini, and Ling before its conversion."""
+
+import json
+
+import PIL.Image
+import pytest
+
+from llada_uni.pipeline_loading import LanguageModel, load_chat_model
+
+
+@pytest.fixture(scope="module")
+def loaded(text_only) -> LanguageModel:
+    """Loaded once; it answers at once, in words of the tokenizer."""
+    chat_model = load_chat_model(str(text_only), "cpu")
+    chat_model.model.generation_config.update(block_length=8, num_steps_per_block=1)
+    chat_model.model.lm_head.weight.data[439:] = 0
+    return chat_model
+
+
+@pytest.fixture
+def run(run_command, loaded, monkeypatch):
+    monkeypatch.setattr("llada_uni.pipeline_loading.load_chat_model", lambda *_: loaded)
+    return run_command
+
+
+def test_info(run, text_only, ling):
+    described = json.loads(run("info", str(text_only), "--json").stdout)
+    assert described["components"].keys() == {"model"}
+    assert f"`llada-uni chat --model {text_only}` talks with it" in described["advice"][0]
+    assert f"`llada-uni convert {ling} FOLDER`" in run("info", str(ling)).stdout
+
+
+def test_chat_and_ask(run, loaded, text_only):
+    asked = run("ask", "What is it?", "--model", str(text_only), "--max-new-tokens", "8").stdout
+    prompt = loaded.processor.apply_chat_template(
+        [{"role": "user", "content": "What is it?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = loaded.model.generate(**prompt, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]
+    assert asked == loaded.processor.decode(ids, skip_special_tokens=True) + "\n" != "\n"
+    lines = "What is it?\n/quit\n"
+    assert run("chat", "--model", str(text_only), "--max-new-tokens", "8", input=lines).stdout == asked
+
+
+def test_it_neither_sees_nor_draws(run, text_only, tmp_path):
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    asked = run("ask", "What is it?", "-i", "image.png", "--model", str(text_only), code=2)
+    assert "reads text alone" in asked.output
+    assert "with which `ask` and `chat` can talk" in run("draw", "a cat", "--model", str(text_only), code=2).output
+
+
+def test_a_damaged_one_is_told_of_in_a_line(tmp_path, text_only):
+    for file in text_only.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="`model` .* cannot be loaded"):
+        load_chat_model(str(tmp_path), "cpu")
