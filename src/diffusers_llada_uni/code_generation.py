@@ -160,8 +160,8 @@ class CodeGenerator:
         image_processor = self.processor.image_processor
         size: dict[str, Any] = {} if grid is None else self._size(grid)
         of_grid: dict[tuple[int, int], list[int]] = {}
-        for row, sources in enumerate(images):
-            source = sources[0]
+        for row in range(len(images)):
+            source = images[row][0]
             if isinstance(source, torch.Tensor):
                 own = (source.shape[0], source.shape[1])
             else:
