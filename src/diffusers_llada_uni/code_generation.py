@@ -160,13 +160,13 @@ class CodeGenerator:
         image_processor = self.processor.image_processor
         size: dict[str, Any] = {} if grid is None else self._size(grid)
         of_grid: dict[tuple[int, int], list[int]] = {}
-        for row, (source, *_) in enumerate(images):
-            row_grid = grid or (
-                tuple(source.shape)
-                if isinstance(source, torch.Tensor)
-                else image_processor.get_grid(source.height, source.width, "editing")
-            )
-            of_grid.setdefault(row_grid, []).append(row)
+        for row in range(len(images)):
+            source = images[row][0]
+            if isinstance(source, torch.Tensor):
+                own = (source.shape[0], source.shape[1])
+            else:
+                own = image_processor.get_grid(source.height, source.width, "editing")
+            of_grid.setdefault(grid or own, []).append(row)
         groups = []
         batches = [(of, batch) for of, rows in of_grid.items() for batch in _batches(rows, of)]
         for group_grid, rows in batches:
@@ -375,7 +375,7 @@ def check_generation_kwargs(name: str, settings: Any) -> None:
         raise TypeError(f"`{name}` must be a dict, got {type(settings).__name__}.")
     try:
         # Whether settings of sampling are of use, `generate` says, which knows the model's own.
-        BlockDiffusionGenerationConfig(**{"do_sample": True, **settings})
+        BlockDiffusionGenerationConfig(**{"do_sample": not settings.get("self_speculation"), **settings})
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}`: {error}") from error
 

@@ -80,8 +80,8 @@ def masks_per_prompt(
     if len(given) != len(images):
         raise ValueError(f"`mask_image` has {len(given)} entries for {len(images)} prompts; give one for each.")
     masks = []
-    for entry, row in zip(given, images, strict=True):
-        mask, source = _read("mask_image", entry, image_processor)[0], row[0]
+    for number, entry in enumerate(given):
+        mask, source = _read("mask_image", entry, image_processor)[0], images[number][0]
         size = (source.shape[1], source.shape[0]) if isinstance(source, torch.Tensor) else source.size
         if mask.size != size:
             raise ValueError(

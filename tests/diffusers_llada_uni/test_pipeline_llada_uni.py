@@ -31,7 +31,7 @@ from diffusers_llada_uni import (
     code_generation,
 )
 from diffusers_llada_uni.code_decoding import CodeDecoder, decoder_sigmas, decoder_velocity, guided_velocity
-from diffusers_llada_uni.code_generation import CodeGenerationSettings, CodeGenerator
+from diffusers_llada_uni.code_generation import CodeGenerationSettings, CodeGenerator, check_generation_kwargs
 from diffusers_llada_uni.decoders import DECODERS
 from diffusers_llada_uni.image_inputs import touched_codes
 from transformers_llada_uni.generation import configuration as generation_configuration
@@ -1053,6 +1053,12 @@ def test_interleave_with_the_model(pipe, monkeypatch):
         generation_kwargs={"max_new_tokens": 4},
     )
     assert [part if isinstance(part, str) else part.size for part in parts] == ["look", (96, 64)] * 2
+
+
+def test_settings_that_take_no_sampling_may_be_given():
+    check_generation_kwargs("generation_kwargs", {"self_speculation": True})
+    with pytest.raises(ValueError, match="`generation_kwargs`.*`do_sample=True`"):
+        check_generation_kwargs("generation_kwargs", {"self_speculation": True, "do_sample": True})
 
 
 def test_interleave_may_write_only(pipe, monkeypatch):

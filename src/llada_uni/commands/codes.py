@@ -3,16 +3,57 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import PIL.Image
+import typer
 
-from ..image_files import open_image
+from .images import tell
+from .loading import load
+from .options import AsJson, Device, Dtype, Model, Output, Seed, Steps
 
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from diffusers_llada_uni import LLaDAUniPipeline
     from diffusers_llada_uni.evaluation.manifest import Manifest
+
+
+def encode(
+    image: Annotated[list[str], typer.Argument(help="Images.")],
+    model: Model = "emoji",
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Turn images into codes: on standard output, a line for each."""
+    from ..image_files import open_image
+
+    for path in image:
+        open_image(path)
+    for entry in encode_images(load(model, device, dtype), image):
+        typer.echo(json.dumps(entry))
+
+
+def decode(
+    codes: Annotated[str, typer.Argument(help="A file that `encode` has written.")],
+    output: Output = Path("images"),
+    model: Model = "emoji",
+    seed: Seed = 0,
+    steps: Steps = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Turn codes into images."""
+    from ..pipeline_loading import resolve_model
+
+    entries = read_codes(codes)
+    resolve_model(model)  # before torch is imported, and the folder made
+    from diffusers_llada_uni.evaluation.manifest import Manifest
+
+    manifest = Manifest(output)
+    for entry, is_new in decode_codes(load(model, device, dtype), entries, manifest, seed, steps):
+        tell(entry, is_new, output, as_json)
 
 
 def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[str, Any]]:
@@ -23,6 +64,8 @@ def encode_images(pipe: "LLaDAUniPipeline", paths: list[str]) -> Iterator[dict[s
         pipe: With `model` and `processor`.
         paths: Of the images.
     """
+    from ..image_files import open_image
+
     for path in paths:
         (codes,) = pipe.encode_images(open_image(path), "understanding")
         yield {"image": path, "grid": list(codes.shape), "codes": codes.flatten().tolist()}
@@ -88,12 +131,12 @@ def decode_codes(
         for entry in entries
     ]
 
-    def make(numbers: list[int]) -> list[PIL.Image.Image]:
+    def make(numbers: list[int]) -> "list[PIL.Image.Image]":
         (number,) = numbers  # grids may differ
         codes = torch.tensor(entries[number]["codes"]).view(1, *entries[number]["grid"])
         generator = torch.Generator().manual_seed(seed)
         images = pipe.decode_codes(codes, num_inference_steps=num_inference_steps, generator=generator)
-        return cast(list[PIL.Image.Image], images)
+        return cast("list[PIL.Image.Image]", images)
 
     for _, entry, is_new in manifest.complete(asked, make):
         yield entry, is_new

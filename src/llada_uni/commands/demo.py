@@ -2,11 +2,28 @@
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .loading import load
+from .options import Device, Dtype, Host, Model
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
+
+
+def demo(
+    model: Model = "emoji",
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 7860,
+    share: Annotated[bool, typer.Option(help="Let all the world in, through a server of Gradio's.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show the model on a web page: draw, edit, chat, stories."""
+    run_demo(lambda: load(model, device, dtype), host, port, share, lambda url: typer.echo(f"The page is at {url}"))
 
 
 def run_demo(

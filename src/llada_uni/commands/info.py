@@ -1,12 +1,14 @@
 """`info`: what a folder holds, and how it fits into this machine."""
 
+import json
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from safetensors import SafetensorError, safe_open
 
-from ..pipeline_loading import read_object
+from ..pipeline_loading import configurations_of, read_object
 
 
 GIB = 2**30
@@ -25,6 +27,29 @@ USES = {
         "A language model without a pipeline: `llada-uni chat --model {path}` talks with it.",
     ),
 }
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub repository, or `emoji`.")] = "emoji",
+    as_json: Annotated[bool, typer.Option("--json", help="One object of JSON.")] = False,
+) -> None:
+    """
+    Say what a folder holds, and how it fits into this machine.
+
+    Of a repository of the Hub only the configurations are fetched.
+    """
+    described = describe_folder(configurations_of(model))
+    described["advice"] = advise(described, machine_memory())
+    if as_json:
+        typer.echo(json.dumps(described))
+        return
+    typer.echo(described["path"])
+    for name, component in described["components"].items():
+        size = f"{component['parameters'] / 1e6:10.1f} M" if component["parameters"] else " " * 12
+        kinds = ", ".join(component["dtypes"]) if component["is_complete"] else "without its weights"
+        typer.echo(f"  {name:20} {size}  {component['class']}  {kinds}".rstrip())
+    for line in described["advice"]:
+        typer.echo(line)
 
 
 def describe_folder(path: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 COLUMNS = ("prompt", "image", "mask", "seed")
@@ -28,6 +28,57 @@ class PromptRow(NamedTuple):
     images: tuple[str, ...] = ()
     mask: str | None = None
     seed: int | None = None
+
+
+def requests_of(
+    command: Literal["draw", "edit", "fill", "ask"],
+    prompt: str | None,
+    prompts: str | None,
+    images: list[str] | None = None,
+    mask: str | None = None,
+) -> list[PromptRow]:
+    """
+    What a command is asked, once or by a file; all is looked at before anything is made, or torch imported.
+
+    Args:
+        command: Its name.
+        prompt, images, mask: Of what is asked once.
+        prompts: The file; exactly one of `prompt` and `prompts` is given.
+
+    Raises:
+        ValueError: naming the argument, or the file and the row, that is missing, is too many, or cannot be read.
+        OSError: as [`read_prompts`].
+    """
+    from ..image_files import open_image
+
+    what = "question" if command == "ask" else "prompt"
+    if (prompt is None) == (prompts is None):
+        raise ValueError(f"Give a {what}, or `--prompts` with a file of them.")
+    if prompts is not None and (images or mask):
+        raise ValueError(f"`--image` and `--mask` are for one {what}; with `--prompts` its file names them.")
+    if prompt is not None:
+        if not prompt.strip():
+            raise ValueError(f"`{what}` is empty.")
+        check_text(prompt, f"`{what}`")
+        _check_request(command, images or [], mask)
+    requests = None if prompts is None else read_prompts(prompts)
+    for number, request in enumerate(requests or [], 1):
+        _check_request(command, request.images, request.mask, f"{prompts}, row {number}: ")
+
+    requests = [PromptRow(prompt or "", tuple(images or ()), mask)] if requests is None else requests
+    for request in requests:
+        sizes = [open_image(path).size for path in request.images]
+        if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
+            raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
+    return requests
+
+
+def _check_request(command: str, images: Sequence[str], mask: str | None, where: str = "") -> None:
+    wants_image, wants_mask = command != "draw", command == "fill"
+    if bool(images) != wants_image and command != "ask":
+        raise ValueError(f"{where}`image` is {'missing' if wants_image else 'for `edit` and `fill`'}.")
+    if (mask is not None) != wants_mask:
+        raise ValueError(f"{where}`mask` is {'missing' if wants_mask else 'for `fill`'}.")
 
 
 def read_prompts(path: str) -> list[PromptRow]:

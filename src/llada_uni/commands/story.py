@@ -5,12 +5,18 @@ import html
 import io
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import PIL.Image
+import typer
 
-from transformers_llada_uni.loading.folder_writing import folder_at_once
+from .loading import load
+from .options import Device, Dtype, Model, Output, Seed, Size, size_of
+
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 STYLE = (
@@ -19,8 +25,47 @@ STYLE = (
 )
 
 
+class PageFormat(StrEnum):
+    MARKDOWN = "md"
+    HTML = "html"
+
+
+def story(
+    prompt: Annotated[str, typer.Argument(help="What to tell.")],
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="An image before it; more than once.")
+    ] = None,
+    output: Output = Path("story"),
+    page: Annotated[PageFormat, typer.Option("--format", "-f", help="Of the page.")] = PageFormat.MARKDOWN,
+    model: Model = "emoji",
+    max_images: Annotated[int, typer.Option(min=1, help="Most images.")] = 4,
+    size: Size = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Tell a story with images, as a page in a folder of its own."""
+    if output.exists():
+        raise FileExistsError(f"`output` {str(output)!r} exists already; `--output` names another folder.")
+    from ..image_files import open_image
+    from ..pipeline_loading import resolve_model
+
+    images = [open_image(path) for path in image or []]
+    resolve_model(model)  # before torch is imported
+    import torch
+
+    from diffusers_llada_uni.evaluation.manifest import make_folder
+
+    make_folder(output.parent)
+    pipe = load(model, device, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    settings: dict[str, Any] = {"image": images or None, "generator": generator, **size_of(size)}
+    parts = pipe.interleave(prompt, max_images=max_images, **settings)
+    typer.echo(write_story(parts, output, prompt, page.value))
+
+
 def write_story(
-    parts: list[str | PIL.Image.Image], folder: str | os.PathLike, title: str, page: Literal["md", "html"] = "md"
+    parts: "list[str | PIL.Image.Image]", folder: str | os.PathLike, title: str, page: Literal["md", "html"] = "md"
 ) -> Path:
     """
     Writes a page into a folder of its own, which stands whole or not at all: Markdown with its images beside it, or
@@ -38,6 +83,8 @@ def write_story(
     Raises:
         FileExistsError: if the folder exists.
     """
+    from transformers_llada_uni.loading.folder_writing import folder_at_once
+
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"`output` {str(folder)!r} exists already.")
@@ -68,7 +115,7 @@ def _heading(title: str) -> str:
     return f"# {_markdown(' '.join(title.split()))}"
 
 
-def _data_url(image: PIL.Image.Image) -> str:
+def _data_url(image: "PIL.Image.Image") -> str:
     content = io.BytesIO()
     image.save(content, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

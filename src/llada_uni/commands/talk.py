@@ -1,17 +1,26 @@
 """`ask` and `chat`: messages with images."""
 
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterable
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
-import PIL.Image
+import typer
 
-from ..answers import ChatModel, stream_answer
-from ..image_files import open_image
+from .loading import load_to_talk
+from .options import AsJson, Device, Dtype, Model, PromptsFile, Seed, Tokens, sampling
+from .prompt_files import requests_of
 
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from ..answers import ChatModel
+
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the surest words.")]
 
 HELP = """\
 /image PATH  adds an image to what you say next; a file dropped into the terminal does, too
@@ -20,7 +29,64 @@ HELP = """\
 /quit        ends, as does the end of input; Ctrl-C stops an answer"""
 
 
-def message(role: str, text: str, images: list[PIL.Image.Image] | None = None) -> dict[str, Any]:
+def ask(
+    question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="An image it is about; more than once.")
+    ] = None,
+    prompts: PromptsFile = None,
+    model: Model = "emoji",
+    max_new_tokens: Tokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Ask about images, or anything."""
+    requests = requests_of("ask", question, prompts, image)
+    chat_model = load_to_talk(model, device, dtype)
+    from ..answers import stream_answer
+    from ..image_files import open_image
+
+    for request in requests:
+        messages = [message("user", request.prompt, [open_image(path) for path in request.images])]
+        answer_seed = seed if request.seed is None else request.seed
+        pieces = stream_answer(chat_model, messages, max_new_tokens, answer_seed, **sampling(temperature))
+        if as_json:
+            entry = {"prompt": request.prompt, "image": list(request.images), "answer": "".join(pieces)}
+            typer.echo(json.dumps(entry, ensure_ascii=False))
+            continue
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+
+def chat(
+    model: Model = "emoji",
+    max_new_tokens: Tokens = 1024,
+    temperature: Temperature = 0.0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with the model; images by /image PATH."""
+    chat_model = load_to_talk(model, device, dtype)
+
+    def typed() -> Iterator[str]:
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  keys that move in a line, and bring earlier ones back
+        typer.echo(HELP)
+    lines = typed() if is_terminal else sys.stdin
+    converse(chat_model, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **sampling(temperature))
+
+
+def message(role: str, text: str, images: "list[PIL.Image.Image] | None" = None) -> dict[str, Any]:
     """A message of a conversation, its images before its words."""
     if not images:
         return {"role": role, "content": text}
@@ -47,6 +113,9 @@ def paths_of(text: str) -> list[str]:
 
 def _path_of(word: str) -> str:
     if word.lower().startswith("file:"):
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname
+
         return url2pathname(urlsplit(word).path)
     return os.path.expanduser(word)
 
@@ -57,7 +126,7 @@ def _is_dropped(line: str) -> bool:
 
 
 def converse(
-    chat_model: ChatModel,
+    chat_model: "ChatModel",
     lines: Iterable[str],
     write: Callable[[str], None],
     max_new_tokens: int = 1024,
@@ -73,6 +142,9 @@ def converse(
         max_new_tokens: Of an answer.
         **settings: Of generation.
     """
+    from ..answers import stream_answer
+    from ..image_files import open_image
+
     messages: list[dict[str, Any]] = []
     images: list[PIL.Image.Image] = []
     for line in map(str.strip, lines):

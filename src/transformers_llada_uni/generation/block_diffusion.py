@@ -271,9 +271,9 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
         # 1. Settle the settings and check the arguments.
         of_text = ("max_new_tokens", "max_length", "max_time", "stop_strings")
         refuse_settings("generate_image_codes", kwargs, dict.fromkeys(of_text, "grid"))
-        config = self.settle_generation_config(
-            generation_config, {**kwargs, "num_steps_per_block": num_steps_per_block}
-        )
+        # Codes stand in no order in which one could follow from those before it.
+        of_codes = {"num_steps_per_block": num_steps_per_block, "self_speculation": False}
+        config = self.settle_generation_config(generation_config, kwargs | of_codes)
         assert config.mask_token_id is not None  # it is settled
         text_config = self.config.get_text_config()
         offset = text_config.image_token_offset

@@ -65,8 +65,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         guidance_ramp (`tuple[float, float]`, *optional*): Of image codes, guidance over time, weak early and strong
             late (arXiv 2507.08965): none until this share of the image is known, all of it from that share on, rising
             linearly between. `(0, 1)` rises all the time, `(0.25, 0.25)` begins at a quarter. Blocks without guidance
-            take no forward of the negative prompts; an image of one or two blocks has none. Default: the same all the
-            time, which is `(0, 0)`.
+            take no forward of the negative prompts; an image of few blocks may have none such. Default: the same all
+            the time, which is `(0, 0)`.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
         cache_implementation (`str`, defaults to `"dynamic"`): `"dynamic"`, which is exact, or `"sprint"`, an

@@ -14,7 +14,7 @@ from .configuration import BlockDiffusionGenerationConfig
 from .credit import CreditDecoding
 from .guidance_ramp import first_guided_block, guidance_weights
 from .guided_head import GuidedHead
-from .policy import CommitPolicy, num_steps_of, schedule_of
+from .policy import CommitPolicy, counts_of_steps, num_steps_of
 from .recording import (
     GraphPool,
     StaticBuffers,
@@ -80,9 +80,7 @@ class BlockDiffusionDecoder:
         self.why_not_recorded = self.why_not_static or why_not_recorded(backbone, head)
         if config.use_cuda_graphs and self.why_not_recorded is not None:
             raise ValueError(f"`use_cuda_graphs=True` cannot be had: {self.why_not_recorded}.")
-        # Image codes stand in no order in which one could follow from those before it.
-        self.speculates = config.self_speculation and not is_image
-        if self.speculates and not config.use_cache:
+        if config.self_speculation and not config.use_cache:
             raise ValueError("`self_speculation=True` needs a cache, which gradient checkpointing drops.")
 
     def run(self, canvas: Canvas) -> Iterator[range]:
@@ -169,9 +167,7 @@ class BlockDiffusionDecoder:
 
     def _guidance_weights(self, canvas: Canvas) -> torch.Tensor:
         assert self.config.guidance_ramp is not None
-        schedule = schedule_of(self.config)
-        counts = schedule + [0] * (num_steps_of(self.config) - len(schedule))
-        return guidance_weights(self.config.guidance_ramp, canvas, self.block_length, counts)
+        return guidance_weights(self.config.guidance_ramp, canvas, self.block_length, counts_of_steps(self.config))
 
     def _rows_done(self, canvas: Canvas, runner: Runner, start: int, stop: int) -> list[bool]:
         if self.is_done is None:
@@ -182,14 +178,14 @@ class BlockDiffusionDecoder:
     def _runner(self, canvas: Canvas) -> Iterator[Runner]:
         config, backbone = self.config, self.backbone
         num_branches, num_rows, num_columns = canvas.ids.shape
-        # Three branches fall back from SPRINT to the exact cache, as in the release.
-        is_sprint = config.cache_implementation == "sprint" and num_branches < 3
+        # Three branches fall back from SPRINT to the exact cache, as in the release; also where one is run alone.
+        is_sprint = config.cache_implementation == "sprint" and self.guidance[1] == 0
         sprint = config.sprint_config() if config.use_cache and is_sprint else None
         is_exact = config.use_cache and sprint is None
 
         if self.why_not_static is not None:
             release_unused(backbone)
-        if self.speculates:
+        if config.self_speculation:
             spare = num_spare_columns(self.block_length)
             cache = BlockDiffusionCache(backbone.config.num_hidden_layers, num_columns + spare)
             state, step = self._make_step(canvas, self._guided_head(num_branches), None)

@@ -29,9 +29,7 @@ class CommitPolicy:
         sprint: SprintConfig | None = None,
     ):
         self.threshold, self.is_image, self.sprint = config.threshold, is_image, sprint
-        self.schedule = schedule_of(config)
-        # Steps beyond the schedule only edit or check and correct.
-        self.counts_of_steps = self.schedule + [0] * (num_steps_of(config) - len(self.schedule))
+        self.num_filling_steps, self.counts_of_steps = len(schedule_of(config)), counts_of_steps(config)
         self.counts = torch.tensor(self.counts_of_steps, device=device)
         self.editing = None
         if config.editing_threshold is not None:
@@ -70,7 +68,7 @@ class CommitPolicy:
         if self.sprint is None:
             count = self.counts.index_select(0, state.step[None])
         else:
-            steps_left = (len(self.schedule) - state.step).clamp(min=1)
+            steps_left = (self.num_filling_steps - state.step).clamp(min=1)
             count = torch.ceil(state.masked.sum(dim=-1, keepdim=True) / steps_left)
         if self.remasking is not None:
             count = self.remasking.count(state, count)
@@ -102,6 +100,12 @@ def schedule_of(config: BlockDiffusionGenerationConfig) -> list[int]:
     """What each step commits at least. More steps than tokens would find nothing left to do."""
     num_steps = min(config.num_steps_per_block, config.block_length)
     return commit_schedule(config.block_length, num_steps, config.masking_schedule)
+
+
+def counts_of_steps(config: BlockDiffusionGenerationConfig) -> list[int]:
+    """The same of all steps a block may take: those beyond the schedule only edit, or check and correct."""
+    schedule = schedule_of(config)
+    return schedule + [0] * (num_steps_of(config) - len(schedule))
 
 
 def num_per_step_of(config: BlockDiffusionGenerationConfig) -> int:

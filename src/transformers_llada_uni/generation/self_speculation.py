@@ -1,6 +1,7 @@
 """Self-speculation: blocks that diffusion has drafted are verified as if they had been written token by token."""
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -58,8 +59,10 @@ class SelfSpeculationRunner(EagerRunner):
 
     def fill(self, start: int, num_masked: list[int]) -> None:
         to_find = self.canvas.masked[self.row_index, start : start + self.block_length]
-        if not bool(to_find.any()):
-            return  # the block before it has found its only token
+        # The block before it may have found its first token, or its only one.
+        num_masked = to_find.sum(dim=-1).tolist()
+        if not any(num_masked):
+            return
         super().fill(start, num_masked)
         all_rows = self.rows, self.row_index, self.state, self.cache
         while any(is_left := to_find.any(dim=-1).tolist()):
@@ -154,7 +157,7 @@ class SelfSpeculationRunner(EagerRunner):
         sees = sees & (torch.arange(start + self.block_length, device=queries.device) >= padding[:, None, None])
         itself = torch.eye(queries.shape[1], dtype=torch.bool, device=queries.device)
         # Padding too sees itself: a query that sees nothing gives NaN in some implementations.
-        sees = torch.cat([sees, torch.zeros_like(sees[..., : columns.shape[1]])], dim=-1)
+        sees = F.pad(sees, (0, columns.shape[1]))
         sees[..., start:] |= itself
         return sees
 

@@ -244,7 +244,7 @@ class ImageTokenizerWithText(nn.Module):
         return num_dead
 
 
-def _means_of_groups(features: torch.Tensor, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+def _means_of_groups(features: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `features` `(batch, ...)` with equal `ids` the mean, of length one, and the number of each row's mean."""
     names, groups = ids.unique(return_inverse=True)
     sums = features.new_zeros(len(names), *features.shape[1:]).index_add(0, groups, features)

@@ -18,7 +18,7 @@ def test_what_is_missing_is_told_before_the_model_is_loaded(monkeypatch):
 
 def test_a_port_that_is_taken_is_told_in_a_line(monkeypatch, capsys):
     pytest.importorskip("gradio")
-    monkeypatch.setattr("llada_uni.cli._load", lambda *args: never())
+    monkeypatch.setattr("llada_uni.commands.demo.load", lambda *args: never())
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit) as end:
         main(["demo", "--port", str(other.getsockname()[1])])
     assert end.value.code == 2
@@ -48,7 +48,7 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
             launched["is_closed"] = True
 
     monkeypatch.setattr(app, "Demo", Demo)
-    monkeypatch.setattr("llada_uni.cli._load", lambda *args: "the pipeline")
+    monkeypatch.setattr("llada_uni.commands.demo.load", lambda *args: "the pipeline")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(SystemExit) as end:

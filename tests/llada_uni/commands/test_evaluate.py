@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from diffusers_llada_uni import embedded_checkpoint
-from llada_uni.commands.evaluate import table_of
+from llada_uni.commands.evaluate_runs import table_of
 from llada_uni.image_files import open_image
 from transformers_llada_uni.evaluation import completion_likelihood, evaluate_visual_question_answering
 from transformers_llada_uni.evaluation.visual_question_answering import SHORT_ANSWER

@@ -5,7 +5,6 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from llada_uni.commands import talk
 from llada_uni.commands.talk import converse, paths_of
 
 
@@ -70,7 +69,7 @@ def said(monkeypatch):
             raise ValueError("it is too long")
         yield "."
 
-    monkeypatch.setattr(talk, "stream_answer", stream_answer)
+    monkeypatch.setattr("llada_uni.answers.stream_answer", stream_answer)
     return told
 
 

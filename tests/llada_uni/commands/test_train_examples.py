@@ -35,6 +35,7 @@ WRITTEN = {
     "dpo": ["adapter_model.safetensors"],
     "grpo": ["adapter_model.safetensors"],
     "image_tokenizer": ["image_tokenizer/image_tokenizer.safetensors"],
+    "image_tokenizer_alignment": ["image_tokenizer/image_tokenizer.safetensors"],
     "autoencoder": ["vae/diffusion_pytorch_model.safetensors"],
     "decoder": ["transformer/diffusion_pytorch_model.safetensors", "semantic_embedder/config.json"],
     "distill": ["transformer_turbo/diffusion_pytorch_model.safetensors", "scheduler_turbo/scheduler_config.json"],
@@ -66,7 +67,11 @@ def data_for(stage, tmp_path) -> str:
     if stage in ROWS:
         (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROWS[stage])}\n" * 2)
         return "rows.jsonl"
-    rows = {"image": [PILImage.new("RGB", (32, 32), name) for name in ("red", "blue")], "caption": ["red", "blue"]}
+    rows = {"image": [PILImage.new("RGB", (32, 32), name) for name in ("red", "blue")]}
+    if stage == "image_tokenizer_alignment":
+        rows["image_codes"] = [[{"grid": [4, 4], "codes": [code] * 16}] for code in (1, 2)]
+    else:
+        rows["caption"] = ["red", "blue"]
     Dataset.from_dict(rows).cast_column("image", Image()).to_parquet(tmp_path / "rows.parquet")
     return "rows.parquet"
 

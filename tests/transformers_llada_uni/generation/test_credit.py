@@ -86,8 +86,10 @@ def test_no_weight_is_no_credit(model, settings):
     assert torch.equal(generate(credit_alpha=2.0, use_cache=False), credited)
 
 
-def test_a_row_in_a_batch_equals_the_row_alone(model):
-    settings = SETTINGS | {"credit_alpha": 2.0}
+@pytest.mark.parametrize("more", [{}, {"remasking_threshold": 0.7}], ids=["alone", "with re-masking"])
+def test_a_row_in_a_batch_equals_the_row_alone(model, more):
+    """What a step predicts besides masks goes by the other rows; it earns nothing, though it be masked once more."""
+    settings = SETTINGS | {"credit_alpha": 2.0} | more
     together = model.generate(**left_padded(PROMPTS), **settings)[:, -NUM_NEW_TOKENS:]
     with recorded_on_cpu():
         count = TracedProgram.count

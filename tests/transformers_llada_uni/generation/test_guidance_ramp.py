@@ -6,6 +6,7 @@ import torch
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
 from tests.transformers_llada_uni.generation.recorded_steps import TracedProgram, recorded_on_cpu
 from tests.transformers_llada_uni.generation.test_runners import left_padded, rows_of_forwards
+from transformers_llada_uni import BlockDiffusionGenerationConfig
 from transformers_llada_uni.generation.canvas import Canvas
 from transformers_llada_uni.generation.guidance_ramp import first_guided_block, guidance_weights
 from transformers_llada_uni.generation.sampling import commit_schedule
@@ -134,6 +135,19 @@ def test_goes_with_sprint(model):
     sprint = {"cache_implementation": "sprint", "cache_config": {"keep_ratio": 1.0}}
     prompt = PROMPT[None, :BLOCK_LENGTH]  # all blocks are whole: both ways to fill one evenly are the same
     assert draw(model, (0.5, 0.5), input_ids=prompt, **sprint) == draw(model, (0.5, 0.5), input_ids=prompt)
+
+
+def test_three_branches_have_no_sprint_before_they_are_guided(model):
+    arguments = {"negative_image_input_ids": PROMPT.flip(0)[None], "image_guidance_scale": 1.5}
+    sprint = {"cache_implementation": "sprint", "cache_config": {"keep_ratio": 0.3}}
+    assert draw(model, (0.5, 0.5), **arguments, **sprint) == draw(model, (0.5, 0.5), **arguments)
+
+
+def test_a_file_holds_a_ramp(model, tmp_path):
+    BlockDiffusionGenerationConfig(guidance_ramp=(0.5, 0.5)).save_pretrained(tmp_path)
+    config = BlockDiffusionGenerationConfig.from_pretrained(tmp_path)
+    arguments = {"input_ids": PROMPT[None], "negative_input_ids": NEGATIVE[None], "generation_config": config}
+    assert model.generate_image_codes(**arguments, **SETTINGS)[0].tolist() == draw(model, (0.5, 0.5))
 
 
 def test_weights_count_the_codes_that_are_known():

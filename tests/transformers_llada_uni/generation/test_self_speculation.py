@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
-from transformers_llada_uni import LLaDA2MoeForBlockDiffusion
+from transformers_llada_uni import BlockDiffusionGenerationConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
 
 
@@ -58,6 +58,12 @@ class TestEqualsBlocksOfOneToken:
         found = model.generate(**arguments, block_length=8, self_speculation=True)
         assert torch.equal(found, model.generate(**arguments, block_length=1))
 
+    def test_a_first_block_of_masks(self, model):
+        ids = torch.full((1, 8), model.config.mask_token_id)
+        arguments = {"input_ids": ids, "max_new_tokens": 11, "eos_token_id": []}
+        found = model.generate(**arguments, block_length=8, self_speculation=True)
+        assert torch.equal(found, model.generate(**arguments, block_length=1))
+
     def test_the_released_code_s_checkpoint(self, official_tiny):
         released = LLaDA2MoeForBlockDiffusion.from_pretrained(official_tiny).double().eval()
         released.set_experts_implementation("eager")
@@ -79,6 +85,16 @@ def test_drafts_that_are_right_save_passes(model):
     found = model.generate(**arguments, **settings)
     assert torch.equal(found.sequences, wanted.sequences)
     assert (wanted.num_forward_passes, found.num_forward_passes) == (31, 8)  # of 4 blocks each a draft and a check
+
+
+def test_what_a_block_has_found_the_next_does_not_draft():
+    model = tiny_backbone()
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:
+            layer.attention.dense.weight.zero_()
+    settings = {"max_new_tokens": 16, "eos_token_id": [], "block_length": 8, "threshold": 1.0}
+    found = model.generate(ids_of(8), self_speculation=True, return_dict_in_generate=True, **settings)
+    assert found.num_forward_passes == 8 + 1 + 7 + 1  # the first check finds a token of the second block
 
 
 class TestWhatCannotBeHad:
@@ -113,7 +129,13 @@ class TestWhatCannotBeHad:
         with pytest.raises(ValueError, match="`self_speculation` needs masks that `attn_implementation='flash"):
             model.generate(ids_of(4), self_speculation=True)
 
-    def test_image_codes_are_generated_as_ever(self, model):
-        arguments = {"input_ids": ids_of(9), "grid": (3, 4), "block_length": 8}
-        plain = model.generate_image_codes(**arguments)
-        assert torch.equal(model.generate_image_codes(**arguments, self_speculation=True), plain)
+    @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"remasking_threshold": 0.5}], ids=str)
+    def test_image_codes_are_generated_as_ever(self, model, settings):
+        """Though a file beside the model say it, and they be sampled."""
+        config = BlockDiffusionGenerationConfig(block_length=8, self_speculation=True)
+
+        def draw(**more) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return model.generate_image_codes(ids_of(9), (3, 4), generator=generator, **settings, **more)
+
+        assert torch.equal(draw(generation_config=config), draw(block_length=8))

@@ -23,7 +23,7 @@ def test_every_setting_has_help(config_class):
     own = [base for base in config_class.__mro__ if base.__module__.split(".")[0].endswith("_llada_uni")]
     names = {name for base in own for name in inspect.get_annotations(base)}
     fields = config_class.__dataclass_fields__
-    assert len(CONFIGURATIONS) == 7 and names
+    assert len(CONFIGURATIONS) == 8 and names
     for name in names & fields.keys():
         said = fields[name].metadata["help"]
         assert len(said) > 12 and "[`" not in said and not said.startswith(("See", "Default")), name
