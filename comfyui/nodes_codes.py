@@ -320,9 +320,9 @@ class LLaDAUniDecode:
         for size in of_size:
             code_decoder.check_grid(size, checked)
         progress = Progress(len(of_size) * len(checked.sigmas))
-        pixels_per_code = (upscale * model.pipe.code_generator.processor.image_processor.patch_size) ** 2
+        side = upscale * model.pipe.code_generator.processor.image_processor.pixels_per_code // 2
         num_codes = max(math.prod(size) * len(indices) for size, indices in of_size.items())
-        pipe = model.decoder(checked.decoder, num_codes * pixels_per_code)
+        pipe = model.decoder(checked.decoder, num_codes * side**2)
         generator, done = generators(seed, len(codes)), 0
 
         def on_step_end(*step: Any) -> None:
