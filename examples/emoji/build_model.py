@@ -74,7 +74,11 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAUniProcessor:
         size_multiple=SIDE,
         min_pixels=SIDE**2,
         max_pixels=LARGEST_SIDE**2,
+        max_pixels_several=LARGEST_SIDE**2,
         editing_max_pixels=LARGEST_SIDE**2,
+        editing_upscales=False,
+        drawn_patch_size=PATCH_SIZE,
+        default_side=SIDE,
     )
     return LLaDAUniProcessor(
         image_processor,

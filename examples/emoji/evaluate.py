@@ -123,7 +123,7 @@ class Evaluation:
         return self._share(self.accepted(rows))
 
     def variety(self, rows: list[tuple[str, set[str]]]) -> tuple[float, float]:
-        """Of wordings drawn by four seeds with sampling: the share that is right, and of those drawn in several ways."""
+        """Of wordings drawn by four seeds, sampled: the share that is right, and of those with several images."""
         right, pictures_of = [], [set() for _ in rows]
         for seed in range(SEEDS):
             start = 0

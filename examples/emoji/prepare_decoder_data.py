@@ -3,7 +3,7 @@ The emoji and scenes of them as codes and latents, for the decoder.
 
     python examples/emoji/prepare_decoder_data.py runs/emoji/model runs/emoji/data
 
-Reads `data/views/` (see prepare_codes.py) and the trained autoencoder, and writes `data/latents/` (columns codes, grid,
+Reads `data/views/` (see prepare_codes.py) and the trained autoencoder, writes `data/latents/` (columns codes, grid,
 latents). Held-out emoji are in it as little as in all other data.
 """
 

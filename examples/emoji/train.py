@@ -1,8 +1,7 @@
 """
 Everything that makes the emoji model, in order, on a CPU.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python examples/emoji/train.py emoji-datasource-twitter-16.0.0.tgz --minutes 85
+    python examples/emoji/train.py packages --minutes 85        # packages.py says what it holds
 
 Stops after that many minutes, or when you stop it; the same command goes on where it was. What is finished is noted
 in `runs/emoji/finished.txt`; what each step prints stands in `runs/emoji/logs/`.
@@ -15,10 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+from packages import check
+
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/emoji")
-MODEL = RUNS / "model"
+MODEL, DATA = RUNS / "model", RUNS / "data"
 # glibc gives large tensors back and fetches them anew for every operation; kept, steps are a quarter faster.
 MEMORY_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
@@ -27,7 +28,7 @@ MEMORY_SETTINGS = {
 }
 
 
-def steps(package: Path) -> dict[str, list[str]]:
+def steps(packages: Path) -> dict[str, list[str]]:
     """The command of each step, by its name, in order."""
 
     def script(name: str, *arguments: str | Path) -> list[str]:
@@ -41,29 +42,31 @@ def steps(package: Path) -> dict[str, list[str]]:
         return script("put_into_pipeline", RUNS / trained, MODEL)
 
     return {
-        "prepare_data": script("prepare_data", package, RUNS / "data"),
-        "build_model": script("build_model", RUNS / "data" / "corpus.txt", MODEL),
+        "prepare_data": script("prepare_data", packages, DATA),
+        "build_model": script("build_model", DATA / "corpus.txt", MODEL),
         "tokenizer": stage("image_tokenizer", "tokenizer"),
         "put_tokenizer": put("tokenizer"),
-        "prepare_tasks": script("prepare_tasks", package, MODEL, RUNS / "tasks"),
+        "prepare_codes": script("prepare_codes", packages, MODEL, DATA),
+        "tokenizer_alignment": stage("image_tokenizer_alignment", "tokenizer_alignment"),
+        "put_aligned_tokenizer": put("tokenizer_alignment"),
         "autoencoder": stage("autoencoder", "autoencoder"),
         "put_autoencoder": put("autoencoder"),
-        "text": stage("sft", "text"),
-        "alignment": stage("sft", "alignment"),
-        "pretraining": stage("sft", "pretraining"),
-        "sft": stage("sft", "sft"),
-        "refining": stage("sft", "refining"),
-        "polishing": stage("sft", "polishing"),
-        "finishing": stage("sft", "finishing"),
-        "put_language_model": put("finishing"),
-        "prepare_preferences": script("prepare_preferences", package, MODEL, RUNS / "preferences"),
-        "dpo": stage("dpo", "dpo"),
-        "put_preferred": put("dpo"),
-        "lora": stage("sft", "lora"),
+        "prepare_decoder_data": script("prepare_decoder_data", MODEL, DATA),
         "decoder": stage("decoder", "decoder"),
         "put_decoder": put("decoder"),
         "distill": stage("distill", "distill"),
         "put_distilled": put("distill"),
+        "prepare_drawings": script("prepare_drawings", packages, MODEL, DATA),
+        "tokenizer_drawings": stage("image_tokenizer_alignment", "tokenizer_drawings"),
+        "put_tokenizer_of_drawings": put("tokenizer_drawings"),
+        "prepare_tasks": script("prepare_tasks", packages, MODEL, DATA / "codes.json", RUNS / "tasks"),
+        "text": stage("sft", "text"),
+        "alignment": stage("sft", "alignment"),
+        "pretraining": stage("sft", "pretraining"),
+        "sft": stage("sft", "sft"),
+        "finishing": stage("sft", "finishing"),
+        "put_language_model": put("finishing"),
+        "lora": stage("sft", "lora"),
     }
 
 
@@ -88,11 +91,13 @@ def run(name: str, command: list[str], deadline: float | None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see packages.py.")
     parser.add_argument("--minutes", type=float, help="Stop after so long; default: when all is done.")
     arguments = parser.parse_args()
-    if not arguments.package.is_file():
-        parser.error(f"`package`: there is no file {arguments.package}; `npm pack` fetches it.")
+    try:
+        check(arguments.packages)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     RUNS.mkdir(parents=True, exist_ok=True)
     finished_file = RUNS / "finished.txt"
@@ -100,7 +105,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name, value in MEMORY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    for name, command in steps(arguments.package).items():
+    for name, command in steps(arguments.packages).items():
         if name in finished:
             continue
         if not run(name, command, deadline):
