@@ -289,7 +289,9 @@ class LLaDAUniDecode:
                 "decoder_guidance_scale": number(
                     "Of the normal decoder: 0 is none, and twice as fast.", 1.0, 0.0, 10.0
                 ),
-                "upscale": integer("2: a code becomes 32 x 32 pixels; 1: 16 x 16.", 2, 1, 2),
+                "upscale": integer(
+                    "A code becomes 16 times this many pixels down and across. The decoder learnt 2.", 2, 1, 4
+                ),
             }
         }
 
@@ -320,9 +322,9 @@ class LLaDAUniDecode:
         for size in of_size:
             code_decoder.check_grid(size, checked)
         progress = Progress(len(of_size) * len(checked.sigmas))
-        pixels_per_code = (upscale * model.pipe.code_generator.processor.image_processor.patch_size) ** 2
+        side = upscale * model.pipe.code_generator.processor.image_processor.pixels_per_code // 2
         num_codes = max(math.prod(size) * len(indices) for size, indices in of_size.items())
-        pipe = model.decoder(checked.decoder, num_codes * pixels_per_code)
+        pipe = model.decoder(checked.decoder, num_codes * side**2)
         generator, done = generators(seed, len(codes)), 0
 
         def on_step_end(*step: Any) -> None:

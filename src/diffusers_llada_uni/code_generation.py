@@ -102,7 +102,7 @@ class CodeGenerator:
 
     def grid_of(self, height: int | None, width: int | None, upscale: int = UPSCALE) -> tuple[int, int]:
         """The grid (H, W) of codes of an image of so many pixels, the checkpoint's own size where they are `None`."""
-        side = self.processor.image_processor.patch_size * upscale
+        side = self.processor.image_processor.pixels_per_code * upscale // UPSCALE
         default = max(self.processor.default_side // side, 1) * side  # the largest that there is at this `upscale`
         rows = _check_side("height", default if height is None else height, multiple=side) // side
         columns = _check_side("width", default if width is None else width, multiple=side) // side
@@ -194,8 +194,8 @@ class CodeGenerator:
                 group.inputs[f"negative_{name}"] = negative[name]
 
     def _size(self, grid: tuple[int, int]) -> dict[str, Any]:
-        """The processor speaks of pixels at twice the resolution of the image tokenizer."""
-        side = UPSCALE * self.processor.image_processor.patch_size
+        """The processor speaks of pixels as the decoder draws them at [`UPSCALE`]."""
+        side = self.processor.image_processor.pixels_per_code
         return {"height": side * grid[0], "width": side * grid[1]}
 
     # 2. Thoughts

@@ -46,6 +46,11 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     editing_upscales (`bool`, *optional*, defaults to `True`):
         Whether the editing rule makes small images as large as its largest crops. Otherwise an image keeps its area,
         rounded to whole units of `size_multiple`, up to `editing_max_pixels`.
+    drawn_patch_size (`int`, *optional*):
+        Side in pixels of what the decoder makes of a code; a multiple of `patch_size`, by default twice that.
+    default_side (`int`, *optional*):
+        Side in pixels of an image that is drawn where no size is asked for. By default that of the largest square that
+        the editing rule leaves, as it is drawn.
     editing_resample (`PILImageResampling`, *optional*, defaults to Lanczos):
         Filter of the editing rule; `resample` (bicubic) is that of the understanding rule.
     max_image_pixels (`int`, *optional*, defaults to 178,956,970):
@@ -65,6 +70,8 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     editing_max_pixels: int
     editing_max_ratio: float | int
     editing_upscales: bool
+    drawn_patch_size: int | None
+    default_side: int | None
     editing_resample: int
     max_image_pixels: int
     max_image_bytes: int
@@ -135,6 +142,8 @@ class LLaDAUniImageProcessor(PilBackend):
     editing_max_pixels = 512 * 512
     editing_max_ratio = 4.0
     editing_upscales = True
+    drawn_patch_size = None
+    default_side = None
     editing_resample = PILImageResampling.LANCZOS
     max_image_pixels = 178_956_970
     max_image_bytes = 2**28
@@ -159,11 +168,24 @@ class LLaDAUniImageProcessor(PilBackend):
                 f"`editing_max_pixels` must be at least {self.size_multiple**2} and `editing_max_ratio` at least 1, "
                 f"got {self.editing_max_pixels} and {self.editing_max_ratio}."
             )
+        if self.drawn_patch_size is not None and (
+            self.drawn_patch_size < 1 or self.drawn_patch_size % self.patch_size
+        ):
+            raise ValueError(
+                f"`drawn_patch_size` must be a multiple of `patch_size` ({self.patch_size}), got {self.drawn_patch_size}."
+            )
+        if self.default_side is not None and (self.default_side < 1 or self.default_side % self.pixels_per_code):
+            raise ValueError(f"`default_side` must be a multiple of {self.pixels_per_code}, got {self.default_side}.")
         for name in ("max_image_pixels", "max_image_bytes", "url_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
     # Sizes
+
+    @property
+    def pixels_per_code(self) -> int:
+        """Side in pixels of what the decoder makes of a code."""
+        return 2 * self.patch_size if self.drawn_patch_size is None else self.drawn_patch_size
 
     def get_resize_and_crop(
         self, height: int, width: int, resize_mode: str | None = "understanding", num_images: int = 1

@@ -8,13 +8,16 @@ from .image_places import Grid
 from .image_processing_llada_uni import LLaDAUniImageProcessor
 
 
-UPSCALE = 2  # the decoder draws at twice the resolution of the image tokenizer
+UPSCALE = 2  # how often the decoder, as it was trained, sees a code down and across
 
 
 def default_side(image_processor: LLaDAUniImageProcessor) -> int:
-    """Twice the side of the largest square that the rule of editing leaves."""
-    step = image_processor.size_multiple
-    return UPSCALE * (math.isqrt(image_processor.editing_max_pixels) // step * step)
+    """What is set, or the side, as it is drawn, of the largest square that the rule of editing leaves."""
+    if image_processor.default_side is not None:
+        return image_processor.default_side
+    codes_of_step = image_processor.size_multiple // image_processor.patch_size
+    num_steps = math.isqrt(image_processor.editing_max_pixels) // image_processor.size_multiple
+    return image_processor.pixels_per_code * codes_of_step * num_steps
 
 
 def grids_of(
@@ -59,7 +62,7 @@ def grid_to_generate(
     """
     if (height is None) != (width is None):
         raise ValueError("`height` and `width` must be given together.")
-    unit, default = image_processor.patch_size * UPSCALE, default_side(image_processor)
+    unit, default = image_processor.pixels_per_code, default_side(image_processor)
     height, width = (default if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int) or isinstance(side, bool):
@@ -99,7 +102,7 @@ def check_length(length: int, limit: int | None, grid: Grid | None, image_proces
     num_codes = math.prod(grid or (0,))
     if limit is None or length + num_codes <= limit:
         return
-    room, unit = limit - length, image_processor.patch_size * UPSCALE
+    room, unit = limit - length, image_processor.pixels_per_code
     if grid is None or room < 1:
         raise ValueError(
             f"`text` and `images` make a prompt of {length} tokens, but the model has {limit} positions "

@@ -10,6 +10,7 @@ from transformers.models.glm_image.configuration_glm_image import GlmImageVision
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
 from transformers_llada_uni import LLaDAUniImageProcessor
+from transformers_llada_uni.image_sizes import default_side, grid_to_generate
 
 
 RULES = {"understand_single": ("understanding", 1), "understand_multi": ("understanding", 2), "edit": ("editing", 1)}
@@ -155,6 +156,19 @@ def test_resize_and_crop_at_the_decoders_resolution(processor):
     assert np.array_equal(np.asarray(processor.resize_and_crop(image, "editing", upscale=2)), np.asarray(expected))
 
 
+def test_a_code_may_be_drawn_as_it_is_seen():
+    """By default twice as large; sizes that are asked for, and the default, count what is drawn."""
+    settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "editing_max_pixels": 192**2}
+    twice, same = LLaDAUniImageProcessor(**settings), LLaDAUniImageProcessor(**settings, drawn_patch_size=16)
+    assert (twice.pixels_per_code, same.pixels_per_code) == (32, 16)
+    assert (default_side(twice), default_side(same)) == (384, 192)
+    assert grid_to_generate(twice, 128, 64, 12) == (4, 2) and grid_to_generate(same, 128, 64, 12) == (8, 4)
+    of_one = LLaDAUniImageProcessor(**settings, drawn_patch_size=16, default_side=64)
+    assert grid_to_generate(of_one, None, None, 12) == (4, 4)
+    loaded = LLaDAUniImageProcessor.from_dict(of_one.to_dict())
+    assert (loaded.pixels_per_code, default_side(loaded)) == (16, 64)
+
+
 def test_the_editing_rule_may_keep_the_area_of_an_image():
     """For a decoder that draws several sizes: what it has drawn has as many codes when it is edited."""
     settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "editing_max_pixels": 192**2}
@@ -254,6 +268,8 @@ def test_bad_arguments_are_refused(processor, kwargs, message):
         ({"patch_size": 15}, "`size_multiple` must be a multiple of `patch_size`"),
         ({"max_pixels": 1}, "`min_pixels`"),
         ({"editing_max_pixels": 100}, "`editing_max_pixels` must be at least 1024"),
+        ({"drawn_patch_size": 24}, r"`drawn_patch_size` must be a multiple of `patch_size` \(16\), got 24"),
+        ({"default_side": 100}, "`default_side` must be a multiple of 32, got 100"),
         ({"editing_max_ratio": 0.5}, "`editing_max_ratio` at least 1"),
         ({"max_image_pixels": 0}, "`max_image_pixels` must be positive"),
         ({"max_image_bytes": -1}, "`max_image_bytes` must be positive"),

@@ -8,7 +8,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 
 from transformers_llada_uni import LLaDAUniImageProcessor
-from transformers_llada_uni.image_sizes import UPSCALE
 from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
 from transformers_llada_uni.training.data.dataset_formats import stored_image
 from transformers_llada_uni.training.objective.noise import step_generators
@@ -37,7 +36,8 @@ class _Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [self.image_processor.fetch_images(stored_image(row["image"])) for row in rows]
-        images = [self.image_processor.resize_and_crop(image, "editing", upscale=UPSCALE) for image in images]
+        upscale = self.image_processor.pixels_per_code // self.image_processor.patch_size
+        images = [self.image_processor.resize_and_crop(image, "editing", upscale=upscale) for image in images]
         sizes = sorted({image.size for image in images})
         if len(sizes) > 1:
             raise ValueError(

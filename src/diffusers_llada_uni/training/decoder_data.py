@@ -11,7 +11,6 @@ from trl.data_utils import get_dataset_column_names
 
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniImageProcessor
 from transformers_llada_uni.fingerprints import fingerprint
-from transformers_llada_uni.image_sizes import UPSCALE
 from transformers_llada_uni.training.data.dataset_formats import stored_image
 
 
@@ -50,6 +49,7 @@ def prepare_decoder_dataset(
     if not hasattr(model, "get_image_codes"):
         raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
     pixels_of = VaeImageProcessor(do_resize=False)
+    upscale = image_processor.pixels_per_code // image_processor.patch_size
 
     @torch.no_grad()
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -62,7 +62,7 @@ def prepare_decoder_dataset(
                 raise ValueError(f"Row {index}: `image` cannot be used: {error}") from error
             patches = inputs["pixel_values"].to(model.device, model.dtype)
             (codes,) = model.get_image_codes(patches, inputs["image_grid_thw"].to(model.device))
-            seen = image_processor.resize_and_crop(image, "editing", upscale=UPSCALE)
+            seen = image_processor.resize_and_crop(image, "editing", upscale=upscale)
             target = pixels_of.preprocess(seen).to(vae.device, vae.dtype)
             latents = vae.encode(target, return_dict=False)[0].mode()
             # Some autoencoders have no shift.
@@ -74,7 +74,7 @@ def prepare_decoder_dataset(
 
     settings: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True, "features": FEATURES}
     if isinstance(dataset, Dataset):
-        identity = (dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel, vae, UPSCALE)
+        identity = (dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel, vae)
         settings |= {"desc": "Encoding images", "new_fingerprint": fingerprint(identity)}
     return dataset.map(encode, remove_columns=columns, **settings)
 

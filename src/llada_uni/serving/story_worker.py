@@ -9,7 +9,6 @@ from diffusers_llada_uni import LLaDAUniPipeline
 from diffusers_llada_uni.code_generation import DEFAULT_GUIDANCE_SCALE, CodeGenerationSettings
 from transformers_llada_uni import LLaDAUniProcessor
 from transformers_llada_uni.image_places import HEADER_LENGTH
-from transformers_llada_uni.image_sizes import UPSCALE
 
 from .image_jobs import CodesOfImage, StoryJob
 from .jobs import JobQueue
@@ -66,7 +65,7 @@ class StoryWorker:
             job.fail(error)
 
     def _check_side(self, job: StoryJob, codes: torch.Tensor) -> None:
-        height, width = (UPSCALE * self.processor.image_processor.patch_size * side for side in codes.shape)
+        height, width = (self.processor.image_processor.pixels_per_code * side for side in codes.shape)
         if max(height, width) > job.max_side:
             raise ValueError(
                 f"`size`: the model has chosen {width} x {height} pixels, and {job.max_side} are allowed on a side; "
