@@ -14,7 +14,6 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..generation.configuration import BlockDiffusionGenerationConfig
-from ..image_sizes import UPSCALE
 from ..input_checks import check_grid
 from ..processing_llada_uni import LLaDAUniProcessor
 from ..unwrapping import unwrap
@@ -309,7 +308,7 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
         self, model: Any, captions: list[str], rollouts: Rollouts
     ) -> tuple[list[list[int]], list[list[int]]]:
         """The codes of all rows as tokens; rows of one grid are generated together."""
-        unit = self._processor.image_processor.patch_size * UPSCALE
+        unit = self._processor.image_processor.pixels_per_code
         inputs_of_rows = [
             self._processor(text=caption, task="text_to_image", height=height * unit, width=width * unit)
             for caption, (height, width) in zip(captions, self._grids, strict=True)
