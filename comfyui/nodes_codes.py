@@ -289,7 +289,9 @@ class LLaDAUniDecode:
                 "decoder_guidance_scale": number(
                     "Of the normal decoder: 0 is none, and twice as fast.", 1.0, 0.0, 10.0
                 ),
-                "upscale": integer("2: a code becomes 32 x 32 pixels; 1: 16 x 16.", 2, 1, 2),
+                "upscale": integer(
+                    "A code becomes 16 times this many pixels down and across. The decoder learnt 2.", 2, 1, 4
+                ),
             }
         }
 

@@ -107,8 +107,8 @@ def convert_autoregressive(
     Args:
         source: The folder of the checkpoint.
         destination: As in [`convert_to_diffusers`].
-        mask_token: A token of the tokenizer to stand for "not yet written", or a new one, whose embedding is drawn as
-            those of other tokens are spread. Default: the tokenizer's mask token, or else `<|mask|>`.
+        mask_token: A token that is not in use, or a new one, to stand for "not yet written". Its embedding is drawn as
+            those of other tokens are spread. Default: the tokenizer's mask token, which stays, or else `<|mask|>`.
         dtype, progress: As in [`convert_to_diffusers`].
 
     Returns:

@@ -159,8 +159,8 @@ evaluation = typer.Typer(
     help="Score a model: images, answers, likelihoods, lm-eval's tasks.",
 )
 app.add_typer(evaluation, name="evaluate")
-for name, command in evaluate.COMMANDS.items():
-    evaluation.command(name, cls=Command)(command)
+for name, scoring in evaluate.COMMANDS.items():
+    evaluation.command(name, cls=Command)(scoring)
 
 training = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Train a stage; `llada-uni train sft --help` has its options."

@@ -187,8 +187,8 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto") -
     from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
     try:
-        processor: Any = load_processor(path)
         model: Any = load_model(path, dtype=dtype_of(dtype, device)).eval()
+        processor: Any = load_processor(path)
         model.to(device)
     except Exception as error:
         if should_reduce_batch_size(error):  # out of memory

@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from comfyui import LLaDAUniDecode, LLaDAUniDraw, LLaDAUniEdit, LLaDAUniEncode, LLaDAUniFill
+from diffusers_llada_uni.code_decoding import UPSCALES
 
 from .stand_in import InterruptProcessingException
 
@@ -131,6 +132,11 @@ def test_decode_gives_the_images_of_the_pipeline(host, model, inputs, settings, 
     assert not torch.equal(decode(model, codes, seed=8, **inputs)[0], images)
     done, total = host.bars[0][-1]
     assert done == total == (2 if settings else 8)
+
+
+def test_upscale_goes_as_far_as_that_of_the_pipeline():
+    _, options = LLaDAUniDecode.INPUT_TYPES()["required"]["upscale"]
+    assert tuple(range(options["min"], options["max"] + 1)) == UPSCALES
 
 
 def test_images_of_several_sizes_come_as_a_list_in_order(host, model):

@@ -1,6 +1,7 @@
 """`evaluate`: how good a model is, by images, answers, likelihoods and tasks of lm-eval."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,7 +182,12 @@ def tasks_of_lm_eval(
     _report(results, output, as_json, task="lm-eval", model=model, **plan)
 
 
-COMMANDS = {"images": images, "questions": questions, "likelihood": likelihood, "lm-eval": tasks_of_lm_eval}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "images": images,
+    "questions": questions,
+    "likelihood": likelihood,
+    "lm-eval": tasks_of_lm_eval,
+}
 
 
 def _report(results: dict[str, Any], output: Path, as_json: bool, **described: Any) -> None:

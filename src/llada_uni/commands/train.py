@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 
 STAGES = {
-    "sft": "the language model: text, chats, captions, edits",
+    "sft": "the language model: text, chats, images",
     "dpo": "the language model, by preferences",
     "grpo": "the language model, by rewards",
     "image_tokenizer": "images to codes",

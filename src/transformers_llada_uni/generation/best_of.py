@@ -1,7 +1,7 @@
 """Best of n: candidates are sampled, judged by the model that made them or by a reward, and the best is kept."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,16 @@ def check_candidates(num_candidates: Any, reward: Any) -> None:
         raise ValueError("`reward` chooses among candidates, but `num_candidates` is 1.")
 
 
+def check_candidates_differ(settings: Iterable[dict[str, Any]], own: Any) -> None:
+    """Of one call's settings some must sample; `own` are the model's, for what they leave out."""
+    if not any(
+        given.get("do_sample", own.do_sample) and given.get("temperature", own.temperature) != 0 for given in settings
+    ):
+        raise ValueError(
+            "`num_candidates` would all be the same without `do_sample=True`, and with a `temperature` of 0."
+        )
+
+
 def candidate_generators(generators: list[torch.Generator], num_candidates: int) -> list[torch.Generator]:
     """Of each generator one for every candidate, so that a row's candidates do not depend on its batch."""
     if num_candidates == 1:
@@ -45,9 +55,13 @@ def rewards_of(reward: Reward, num_rows: int, **columns: Any) -> list[float]:
     Raises:
         ValueError: if it gives other than `num_rows` finite numbers.
     """
-    scores = [float(score) for score in reward(**columns)]
+    given = reward(**columns)
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError):  # no list, or no numbers
+        scores = []
     if len(scores) != num_rows or not all(map(math.isfinite, scores)):
-        raise ValueError(f"`reward` must give a finite number for each of {num_rows} candidates, got {scores}.")
+        raise ValueError(f"`reward` must give a finite number for each of {num_rows} candidates, got {given!r}.")
     return scores
 
 

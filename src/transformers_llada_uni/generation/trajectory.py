@@ -12,7 +12,7 @@ from .state import BlockState
 class Trajectory:
     """
     How the rows of a batch were decoded. Of its block a step saw the tokens of earlier steps, and masks in all other
-    places; of what is before the block it saw all.
+    places; of what is before the block it saw all, but with SPRINT.
 
     Attributes:
         ids: `(batch, length)`, each row from the first token of its prompt on, in whole blocks of the row: also what a

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -53,9 +54,13 @@ def load_model(name_or_path: str, revision: str | None = None, **settings: Any) 
     name_or_path, location = _part_of_pipeline(name_or_path, "model", revision)
     if isinstance(settings.get("distributed_config"), dict):
         settings["distributed_config"] = DistributedConfig(**settings["distributed_config"])
+    # Of another type, Auto classes would ask whether to run the code that it comes with.
+    model_type = PreTrainedConfig.get_config_dict(name_or_path, **location)[0].get("model_type")
+    if model_type not in AUTO_CLASSES:
+        is_autoregressive = str(model_type).startswith("bailing")
+        hint = " `llada-uni convert` makes one to train of it." if is_autoregressive else ""
+        raise ValueError(f"{name_or_path!r} holds a model of type {model_type!r}, not {list(AUTO_CLASSES)}.{hint}")
     config = AutoConfig.from_pretrained(name_or_path, **location)
-    if config.model_type not in AUTO_CLASSES:
-        raise ValueError(f"{name_or_path!r} holds a model of type {config.model_type!r}, not {list(AUTO_CLASSES)}.")
     if "text_config" in config.sub_configs and isinstance(settings.get("attn_implementation"), str):
         settings["attn_implementation"] = {"text_config": settings["attn_implementation"]}
     return AUTO_CLASSES[config.model_type].from_pretrained(name_or_path, **location, **settings)
@@ -76,5 +81,5 @@ def load_processor(name_or_path: str, revision: str | None = None) -> ProcessorM
         if _has_file(place, "processor_config.json", **location):
             return AutoProcessor.from_pretrained(place, **location)
         if any(_has_file(place, file, **location) for file in ("tokenizer_config.json", "tokenizer.json")):
-            return AutoTokenizer.from_pretrained(place, **location)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **location)
     raise ValueError(f"{name_or_path!r} holds neither a processor nor a tokenizer.")

@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 
 from llada_uni.pipeline_loading import LanguageModel, load_chat_model
+from transformers_llada_uni.loading.model_loading import load_processor
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,14 @@ def test_it_neither_sees_nor_draws(run, text_only, tmp_path):
     asked = run("ask", "What is it?", "-i", "image.png", "--model", str(text_only), code=2)
     assert "reads text alone" in asked.output
     assert "with which `ask` and `chat` can talk" in run("draw", "a cat", "--model", str(text_only), code=2).output
+
+
+def test_an_autoregressive_one_is_to_be_converted(ling, monkeypatch):
+    """And nobody is asked whether to run the code that it comes with."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="'bailing_moe'.*`llada-uni convert`"):
+        load_chat_model(str(ling), "cpu")
+    assert load_processor(str(ling)).mask_token is None  # trainers load it before the model
 
 
 def test_a_damaged_one_is_told_of_in_a_line(tmp_path, text_only):

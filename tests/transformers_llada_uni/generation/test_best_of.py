@@ -75,7 +75,7 @@ def test_the_first_of_the_best_is_kept():
     assert best_of.best_of([1.0, 3.0, 3.0, 0.0, -1.0, -2.0], 3) == [1, 3]
 
 
-@pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")], [1.0, float("inf")]])
+@pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")], [1.0, float("inf")], 1.0, None, [None, 1.0], "xy"])
 def test_a_reward_gives_a_number_for_each(scores):
     with pytest.raises(ValueError, match="`reward` must give a finite number for each of 2"):
         rewards_of(lambda **columns: scores, 2, prompts=["a", "a"])

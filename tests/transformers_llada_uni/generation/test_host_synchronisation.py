@@ -57,7 +57,9 @@ def reads_and_forwards(model, is_guided: bool, **settings) -> tuple[int, int]:
 @pytest.mark.parametrize("steps", [nullcontext, recorded_on_cpu], ids=["eager", "static"])
 @pytest.mark.parametrize("is_guided", [False, True], ids=["text", "guided codes"])
 def test_steps_of_a_schedule_never_wait_for_the_device(model, is_guided, steps):
-    settings = {"threshold": 1.0, "use_cuda_graphs": False}
+    settings = {"threshold": 1.0, "use_cuda_graphs": False, "credit_alpha": 0.7}
+    if is_guided:
+        settings |= {"guidance_ramp": (0.0, 1.0)}
     with steps():
         few_reads, few_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=2, **settings)
         many_reads, many_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=8, **settings)
@@ -68,7 +70,7 @@ def test_steps_of_a_schedule_never_wait_for_the_device(model, is_guided, steps):
 @pytest.mark.parametrize("steps", [nullcontext, recorded_on_cpu], ids=["eager", "static"])
 @pytest.mark.parametrize("is_guided", [False, True], ids=["text", "guided codes"])
 def test_steps_that_may_end_a_block_early_ask_once(model, is_guided, steps):
-    settings = {"threshold": 0.99, "use_cuda_graphs": False}
+    settings = {"threshold": 0.99, "use_cuda_graphs": False, "remasking_threshold": 0.5}
     with steps():
         few_reads, few_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=2, **settings)
         many_reads, many_forwards = reads_and_forwards(model, is_guided, num_steps_per_block=8, **settings)
