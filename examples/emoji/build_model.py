@@ -170,7 +170,7 @@ def build_decoder() -> ZImageTransformer2DModel:
         n_kv_heads=4,
         cap_feat_dim=192,
         axes_dims=[16, 16, 16],
-        axes_lens=[512, 32, 32],
+        axes_lens=[1024, 32, 32],
         siglip_feat_dim=None,
     )
 
