@@ -12,7 +12,7 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from ..processing_llada_uni import LLaDAUniProcessor
 from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
-from .data.dataset_formats import stored_image
+from .data.dataset_formats import CODES_FORM, are_image_codes, stored_image
 from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
 from .image_tokenizer_model import SHARING_TEMPERATURE
 from .image_tokenizer_saving import save_image_tokenizer
@@ -117,13 +117,15 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
         labels = []
         for row, (_, *grid) in zip(rows, batch["image_grid_thw"].tolist(), strict=True):
-            wanted = row["image_codes"][0]
-            if list(wanted["grid"]) != grid:
+            wanted = row["image_codes"]
+            if not isinstance(wanted, (list, tuple)) or len(wanted) != 1 or not are_image_codes(wanted[0]):
+                raise ValueError(f"`image_codes` of a row must be [{CODES_FORM}], got {str(wanted)[:100]}.")
+            if list(wanted[0]["grid"]) != grid:
                 raise ValueError(
-                    f"`image_codes` have the grid {list(wanted['grid'])}, but the image has {grid} by the rule of "
+                    f"`image_codes` have the grid {list(wanted[0]['grid'])}, but the image has {grid} by the rule of "
                     f"{self.args.resize_mode!r}."
                 )
-            labels += wanted["codes"]
+            labels += wanted[0]["codes"]
         if labels and not 0 <= min(labels) <= max(labels) < self._num_codes:
             raise ValueError(f"`image_codes` must be from 0 to {self._num_codes - 1}.")
         return {**batch, "labels": torch.tensor(labels)}
