@@ -303,6 +303,10 @@ class LLaDAUniImageProcessor(PilBackend):
             image = image.resize((scaled[1], scaled[0]), resample=resample)
         return image.crop((left, top, left + width, top + height))
 
+    def as_drawn(self, image: Image.Image) -> Image.Image:
+        """What the decoder should make of an image's codes: the image by the rule of editing, as large as it draws."""
+        return self.resize_and_crop(image, "editing", upscale=self.pixels_per_code // self.patch_size)
+
     # Reading images
 
     def fetch_images(self, image_url_or_urls: Any, input_data_format: str | None = None) -> Any:
