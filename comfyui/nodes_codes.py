@@ -322,7 +322,7 @@ class LLaDAUniDecode:
         for size in of_size:
             code_decoder.check_grid(size, checked)
         progress = Progress(len(of_size) * len(checked.sigmas))
-        side = upscale * model.pipe.code_generator.processor.image_processor.pixels_per_code // 2
+        side = model.pipe.code_generator.pixels_per_code(upscale)
         num_codes = max(math.prod(size) * len(indices) for size, indices in of_size.items())
         pipe = model.decoder(checked.decoder, num_codes * side**2)
         generator, done = generators(seed, len(codes)), 0

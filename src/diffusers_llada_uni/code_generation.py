@@ -17,7 +17,8 @@ from transformers_llada_uni import (
     LLaDAUniProcessor,
 )
 from transformers_llada_uni.generation.best_of import Reward, answer_log_probs, prompt_recall, rewards_of
-from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput, as_list
+from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
+from transformers_llada_uni.generation.configuration import as_list
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.image_places import HEADER_LENGTH
 from transformers_llada_uni.image_sizes import UPSCALE
@@ -100,9 +101,13 @@ class CodeGenerator:
 
     # 1. Prompts
 
+    def pixels_per_code(self, upscale: int = UPSCALE) -> int:
+        """Side in pixels of what becomes of a code."""
+        return self.processor.image_processor.pixels_per_code * upscale // UPSCALE
+
     def grid_of(self, height: int | None, width: int | None, upscale: int = UPSCALE) -> tuple[int, int]:
         """The grid (H, W) of codes of an image of so many pixels, the checkpoint's own size where they are `None`."""
-        side = self.processor.image_processor.pixels_per_code * upscale // UPSCALE
+        side = self.pixels_per_code(upscale)
         default = max(self.processor.default_side // side, 1) * side  # the largest that there is at this `upscale`
         rows = _check_side("height", default if height is None else height, multiple=side) // side
         columns = _check_side("width", default if width is None else width, multiple=side) // side
@@ -195,7 +200,7 @@ class CodeGenerator:
 
     def _size(self, grid: tuple[int, int]) -> dict[str, Any]:
         """The processor speaks of pixels as the decoder draws them at [`UPSCALE`]."""
-        side = self.processor.image_processor.pixels_per_code
+        side = self.pixels_per_code()
         return {"height": side * grid[0], "width": side * grid[1]}
 
     # 2. Thoughts

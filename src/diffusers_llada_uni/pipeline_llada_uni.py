@@ -7,7 +7,13 @@ from typing import Any
 import PIL.Image
 import torch
 
-from transformers_llada_uni.generation.best_of import Reward, best_of, candidate_generators, check_candidates
+from transformers_llada_uni.generation.best_of import (
+    Reward,
+    best_of,
+    candidate_generators,
+    check_candidates,
+    check_candidates_differ,
+)
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_choice, check_generator, check_integer, refuse_settings
 
@@ -93,8 +99,8 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             image (image or list, *optional*): The source to edit; of a list, the others are references. With a list
                 of prompts an image for all, or a list with an image (or list of images) for each.
             mask_image (image or list, *optional*): White where `image` (the first, of several) is to be made anew;
-                of the same size. The codes under it are generated, all others stay. For outpainting, paste the image
-                on a larger canvas and mask the rest.
+                of the same size; of `image_codes` a pixel is a code. The codes under it are generated, all others
+                stay. For outpainting, paste the image on a larger canvas and mask the rest.
             height, width (`int`, *optional*): Of the output, in pixels: multiples of 16 * `upscale`, 1024 by default.
                 Editing takes the size of the source (after its preprocessing) by default, as the model was trained
                 to; infilling always does.
@@ -187,11 +193,11 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         # 2. Read the images and masks; write the prompts. Sampled codes need a row for each image, and candidate.
         if max(num_images_per_prompt, num_candidates) > 1:
             generation.generation_kwargs = {"do_sample": True, **generation_kwargs}
-        own = coder.model.generation_config.do_sample
-        samples = [settings.get("do_sample", own) for settings in (generation.generation_kwargs, thinking_kwargs)]
-        is_sampled = samples[0] or (thinking and samples[1])
-        if num_candidates > 1 and not is_sampled:
-            raise ValueError("`num_candidates` would all be the same: `generation_kwargs` say not to sample.")
+        own, settings_of_parts = coder.model.generation_config, [generation.generation_kwargs]
+        settings_of_parts += [thinking_kwargs] if thinking else []
+        is_sampled = any(settings.get("do_sample", own.do_sample) for settings in settings_of_parts)
+        if num_candidates > 1:
+            check_candidates_differ(settings_of_parts, own)
         images_per_row = 1 if is_sampled else num_images_per_prompt
         rows_per_prompt = num_images_per_prompt // images_per_row * num_candidates
         rows = [row for row in range(len(prompts)) for _ in range(rows_per_prompt)]
@@ -375,10 +381,11 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         """
         check_candidates(num_candidates, reward)
         if num_candidates > 1:
-            refuse_settings("num_candidates", kwargs, {"num_return_sequences": "num_candidates"})
+            for name in ("num_return_sequences", "streamer"):
+                if kwargs.get(name) is not None:
+                    raise TypeError(f"`num_candidates` are judged when all are there: it cannot be had with `{name}`.")
             kwargs = {"do_sample": True, **kwargs, "num_return_sequences": num_candidates}
-            if not kwargs["do_sample"]:
-                raise ValueError("`num_candidates` would all be the same: `do_sample` is False.")
+            check_candidates_differ([kwargs], self.code_generator.model.generation_config)
         coder = self.code_generator
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"`messages` must be a list of at least one message, got {messages!r}.")

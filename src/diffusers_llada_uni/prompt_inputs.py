@@ -43,13 +43,13 @@ def check_task(
     if thinking_kwargs and not thinking:
         raise ValueError("`thinking_kwargs` are given, but `thinking` is False.")
     if image is None and mask_image is not None:
-        raise ValueError("`mask_image` needs the `image` it belongs to.")
+        raise ValueError("`mask_image` needs the `image`, or the `image_codes`, it belongs to.")
     if image is None and image_guidance_scale:
-        raise ValueError("`image_guidance_scale` needs an `image` to be guided by.")
+        raise ValueError("`image_guidance_scale` needs an `image`, or `image_codes`, to be guided by.")
     if image is not None and thinking:
-        raise ValueError("`thinking` is for text-to-image; it cannot be combined with `image`.")
+        raise ValueError("`thinking` is for text-to-image; it cannot be combined with `image` or `image_codes`.")
     if image is not None and (size[0] is None) != (size[1] is None):
-        raise ValueError("`height` and `width` must be given together with `image`, or neither.")
+        raise ValueError("`height` and `width` must be given together with `image` or `image_codes`, or neither.")
     if mask_image is not None and size != (None, None):
         raise ValueError("`height` and `width` cannot be given with `mask_image`: the codes around the mask stay.")
 

@@ -168,11 +168,10 @@ class LLaDAUniImageProcessor(PilBackend):
                 f"`editing_max_pixels` must be at least {self.size_multiple**2} and `editing_max_ratio` at least 1, "
                 f"got {self.editing_max_pixels} and {self.editing_max_ratio}."
             )
-        if self.drawn_patch_size is not None and (
-            self.drawn_patch_size < 1 or self.drawn_patch_size % self.patch_size
-        ):
+        if self.pixels_per_code < 1 or self.pixels_per_code % self.patch_size:
             raise ValueError(
-                f"`drawn_patch_size` must be a multiple of `patch_size` ({self.patch_size}), got {self.drawn_patch_size}."
+                f"`drawn_patch_size` must be a multiple of `patch_size` ({self.patch_size}), got "
+                f"{self.drawn_patch_size}."
             )
         if self.default_side is not None and (self.default_side < 1 or self.default_side % self.pixels_per_code):
             raise ValueError(f"`default_side` must be a multiple of {self.pixels_per_code}, got {self.default_side}.")
@@ -303,6 +302,10 @@ class LLaDAUniImageProcessor(PilBackend):
         if scaled != (image.height, image.width):
             image = image.resize((scaled[1], scaled[0]), resample=resample)
         return image.crop((left, top, left + width, top + height))
+
+    def as_drawn(self, image: Image.Image) -> Image.Image:
+        """What the decoder should make of an image's codes: the image by the rule of editing, as large as it draws."""
+        return self.resize_and_crop(image, "editing", upscale=self.pixels_per_code // self.patch_size)
 
     # Reading images
 

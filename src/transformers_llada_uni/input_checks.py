@@ -38,7 +38,8 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    if isinstance(value, bool) or value not in list(choices):  # a list cannot be looked up in a dict
+    # A list cannot be looked up in a dict; 2.0 and True equal an integer, and are none.
+    if isinstance(value, bool) or not any(isinstance(value, type(known)) and value == known for known in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.hooks import HookRegistry, ModelHook
 from safetensors.torch import load_file
+from transformers import TextStreamer
 
 from diffusers_llada_uni import (
     LLaDAUniPipeline,
@@ -925,11 +926,15 @@ def test_answers_are_the_best_of_several(pipe):
         messages, num_candidates=3, generator=[seeded(i) for i in range(3)], **settings
     )
     for arguments, words in (
-        ({"do_sample": False}, "`do_sample` is False"),
+        ({"do_sample": False}, "`num_candidates`.*`do_sample=True`"),
+        ({"temperature": 0.0}, "`num_candidates`.*`temperature` of 0"),
         ({"reward": lambda **_: [1.0]}, "`reward`.*3"),
     ):
         with pytest.raises(ValueError, match=words):
             pipe.chat(messages, num_candidates=3, **{**settings, **arguments})
+    for name, value in (("num_return_sequences", 2), ("streamer", TextStreamer(pipe.processor.tokenizer))):
+        with pytest.raises(TypeError, match=f"`num_candidates`.*`{name}`"):
+            pipe.chat(messages, num_candidates=3, **{name: value}, **settings)
 
 
 def test_infilling_keeps_the_codes_outside_of_the_mask(pipe, calls):
@@ -1301,15 +1306,18 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"reward": len}, ValueError, "`reward`.*`num_candidates` is 1"),
         ({"num_candidates": 2, "reward": "best"}, TypeError, "`reward`.*callable.*str"),
         ({"num_candidates": 2, "generation_kwargs": {"do_sample": False}}, ValueError, "`num_candidates`.*the same"),
+        ({"num_candidates": 2, "generation_kwargs": {"temperature": 0.0}}, ValueError, "`num_candidates`.*the same"),
         ({"num_candidates": 2, "image": IMAGE}, ValueError, "`num_candidates`.*`reward` for edits"),
         ({"output_type": "codes", "latents": torch.zeros(1, 16, 8, 12)}, ValueError, "`latents`.*'codes'"),
         ({"output_type": "codes", "upscale": 0}, ValueError, "`upscale`"),
+        ({"upscale": 2.0}, ValueError, "`upscale` must be one of 1, 2, 3, 4, got 2.0"),
         ({"image": IMAGE, "image_codes": GOOD[0]}, ValueError, "`image` and `image_codes`"),
         ({"image_codes": GOOD}, ValueError, r"`image_codes`.*\(1, 2, 2\)"),
         ({"image_codes": GOOD[0].float()}, ValueError, "`image_codes`.*float32"),
         ({"image_codes": IMAGE}, TypeError, "`image_codes`.*Image"),
         ({"image_codes": GOOD[0] + 256}, ValueError, "`image_codes`.*0..255.*256"),
         ({"image_codes": []}, ValueError, "`image_codes`"),
+        ({"image_codes": GOOD[0], "thinking": True}, ValueError, "`thinking`.*`image_codes`"),
         ({"prompt": ["a", "b"], "image_codes": [GOOD[0]]}, ValueError, "`image_codes`.*1 entries for 2 prompts"),
         ({"image_codes": GOOD[0], "mask_image": MASK}, ValueError, "`mask_image`.*2 x 2.*80 x 60"),
     ],

@@ -91,6 +91,9 @@ def test_edit_fill_encode_decode_ask(run, tmp_path):
     assert len(entry["codes"]) == entry["grid"][0] * entry["grid"][1]
     (tmp_path / "codes.jsonl").write_text(codes)
     assert "decoded/a-red-apple.png" in run("decode", "codes.jsonl", "-o", "decoded").stdout
+    run("decode", "codes.jsonl", "-o", "large", "--upscale", "3")
+    sides = [PIL.Image.open(tmp_path / folder / "a-red-apple.png").width for folder in ("decoded", "large")]
+    assert sides == [64, 96]
     answer = json.loads(run("ask", "What is this?", "-i", "a-red-apple.png", "--json").stdout)
     assert answer["answer"] == run("ask", "What is this?", "-i", "a-red-apple.png").stdout.rstrip("\n") != ""
 

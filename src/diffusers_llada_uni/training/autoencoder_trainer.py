@@ -36,8 +36,7 @@ class _Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [self.image_processor.fetch_images(stored_image(row["image"])) for row in rows]
-        upscale = self.image_processor.pixels_per_code // self.image_processor.patch_size
-        images = [self.image_processor.resize_and_crop(image, "editing", upscale=upscale) for image in images]
+        images = [self.image_processor.as_drawn(image) for image in images]
         sizes = sorted({image.size for image in images})
         if len(sizes) > 1:
             raise ValueError(

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from transformers_llada_uni.input_checks import check_choice, check_number
 from transformers_llada_uni.training.documented_settings import documented
+from transformers_llada_uni.training.stages import check_parts
 
 from .component_config import ComponentTrainingArguments
-from .decoder_stages import DECODER_STAGES, check_decoder_parts
+from .decoder_stages import DECODER_PARTS, DECODER_STAGES
 
 
 SAMPLINGS = ("uniform", "logit_normal")
@@ -57,7 +58,7 @@ class LLaDAUniDecoderConfig(ComponentTrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = DECODER_STAGES[self.stage].learning_rate
         if self.trained_parts is not None:
-            check_decoder_parts("trained_parts", self.trained_parts)
+            check_parts("trained_parts", self.trained_parts, DECODER_PARTS)
         check_number("condition_dropout", self.condition_dropout, 0, 1)
         check_choice("timestep_sampling", self.timestep_sampling, SAMPLINGS)
         check_number("logit_std", self.logit_std, 0, exclude_minimum=True)

@@ -49,7 +49,6 @@ def prepare_decoder_dataset(
     if not hasattr(model, "get_image_codes"):
         raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
     pixels_of = VaeImageProcessor(do_resize=False)
-    upscale = image_processor.pixels_per_code // image_processor.patch_size
 
     @torch.no_grad()
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -62,8 +61,7 @@ def prepare_decoder_dataset(
                 raise ValueError(f"Row {index}: `image` cannot be used: {error}") from error
             patches = inputs["pixel_values"].to(model.device, model.dtype)
             (codes,) = model.get_image_codes(patches, inputs["image_grid_thw"].to(model.device))
-            seen = image_processor.resize_and_crop(image, "editing", upscale=upscale)
-            target = pixels_of.preprocess(seen).to(vae.device, vae.dtype)
+            target = pixels_of.preprocess(image_processor.as_drawn(image)).to(vae.device, vae.dtype)
             latents = vae.encode(target, return_dict=False)[0].mode()
             # Some autoencoders have no shift.
             latents = (latents - (vae.config["shift_factor"] or 0.0)) * vae.config["scaling_factor"]

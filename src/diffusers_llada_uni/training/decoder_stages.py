@@ -47,14 +47,6 @@ DECODER_STAGES = {
 }
 
 
-def check_decoder_parts(name: str, parts: Iterable[str]) -> None:
-    """Raises ValueError, naming the argument, for a part that a decoder does not have, or none at all."""
-    parts = list(parts)
-    unknown = [part for part in parts if part not in DECODER_PARTS]
-    if unknown or not parts:
-        raise ValueError(f"`{name}` must name parts among {', '.join(DECODER_PARTS)}, got {unknown or parts!r}.")
-
-
 def freeze_decoder_but(decoder: nn.Module, trained_parts: Iterable[str]) -> None:
     """Sets which parameters of a [`DecoderModule`] take gradients: those of `trained_parts`, and no others."""
     trained_parts = set(trained_parts)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .images import tell
+from .images import Upscale, tell
 from .loading import load
 from .options import AsJson, Device, Dtype, Model, Output, Seed, Steps
 
@@ -40,6 +40,7 @@ def decode(
     model: Model = "emoji",
     seed: Seed = 0,
     steps: Steps = None,
+    upscale: Upscale = 2,
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -52,7 +53,7 @@ def decode(
     from diffusers_llada_uni.evaluation.manifest import Manifest
 
     manifest = Manifest(output)
-    for entry, is_new in decode_codes(load(model, device, dtype), entries, manifest, seed, steps):
+    for entry, is_new in decode_codes(load(model, device, dtype), entries, manifest, seed, steps, upscale):
         tell(entry, is_new, output, as_json)
 
 
@@ -104,6 +105,7 @@ def decode_codes(
     manifest: "Manifest",
     seed: int,
     num_inference_steps: int | None = None,
+    upscale: int = 2,
 ) -> Iterator[tuple[dict[str, Any], bool]]:
     """
     The manifest's entry of each image, and whether it is new.
@@ -113,13 +115,16 @@ def decode_codes(
         entries: Of [`read_codes`].
         manifest: Takes the images.
         seed: Of the decoder's noise.
-        num_inference_steps: Of the decoder.
+        num_inference_steps, upscale: Of the decoder.
     """
     import torch
 
     from diffusers_llada_uni.evaluation.image_making import describe_pipeline
 
-    described = describe_pipeline(pipe, {"num_inference_steps": num_inference_steps})
+    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+    if upscale != 2:  # what a run before made without it is found again
+        settings["upscale"] = upscale
+    described = describe_pipeline(pipe, settings)
     asked = [
         {
             "prompt": Path(str(entry.get("image", "codes"))).stem,
@@ -135,7 +140,7 @@ def decode_codes(
         (number,) = numbers  # grids may differ
         codes = torch.tensor(entries[number]["codes"]).view(1, *entries[number]["grid"])
         generator = torch.Generator().manual_seed(seed)
-        images = pipe.decode_codes(codes, num_inference_steps=num_inference_steps, generator=generator)
+        images = pipe.decode_codes(codes, **settings, generator=generator)
         return cast("list[PIL.Image.Image]", images)
 
     for _, entry, is_new in manifest.complete(asked, make):

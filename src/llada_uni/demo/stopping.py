@@ -21,5 +21,6 @@ def stop_by(button: gr.Button, events: Iterable[Any], status: gr.Markdown) -> No
         event.failure(settle, status, status, concurrency_limit=None, show_progress="hidden", api_visibility="private")
 
 
-def settle(status: str) -> Any:
-    return "Stopped." if status.endswith("...") else gr.skip()
+def settle(status: str | None) -> Any:
+    """Before anything has been done there is no status yet."""
+    return "Stopped." if status is not None and status.endswith("...") else gr.skip()

@@ -18,7 +18,7 @@ import transformers
 from accelerate.utils import find_executable_batch_size
 
 from ..chat_templates import TEXT_CHAT
-from ..generation.block_diffusion import as_list
+from ..generation.configuration import as_list
 from ..id_rows import left_pad
 from ..input_checks import check_integer
 from ..optional_dependencies import require_extra

@@ -29,7 +29,7 @@ from ..input_checks import (
     split_rows,
 )
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig
+from .configuration import BlockDiffusionGenerationConfig, as_list
 from .decoding import BlockDiffusionDecoder
 from .foreign_settings import settings_of
 from .recording import recordings_of
@@ -463,10 +463,6 @@ def put_draft(
     tokens, first = block.tokens[0], max(int(canvas.prompt_end[0]) - start, 0)
     if tokens[:, first:].numel():
         put(tokens[:, first : int(canvas.end[0]) - start].to("cpu", copy=True))
-
-
-def as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def repeat_rows(rows: list[torch.Tensor], copies: int) -> list[torch.Tensor]:

@@ -284,6 +284,11 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         raise NotImplementedError("Block diffusion has one mode of generation.")
 
 
+def as_list(value: int | list[int] | None) -> list[int]:
+    """`eos_token_id` may be one id, several, or none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
 def check_generation_config(generation_config: Any) -> None:
     """`None` stands for the model's own."""
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):

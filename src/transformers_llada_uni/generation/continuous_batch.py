@@ -7,10 +7,10 @@ import torch
 from transformers import StoppingCriteriaList
 
 from ..input_checks import check_generator, check_integer, check_length, check_tensor, refuse_settings, split_rows
-from .block_diffusion import BlockDiffusionGenerationMixin, as_list
+from .block_diffusion import BlockDiffusionGenerationMixin
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig
+from .configuration import BlockDiffusionGenerationConfig, as_list
 from .decoding import warn_of_no_numbers
 from .runners import EagerRunner
 from .stopping import RowEnds

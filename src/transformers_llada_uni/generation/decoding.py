@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig
+from .configuration import BlockDiffusionGenerationConfig, as_list
 from .credit import CreditDecoding
 from .guidance_ramp import first_guided_block, guidance_weights
 from .guided_head import GuidedHead
@@ -190,8 +190,7 @@ class BlockDiffusionDecoder:
             cache = BlockDiffusionCache(backbone.config.num_hidden_layers, num_columns + spare)
             state, step = self._make_step(canvas, self._guided_head(num_branches), None)
             assert config.mask_token_id is not None  # it is settled
-            end_ids = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-            ids = config.mask_token_id, end_ids
+            ids = config.mask_token_id, as_list(config.eos_token_id)
             yield SelfSpeculationRunner(canvas, self.generator, state, step, backbone, cache, *ids)
             return
         if not is_exact or self.why_not_static is not None:
@@ -248,8 +247,16 @@ class BlockDiffusionDecoder:
         warpers = make_warpers(config.temperature, config.top_k, config.top_p) if config.do_sample else None
         num_branches, num_rows, _ = canvas.ids.shape
         credit = None if config.credit_alpha is None else CreditDecoding(config.credit_alpha)
-        has = config.do_sample, credit is not None, self._is_ramped(canvas)
-        state = BlockState(num_branches, num_rows, self.block_length, num_steps_of(config), device, *has)
+        state = BlockState(
+            num_branches,
+            num_rows,
+            self.block_length,
+            num_steps_of(config),
+            device,
+            is_sampled=config.do_sample,
+            has_credits=credit is not None,
+            has_guidance_weights=self._is_ramped(canvas),
+        )
         policy = CommitPolicy(config, device, self.is_image, sprint)
         confidence = "low_confidence" if sprint is None else sprint.confidence
         settings = self.allowed, warpers, confidence, credit

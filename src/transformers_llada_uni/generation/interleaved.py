@@ -7,8 +7,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..input_checks import check_generator, check_grid, check_integer, refuse_settings
-from .block_diffusion import BlockDiffusionGenerationMixin, as_list, guidance_scale_of, runs_as_it_is
-from .configuration import BlockDiffusionGenerationConfig
+from .block_diffusion import BlockDiffusionGenerationMixin, guidance_scale_of, runs_as_it_is
+from .configuration import BlockDiffusionGenerationConfig, as_list
 
 
 logger = logging.get_logger(__name__)

@@ -1,6 +1,7 @@
 """Who runs the steps of a block: those that narrow them to what is left, and one whose steps all look alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -23,6 +24,11 @@ from .step import DenoisingStep, Mask
 # A row that has nothing left to predict in a block is left out of the rest of its steps as soon as so large a share of
 # the rows has: for that keys and values of the others are copied.
 SHARE_LEFT_OUT = 1 / 8
+
+
+def are_enough_to_leave_out(left: list[int]) -> bool:
+    """Of what each row has left, whether so many have nothing that going on without them pays."""
+    return left.count(0) >= max(SHARE_LEFT_OUT * len(left), 1)
 
 
 class Runner:
@@ -133,8 +139,14 @@ class EagerRunner(Runner):
         self._mask_columns: tuple[int, int] | None = None
 
     def fill(self, start: int, num_masked: list[int]) -> None:
+        with self.rows_put_back():
+            super().fill(start, num_masked)
+
+    @contextmanager
+    def rows_put_back(self) -> Iterator[None]:
+        """Rows that are left out within are there again behind it."""
         all_rows = self.rows, self.row_index, self.state, self.cache
-        super().fill(start, num_masked)
+        yield
         if len(self.rows) < len(all_rows[0]):
             self.rows, self.row_index, self.state, self.cache = all_rows
             self._mask_columns = None
@@ -143,7 +155,7 @@ class EagerRunner(Runner):
         return self.state.predicted.sum(dim=-1).tolist()
 
     def leave_out(self, start: int, left: list[int]) -> list[int]:
-        if not self.leaves_out_rows or left.count(0) < max(SHARE_LEFT_OUT * len(left), 1):
+        if not self.leaves_out_rows or not are_enough_to_leave_out(left):
             return left
         self.state.store(self.canvas, self.row_index, start)
         self._keep([index for index, num_left in enumerate(left) if num_left], start + self.block_length)

@@ -7,7 +7,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
-from .runners import SHARE_LEFT_OUT, EagerRunner
+from .runners import EagerRunner, are_enough_to_leave_out
 from .sampling import Generators, predict_tokens
 from .state import BlockState
 from .step import DenoisingStep, Mask
@@ -64,15 +64,12 @@ class SelfSpeculationRunner(EagerRunner):
         if not any(num_masked):
             return
         super().fill(start, num_masked)
-        all_rows = self.rows, self.row_index, self.state, self.cache
-        while any(is_left := to_find.any(dim=-1).tolist()):
-            if is_left.count(False) >= max(SHARE_LEFT_OUT * len(is_left), 1):
-                self._keep([index for index, one in enumerate(is_left) if one], start + self.block_length)
-                to_find = to_find[to_find.any(dim=-1)]
-            to_find = self._verify(start, to_find)
-        if len(self.rows) < len(all_rows[0]):
-            self.rows, self.row_index, self.state, self.cache = all_rows
-            self._mask_columns = None
+        with self.rows_put_back():
+            while any(is_left := to_find.any(dim=-1).tolist()):
+                if are_enough_to_leave_out(is_left):
+                    self._keep([index for index, one in enumerate(is_left) if one], start + self.block_length)
+                    to_find = to_find[to_find.any(dim=-1)]
+                to_find = self._verify(start, to_find)
 
     def _verify(self, start: int, to_find: torch.Tensor) -> torch.Tensor:
         """

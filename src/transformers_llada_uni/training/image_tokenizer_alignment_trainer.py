@@ -12,9 +12,9 @@ from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
 from ..processing_llada_uni import LLaDAUniProcessor
 from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
-from .data.dataset_formats import stored_image
+from .data.dataset_formats import CODES_FORM, are_image_codes, stored_image
 from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
-from .image_tokenizer_model import SHARING_TEMPERATURE
+from .image_tokenizer_model import SHARING_TEMPERATURE, features_of, image_tokenizer_of
 from .image_tokenizer_saving import save_image_tokenizer
 
 
@@ -41,8 +41,7 @@ class CodeClassifier(nn.Module):
         hidden_states = self.visual(pixel_values, grid_thw=image_grid_thw).last_hidden_state
         # Which code is nearest is a matter of small differences: mixed precision is for the tower alone.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            as_row = hidden_states.float().T[None, :, None]  # [1, channels, 1, patches]
-            features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
+            features = features_of(self.vqmodel, hidden_states.float())
             codebook = F.normalize(self.vqmodel.quantize.embedding.weight, dim=-1)
             similarity = features @ codebook.T
             loss = F.cross_entropy(similarity / SHARING_TEMPERATURE, labels)
@@ -89,9 +88,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniImageTokenizerAlignmentConfig, "llada-uni-image-tokenizer-aligned")
-        holder: Any = getattr(model, "model", model)
-        if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
-            raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
+        holder = image_tokenizer_of(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
         check_datasets(train_dataset, eval_dataset, COLUMNS)
@@ -117,13 +114,15 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
         labels = []
         for row, (_, *grid) in zip(rows, batch["image_grid_thw"].tolist(), strict=True):
-            wanted = row["image_codes"][0]
-            if list(wanted["grid"]) != grid:
+            wanted = row["image_codes"]
+            if not isinstance(wanted, (list, tuple)) or len(wanted) != 1 or not are_image_codes(wanted[0]):
+                raise ValueError(f"`image_codes` of a row must be [{CODES_FORM}], got {str(wanted)[:100]}.")
+            if list(wanted[0]["grid"]) != grid:
                 raise ValueError(
-                    f"`image_codes` have the grid {list(wanted['grid'])}, but the image has {grid} by the rule of "
+                    f"`image_codes` have the grid {list(wanted[0]['grid'])}, but the image has {grid} by the rule of "
                     f"{self.args.resize_mode!r}."
                 )
-            labels += wanted["codes"]
+            labels += wanted[0]["codes"]
         if labels and not 0 <= min(labels) <= max(labels) < self._num_codes:
             raise ValueError(f"`image_codes` must be from 0 to {self._num_codes - 1}.")
         return {**batch, "labels": torch.tensor(labels)}

@@ -1,6 +1,7 @@
 """The image tokenizer beside a text tower: the module that its training trains."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,21 @@ class ImageTokenizerOutput:
     sharing_loss: torch.Tensor
     group_loss: torch.Tensor
     sharing_agreement: torch.Tensor
+
+
+def image_tokenizer_of(model: Any) -> Any:
+    """What of a model holds `visual` and `vqmodel`. Raises TypeError if nothing does."""
+    holder = getattr(model, "model", model)
+    if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
+        raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
+    return holder
+
+
+def features_of(vqmodel: GlmImageVQVAE, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Of the vision tower's `(patches, channels)` what is compared with codes: `(patches, embed_dim)`, of length 1."""
+    # A 1 x 1 convolution sees each patch alone: the patches of all images are one row of them.
+    as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
+    return F.normalize(vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
 
 
 class ImageTokenizerWithText(nn.Module):
@@ -135,9 +151,7 @@ class ImageTokenizerWithText(nn.Module):
         content_ids: torch.LongTensor | None,
         style_ids: torch.LongTensor | None,
     ) -> ImageTokenizerOutput:
-        # A 1 x 1 convolution sees each patch alone: the patches of all images are one row of them.
-        as_row = hidden_states.T[None, :, None]  # [1, channels, 1, patches]
-        features = F.normalize(self.vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
+        features = features_of(self.vqmodel, hidden_states)
         shared, group_loss = features, features.new_zeros(())
         if content_ids is not None and style_ids is not None:
             shared, group_loss = self._share(features, content_ids, style_ids)

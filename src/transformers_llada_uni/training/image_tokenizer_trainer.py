@@ -18,7 +18,7 @@ from .base_trainer import BaseTrainer, check_class, check_datasets, check_settin
 from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
-from .image_tokenizer_model import ImageTokenizerWithText
+from .image_tokenizer_model import ImageTokenizerWithText, image_tokenizer_of
 from .image_tokenizer_saving import save_image_tokenizer
 from .objective.noise import step_generator
 
@@ -103,9 +103,7 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniImageTokenizerConfig, "llada-uni-image-tokenizer")
-        holder: Any = getattr(model, "model", model)
-        if not hasattr(holder, "visual") or not hasattr(holder, "vqmodel"):
-            raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
+        holder = image_tokenizer_of(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
         check_datasets(train_dataset, eval_dataset, COLUMNS + (SHARING_COLUMNS if args.num_style_codes else ()))

@@ -18,7 +18,7 @@ points of ours.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -112,12 +112,12 @@ def part_of(name: str) -> str:
     raise ValueError(f"`{name}` is no parameter of a LLaDA2.0-Uni model.")
 
 
-def check_parts(name: str, parts: Iterable[str]) -> None:
-    """Raises ValueError, naming the argument, for a part that the language model does not have, or none at all."""
+def check_parts(name: str, parts: Iterable[str], known: Collection[str] = LANGUAGE_MODEL) -> None:
+    """Raises ValueError, naming the argument, for a part that is not known, or none at all."""
     parts = list(parts)
-    unknown = [part for part in parts if part not in LANGUAGE_MODEL]
+    unknown = [part for part in parts if part not in known]
     if unknown or not parts:
-        raise ValueError(f"`{name}` must name parts among {', '.join(LANGUAGE_MODEL)}, got {unknown or parts!r}.")
+        raise ValueError(f"`{name}` must name parts among {', '.join(known)}, got {unknown or parts!r}.")
 
 
 def freeze_all_but(model: nn.Module, trained_parts: Iterable[str]) -> None:

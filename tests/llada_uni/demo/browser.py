@@ -48,6 +48,16 @@ class Visitor:
     def press(self, button: str) -> None:
         self.page.get_by_role("button", name=button, exact=True).locator("visible=true").click()
 
+    def fill(self, label: str, text: str) -> None:
+        """A field that has just been folded out takes its first value a moment later, over what was typed at once."""
+        field = self.page.get_by_label(label)
+        for _ in range(20):
+            field.fill(text)
+            self.page.wait_for_timeout(200)
+            if field.input_value() == text:
+                break
+        expect(field).to_have_value(text)
+
     def see(self, text: str) -> None:
         expect(self.page.get_by_text(text).locator("visible=true").first).to_be_visible()
 

@@ -66,12 +66,12 @@ def test_an_error_is_a_sentence(visitor):
     visitor.press("Draw")
     visitor.see("Write what to draw first.")
     visitor.page.get_by_role("button", name="Settings").locator("visible=true").click()
-    visitor.page.get_by_label("Width").fill("100")
+    visitor.fill("Width", "100")
     visitor.page.keyboard.press("Tab")
     visitor.page.get_by_label("What to draw").fill("a <b>red</b> apple")
     visitor.press("Draw")
     visitor.see("Width must be a multiple of 16, got 100; the nearest is 96.")
-    visitor.page.get_by_label("Width").fill("64")
+    visitor.fill("Width", "64")
     assert "Traceback" not in visitor.page.content()
 
 

@@ -95,7 +95,7 @@ def test_recorded_steps_give_the_same_tokens(model, kind):
 def test_a_call_makes_no_state_where_it_finds_one(model, monkeypatch):
     made = []
     make = decoding.BlockState
-    monkeypatch.setattr(decoding, "BlockState", lambda *arguments: made.append(arguments) or make(*arguments))
+    monkeypatch.setattr(decoding, "BlockState", lambda *args, **named: made.append(args) or make(*args, **named))
     with recorded_on_cpu():
         for _ in range(3):
             call(model, "guided codes")

@@ -96,5 +96,8 @@ def test_codes_that_do_not_fit_are_refused(model_and_processor, tmp_path):
         trainer.data_collator([{**row, "image_codes": [{"grid": [1, 2], "codes": [0, 0]}]}])
     with pytest.raises(ValueError, match="`image_codes` must be from 0 to"):
         trainer.data_collator([{**row, "image_codes": [{**codes, "codes": [10**6] * len(codes["codes"])}]}])
+    for wrong in ([[1, 2], [3, 4]], [1, 2], codes, [], [codes, codes], [{**codes, "codes": [0]}], None):
+        with pytest.raises(ValueError, match="`image_codes` of a row must be"):
+            trainer.data_collator([{**row, "image_codes": wrong}])
     with pytest.raises(ValueError, match="must have a column `image_codes`"):
         make_trainer(model, processor, data.remove_columns("image_codes"), tmp_path)

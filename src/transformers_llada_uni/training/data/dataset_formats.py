@@ -22,6 +22,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 IMAGE_COLUMNS = ("image", "images", "source_image", "target_image")
 CODES_COLUMN = "image_codes"
+CODES_FORM = '{"grid": [H, W], "codes": [H * W numbers]}'
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -52,6 +53,15 @@ def with_caption(dataset: AnyDataset) -> AnyDataset:
 def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
     """The rows of a batch of columns."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def are_image_codes(image: Any) -> bool:
+    """Whether it is an image as `CODES_FORM` says."""
+    try:
+        height, width = image["grid"]
+        return len(image["codes"]) == height * width
+    except (TypeError, ValueError, KeyError, IndexError):
+        return False
 
 
 def refuse_row(index: int, message: str) -> NoReturn:

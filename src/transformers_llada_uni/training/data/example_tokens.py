@@ -13,6 +13,8 @@ from ...prompts import SYSTEM_PROMPTS, UNCONDITION, build_prompt, flat_text, has
 from ...user_words import encode_prompt, encode_words, mark_words
 from .dataset_formats import (
     CODES_COLUMN,
+    CODES_FORM,
+    are_image_codes,
     check_messages,
     check_text,
     is_chat,
@@ -256,6 +258,8 @@ class ExampleTokenizer:
         codes = row.get(CODES_COLUMN) or []
         if len(codes) != count:
             refuse_row(index, f"`{CODES_COLUMN}` must hold {count} image(s), got {len(codes)}.")
+        if not all(map(are_image_codes, codes)):
+            refuse_row(index, f"`{CODES_COLUMN}` must hold {CODES_FORM} for each image, got {str(codes)[:100]}.")
         return codes
 
     def _refuse_images_of_texts(self, row: dict[str, Any], index: int) -> None:

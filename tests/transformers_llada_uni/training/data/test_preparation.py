@@ -496,6 +496,8 @@ def test_mixed_datasets_have_their_shares():
         ({"prompt": [[CHAT[0]]], "completion": [[CHAT[0]]]}, "Row 0: `completion`"),
         ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, "'preference'"),
         ({"caption": ["a cat"], "image_codes": [[]]}, "Row 0: `image_codes`"),
+        ({"caption": ["a cat"], "image_codes": [[[1, 2]]]}, "Row 0: `image_codes`.*grid"),
+        ({"caption": ["a cat"], "image_codes": [[{"grid": [2, 2], "codes": [0]}]]}, "Row 0: `image_codes`.*grid"),
         ({"image": [None], "caption": ["a cat"]}, "Row 0: `image` is missing"),
         ({"image": ["/nowhere.png"], "caption": ["a cat"]}, "Row 0: its images"),
         (
