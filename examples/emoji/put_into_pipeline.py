@@ -3,8 +3,9 @@ Puts what a stage of the training has written into a pipeline folder.
 
     python examples/emoji/put_into_pipeline.py runs/emoji/tokenizer runs/emoji/model
 
-Known are `image_tokenizer/` (its weights go into `model/`), a language model (the folder itself), and the parts of the
-decoder: `vae/`, `semantic_embedder/`, `transformer/`, `scheduler/`, `transformer_turbo/`, `scheduler_turbo/`.
+Known are `image_tokenizer/` and a language model (its `model.safetensors`), whose weights go into `model/`, and the
+parts of the decoder: `vae/`, `semantic_embedder/`, `transformer/`, `scheduler/`, `transformer_turbo/`,
+`scheduler_turbo/`.
 """
 
 import argparse
@@ -28,11 +29,26 @@ PARTS = ("vae", "semantic_embedder", "transformer", "scheduler", "transformer_tu
 def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(pipeline / "model")
     missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    own = [name for name in missing if ".visual." in name or ".vqmodel." in name]
+    own = [name for name in missing if is_of_image_tokenizer(name)]
     if own or unexpected:
         raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
     embed_codes_by_likeness(model)
     put_model(model, pipeline)
+
+
+def put_language_model(weights: Path, pipeline: Path) -> None:
+    """All but the image tokenizer, which has been trained on meanwhile."""
+    model = AutoModelForImageTextToText.from_pretrained(pipeline / "model")
+    trained = {name: weight for name, weight in load_file(weights).items() if not is_of_image_tokenizer(name)}
+    missing, unexpected = model.load_state_dict(trained, strict=False)
+    own = [name for name in missing if not is_of_image_tokenizer(name)]
+    if own or unexpected:
+        raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    put_model(model, pipeline)
+
+
+def is_of_image_tokenizer(name: str) -> bool:
+    return ".visual." in name or ".vqmodel." in name
 
 
 @torch.no_grad()
@@ -77,9 +93,9 @@ def main() -> None:
     if tokenizer.exists():
         put_image_tokenizer(tokenizer, arguments.pipeline)
         found.append("image_tokenizer")
-    if (arguments.trained / "config.json").exists() and (arguments.trained / "model.safetensors").exists():
-        put_model(AutoModelForImageTextToText.from_pretrained(arguments.trained), arguments.pipeline)
-        found.append("model")
+    if (arguments.trained / "model.safetensors").exists():
+        put_language_model(arguments.trained / "model.safetensors", arguments.pipeline)
+        found.append("language model")
     if not found:
         raise FileNotFoundError(f"`{arguments.trained}` holds no part of a pipeline.")
     print(f"Put {', '.join(found)} into {arguments.pipeline}.")
