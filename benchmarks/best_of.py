@@ -1,8 +1,7 @@
 """
 What best of n gains: the shipped emoji model draws and names each subject several times, and judges its own answers.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python benchmarks/best_of.py emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/best_of.py packages        # examples/emoji/packages.py says what it holds
 
 Shares of exact names and of right drawings (of all emoji, the asked one is the nearest to the drawn one): of all
 candidates, which is what a judge by chance would keep; of those that `num_candidates` keeps; of subjects with a right
@@ -24,7 +23,8 @@ from transformers_llada_uni.generation.best_of import best_of
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
 from emoji_table import Emoji, load_emoji
 from nearest_emoji import NearestEmoji
-from wordings import NAMING, TRAINED_DRAWING
+from questions import NAMING
+from wishes import BEFORE
 
 
 BATCH = 64
@@ -36,7 +36,7 @@ Found = tuple[
 def draw(pipe: DiffusionPipeline, subjects: list[Emoji], table: list[Emoji], arguments: argparse.Namespace) -> Found:
     """All candidates of a subject are decoded from the same noise, so that what differs is their codes."""
     count = arguments.candidates
-    prompts = [TRAINED_DRAWING[i % len(TRAINED_DRAWING)].format(emoji.name) for i, emoji in enumerate(subjects)]
+    prompts = [BEFORE[i % len(BEFORE)].format(emoji.name) for i, emoji in enumerate(subjects)]
     codes = pipe(
         prompts,
         num_images_per_prompt=count,
@@ -83,7 +83,7 @@ MEASURES = {"drawings": draw, "names": name}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
     parser.add_argument("--subjects", type=int, default=128, help="emoji to draw and to name")
     parser.add_argument("--candidates", type=int, default=4, help="of each")
     parser.add_argument("--temperature", type=float, default=2.0, help="of their sampling")
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    table = load_emoji(arguments.package)
+    table = load_emoji(arguments.packages)
     trained = [emoji for emoji in table if not emoji.is_held_out]
     subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
     pipe = DiffusionPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.float32)

@@ -1,8 +1,7 @@
 r"""
 What is gained by training for decoding (`confidence_weight`, `editing_weight`, `draft_share`), on the emoji model.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python benchmarks/decoding_training.py emoji-datasource-twitter-16.0.0.tgz \
+    python benchmarks/decoding_training.py packages \
         --models shipped control=runs/control editing=runs/editing
 
 Each model is `shipped`, or the output folder of `llada-uni train sft`, which takes the shipped language model's place.
@@ -37,11 +36,11 @@ from transformers_llada_uni.training.objective.token_corruption import TokenCorr
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
-from emoji_codes import codes_of
 from emoji_table import Emoji, load_emoji
 from evaluate import BATCH, Evaluation
-from prepare_tasks import TaskRows
-from wordings import TRAINED_DRAWING
+from questions import NAMING
+from task_rows import chat, text
+from wishes import BEFORE
 
 
 EDITING = {"editing_threshold": 0.9}
@@ -99,7 +98,7 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
 
 def drawing(pipe: Any, subjects: list[Emoji], codes: Codes, seed: int, generation_kwargs: dict[str, Any]) -> float:
     """The share of codes that are those of the asked emoji."""
-    prompts = [TRAINED_DRAWING[n % len(TRAINED_DRAWING)].format(emoji.name) for n, emoji in enumerate(subjects)]
+    prompts = [BEFORE[n % len(BEFORE)].format(emoji.name) for n, emoji in enumerate(subjects)]
     is_right = []
     for start in range(0, len(subjects), BATCH):
         generator = torch.Generator().manual_seed(seed + start)
@@ -140,25 +139,29 @@ def repairs(model: Any, answers: Dataset, threshold: float, seed: int) -> tuple[
     return num_repaired / max(num_wrong, 1), num_spoilt / max(num_right, 1)
 
 
-def answers_of(pipe: DiffusionPipeline, table: list[Emoji], subjects: list[Emoji], codes: Codes, seed: int) -> Dataset:
+def answers_of(pipe: DiffusionPipeline, subjects: list[Emoji], codes: Codes, seed: int) -> Dataset:
     """A name and a drawing of each subject, as rows of the training."""
-    rows = TaskRows(table, codes, seed)
-    rows.trained = subjects
+    drawings = [{"caption": emoji.name, "image_codes": [codes[emoji.key]]} for emoji in subjects]
+    question = [{"type": "image"}, text(NAMING[0])]
+    names = [
+        {"messages": chat(question, [text(emoji.answer_name)]), "image_codes": [codes[emoji.key]]}
+        for emoji in subjects
+    ]
     settings = {"block_length": pipe.model.config.text_config.block_length, "max_length": 256, "seed": seed}
-    parts = [Dataset.from_list(task) for task in (rows.naming(1), rows.drawing_by_name(1))]
+    parts = [Dataset.from_list(task) for task in (names, drawings)]
     return concatenate_datasets([prepare_dataset(part, pipe.processor, **settings) for part in parts])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
     parser.add_argument("--models", nargs="+", default=["shipped"], metavar="NAME=FOLDER")
     parser.add_argument("--subjects", type=int, default=256, help="emoji to name and to draw")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    table = load_emoji(arguments.package)
+    table = load_emoji(arguments.packages)
     trained = [emoji for emoji in table if not emoji.is_held_out]
     subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
     threshold = EDITING["editing_threshold"]
@@ -169,13 +172,17 @@ def main() -> None:
         evaluation = Evaluation(load_pipeline(folder), table, arguments.seed)
         pipe: Any = evaluation.pipe
         if codes is None:  # all models have the same image tokenizer
-            codes = codes_of(subjects, pipe.model, pipe.processor)
+            encoded = pipe.encode_images([emoji.picture for emoji in subjects])
+            codes = {
+                emoji.key: {"grid": list(grid.shape), "codes": grid.flatten().tolist()}
+                for emoji, grid in zip(subjects, encoded, strict=True)
+            }
         for setting in arguments.settings:
             passes, options = PassesOfBlocks(), SETTINGS[setting]
             names = passes.measure(evaluation.naming, subjects, **options)
             drawings = passes.measure(drawing, pipe, subjects, codes, arguments.seed, options)
             print(f"| {name} | {setting} | {names} | {drawings} |", flush=True)
-        answers = answers_of(pipe, table, subjects, codes, arguments.seed)
+        answers = answers_of(pipe, subjects, codes, arguments.seed)
         repaired, spoilt = repairs(pipe.model, answers, threshold, arguments.seed)
         lines.append(f"| {name} | {100 * repaired:.1f}% | {100 * spoilt:.2f}% |")
     print("\n| model | wrong tokens repaired | right ones spoilt |\n|---|---|---|")

@@ -1,8 +1,7 @@
 """
 What the faster but not exact settings cost in quality: the shipped emoji model, same subjects, same seeds.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python benchmarks/emoji_quality.py emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/emoji_quality.py packages        # examples/emoji/packages.py says what it holds
 
 Shares of exact names and of right drawings (of all emoji, the asked one is the nearest to the drawn one), the passes
 of the language model that each took, and seconds. A branch of guidance is a pass of its own, as it costs as much.
@@ -32,7 +31,7 @@ from transformers_llada_uni import GroupwiseQuantizationConfig, backbone_quantiz
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
 from emoji_table import load_emoji
 from evaluate import Evaluation, timed
-from wordings import TRAINED_DRAWING
+from wishes import BEFORE
 
 
 @dataclass
@@ -135,13 +134,13 @@ class Passes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
     parser.add_argument("--subjects", type=int, default=512, help="emoji to name and to draw")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    table = load_emoji(arguments.package)
+    table = load_emoji(arguments.packages)
     trained = [emoji for emoji in table if not emoji.is_held_out]
     subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
     print(f"{len(subjects)} emoji, {torch.get_num_threads()} threads, float32\n")
@@ -161,7 +160,7 @@ def main() -> None:
         drawings = ["", "", ""]
         if not setting.text_generation:
             options = {"generation_kwargs": setting.generation | setting.image_generation}
-            drawings = passes.measure(len(subjects), evaluation.drawing, subjects, TRAINED_DRAWING, **options)
+            drawings = passes.measure(len(subjects), evaluation.drawing, subjects, BEFORE, **options)
         print(f"| {name} | {' | '.join(names + drawings)} |", flush=True)
 
 

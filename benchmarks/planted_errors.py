@@ -2,8 +2,7 @@
 What re-masking does to errors and to what is right: the shipped emoji model names emoji and writes codes of them, once
 as ever, once checked, and once with wrong tokens planted in every finished block before it is checked.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python benchmarks/planted_errors.py emoji-datasource-twitter-16.0.0.tgz
+    python benchmarks/planted_errors.py packages        # examples/emoji/packages.py says what it holds
 
 Counted are tokens that differ from those of decoding without re-masking, and batched forward passes. What is planted
 behind the end of a row is not seen.
@@ -24,7 +23,8 @@ from diffusers_llada_uni import embedded_checkpoint
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
 from emoji_table import load_emoji
-from wordings import NAMING, TRAINED_DRAWING
+from questions import NAMING
+from wishes import BEFORE
 
 from tests.transformers_llada_uni.generation.planted_errors import planted_errors
 
@@ -38,7 +38,7 @@ def num_different(found: torch.Tensor, wanted: torch.Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
     parser.add_argument("--subjects", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.1, help="of the tokens of each block that are replaced")
     parser.add_argument("--thresholds", nargs="+", type=float, default=[0.01, 0.05, 0.3])
@@ -47,12 +47,10 @@ def main() -> None:
     folder = embedded_checkpoint("emoji")
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder / "processor")
-    trained = [emoji for emoji in load_emoji(arguments.package) if not emoji.is_held_out]
+    trained = [emoji for emoji in load_emoji(arguments.packages) if not emoji.is_held_out]
     subjects = random.Random(0).sample(trained, arguments.subjects)
     asked = [NAMING[number % len(NAMING)] for number in range(len(subjects))]
-    wished = [
-        TRAINED_DRAWING[number % len(TRAINED_DRAWING)].format(emoji.name) for number, emoji in enumerate(subjects)
-    ]
+    wished = [BEFORE[number % len(BEFORE)].format(emoji.name) for number, emoji in enumerate(subjects)]
     questions = processor(images=[[emoji.picture] for emoji in subjects], text=asked, task="understanding")
     wishes = processor(text=wished, task="text_to_image", height=64, width=64)
     config = model.config.get_text_config()
