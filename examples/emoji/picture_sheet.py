@@ -1,90 +1,130 @@
 """
-One image of what the emoji model does: prompts with what was drawn, edits before and after, a story. Nothing is
-picked: the prompts stand below, the seed is 0, failures stay.
+One image of what the emoji model does: prompts that people typed with what was drawn, scenes, riddles, edits before
+and after, a story. Nothing is picked: all is drawn at random by the seed, failures stay.
 
-    python examples/emoji/picture_sheet.py emoji-datasource-twitter-16.0.0.tgz sheet.png
+    python examples/emoji/picture_sheet.py packages sheet.png
 """
 
 import argparse
+import itertools
 import random
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from emoji_table import load_emoji
+from evaluate import typed_prompts
+from grounds import CELL as PLACE
 from PIL import Image, ImageDraw, ImageFont
+from riddles import Riddles
+from scenes import Scene, Scenes, drawn
 from tasks import EmojiTasks
-from wordings import DRAWING
 
 from diffusers_llada_uni import embedded_checkpoint
 
 
-COLUMNS, CELL, SCALE, CAPTION = 8, 148, 2, 40
+COLUMNS, WIDTH, HEIGHT, CAPTION = 8, 148, 132, 40
+NUM_TYPED, NUM_SCENES, NUM_RIDDLES, NUM_EDITS, NUM_SCENE_EDITS = 24, 8, 8, 8, 8
 STORY = "a story of 4 moon phases from the new moon"
 
 
-def cell(pictures: list[Image.Image], words: str) -> Image.Image:
+def cell(images: list[Image.Image], words: str) -> Image.Image:
     """Images side by side above their words."""
-    size = 64 * SCALE if len(pictures) == 1 else 68
-    canvas = Image.new("RGB", (CELL, 64 * SCALE + CAPTION), "white")
-    left = (CELL - size * len(pictures)) // 2
-    for number, picture in enumerate(pictures):
-        scaled = picture.resize((size, size), Image.Resampling.LANCZOS)
-        canvas.paste(scaled, (left + number * size, (64 * SCALE - size) // 2))
+    canvas = Image.new("RGB", (WIDTH, HEIGHT + CAPTION), "white")
+    room = WIDTH // len(images)
+    for number, image in enumerate(images):
+        scale = min((room - 6) / image.width, (HEIGHT - 4) / image.height)
+        scaled = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.LANCZOS)
+        left, top = number * room + (room - scaled.width) // 2, (HEIGHT - scaled.height) // 2
+        canvas.paste(scaled, (left, top))
     font = ImageFont.load_default(size=10)
     lines = textwrap.wrap(words, 27)[:3]
     ImageDraw.Draw(canvas).multiline_text(
-        (CELL // 2, 64 * SCALE + 2), "\n".join(lines), fill="black", font=font, anchor="ma", align="center"
+        (WIDTH // 2, HEIGHT + 2), "\n".join(lines), fill="black", font=font, anchor="ma", align="center"
     )
     return canvas
 
 
+class Sheet:
+    """What is on it, all by one seed."""
+
+    def __init__(self, pipe: DiffusionPipeline, packages: Path, seed: int):
+        self.pipe, self.seed, self.chosen = pipe, seed, random.Random(seed)
+        self.table = load_emoji(packages)
+        self.tasks, self.scenes = EmojiTasks(self.table), Scenes(self.table, self.chosen)
+
+    def cells(self) -> Iterator[Image.Image]:
+        yield from self.typed()
+        yield from self.drawn_scenes()
+        yield from self.riddles()
+        yield from self.edits()
+        yield from self.scene_edits()
+        yield from self.story()
+
+    def _images(self, words: str | list[str], **settings: Any) -> list[Image.Image]:
+        return self.pipe(words, generator=torch.Generator().manual_seed(self.seed), **settings).images
+
+    def typed(self) -> Iterator[Image.Image]:
+        prompts = [words for words, _ in self.chosen.sample(typed_prompts(self.table), NUM_TYPED)]
+        for words, image in zip(prompts, self._images(prompts), strict=True):
+            yield cell([image], words)
+
+    def _scene(self, words: str, scene: Scene, **settings: Any) -> Image.Image:
+        rows, columns = scene.shape
+        (image,) = self._images(words, height=rows * PLACE, width=columns * PLACE, **settings)
+        return cell([image], words)
+
+    def drawn_scenes(self) -> Iterator[Image.Image]:
+        for scene in [self.scenes.any_scene() for _ in range(NUM_SCENES)]:
+            yield self._scene(self.scenes.wish(scene), scene)
+
+    def riddles(self) -> Iterator[Image.Image]:
+        riddles = Riddles(self.table, self.scenes, self.chosen)
+        for riddle in [riddles.any_riddle(held_out=True) for _ in range(NUM_RIDDLES)]:
+            yield self._scene(riddle.wish, riddle.scene, thinking=True)
+
+    def edits(self) -> Iterator[Image.Image]:
+        by_kind: dict[str, list] = {}
+        for edit in self.tasks.edits():
+            by_kind.setdefault(edit.kind, []).append(edit)
+        kinds = itertools.islice(itertools.cycle(sorted(by_kind)), NUM_EDITS)
+        for edit in [self.chosen.choice(by_kind[kind]) for kind in kinds]:
+            source, words = self.tasks.by_key[edit.source].picture, self.chosen.choice(edit.instructions)
+            yield cell([source, *self._images(words, image=source)], words)
+
+    def scene_edits(self) -> Iterator[Image.Image]:
+        for scene, words, _ in itertools.islice(self.scenes.edits(), NUM_SCENE_EDITS):
+            source = drawn(scene, self.tasks.by_key)
+            yield cell([source, *self._images(words, image=source)], words)
+
+    def story(self) -> Iterator[Image.Image]:
+        words: list[str] = []
+        generator = torch.Generator().manual_seed(self.seed)
+        for part in self.pipe.interleave(STORY, max_images=4, generator=generator):
+            if isinstance(part, Image.Image):
+                yield cell([part], " ".join(words))
+                words = []
+            else:
+                words.append(part.strip())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see packages.py.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, help="A pipeline folder; default: the shipped one.")
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    table, chosen = load_emoji(arguments.package), random.Random(0)
-    tasks = EmojiTasks(table)
-
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(0)
-
-    drawn = chosen.sample([emoji for emoji in table if not emoji.is_held_out], 24)
-    drawn += chosen.sample([emoji for emoji in table if emoji.is_held_out], 8)
-    prompts = [chosen.choice(DRAWING).format(emoji.name) for emoji in drawn]
-    cells = []
-    for prompt, emoji, picture in zip(prompts, drawn, pipe(prompts, generator=generator()).images, strict=True):
-        cells.append(cell([picture], prompt + (" (held out)" if emoji.is_held_out else "")))
-
-    by_kind: dict[str, list] = {}
-    for edit in tasks.edits():
-        by_kind.setdefault(edit.kind, []).append(edit)
-    edits = [edit for kind in sorted(by_kind) for edit in chosen.sample(by_kind[kind], 2)]
-    edits += chosen.sample([edit for edit in tasks.edits() if tasks.by_key[edit.target].is_held_out], 4)
-    sources = [tasks.by_key[edit.source].picture for edit in edits]
-    instructions = [chosen.choice(edit.instructions) for edit in edits]
-    edited = pipe(instructions, image=[[source] for source in sources], generator=generator()).images
-    for edit, source, result, words in zip(edits, sources, edited, instructions, strict=True):
-        is_new = tasks.by_key[edit.target].is_held_out
-        cells.append(cell([source, result], words + (" (held out)" if is_new else "")))
-
-    words = []
-    for part in pipe.interleave(STORY, max_images=4, generator=generator()):
-        if isinstance(part, Image.Image):
-            cells.append(cell([part], " ".join(words)))
-            words = []
-        else:
-            words.append(part.strip())
-
+    cells = list(Sheet(pipe, arguments.packages, arguments.seed).cells())
     rows = -(-len(cells) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * CELL, rows * (64 * SCALE + CAPTION)), "white")
-    for number, picture in enumerate(cells):
-        sheet.paste(picture, (number % COLUMNS * CELL, number // COLUMNS * (64 * SCALE + CAPTION)))
+    sheet = Image.new("RGB", (COLUMNS * WIDTH, rows * (HEIGHT + CAPTION)), "white")
+    for number, image in enumerate(cells):
+        sheet.paste(image, (number % COLUMNS * WIDTH, number // COLUMNS * (HEIGHT + CAPTION)))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.output, optimize=True)
     print(f"{arguments.output}: {STORY!r} is the story at the end.")

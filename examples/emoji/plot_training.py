@@ -20,16 +20,15 @@ from build_model import NUM_CODES
 PANELS = (
     ("tokenizer", ("contrastive_loss", "reconstruction_loss", "commitment_loss"), True),
     ("tokenizer", ("codebook_usage", "codebook_perplexity"), False),
+    ("tokenizer_alignment", ("loss",), True),
+    ("tokenizer_drawings", ("loss",), True),
     ("autoencoder", ("loss",), True),
+    ("decoder", ("loss",), True),
+    ("distill", ("loss",), True),
     ("pretraining", ("image_loss", "text_loss"), True),
     ("pretraining", ("max_load_violation",), False),
     ("sft", ("image_loss", "text_loss"), True),
-    ("refining", ("image_loss", "text_loss"), True),
-    ("polishing", ("image_loss", "text_loss"), True),
     ("finishing", ("image_loss", "text_loss"), True),
-    ("dpo", ("rewards/accuracies",), False),
-    ("decoder", ("loss",), True),
-    ("distill", ("loss",), True),
 )
 
 

@@ -4,7 +4,7 @@ The emoji and scenes of them as codes and latents, for the decoder.
     python examples/emoji/prepare_decoder_data.py runs/emoji/model runs/emoji/data
 
 Reads `data/views/` (see prepare_codes.py) and the trained autoencoder, writes `data/latents/` (columns codes, grid,
-latents). Held-out emoji are in it as little as in all other data.
+latents, length). Held-out emoji are in it as little as in all other data.
 """
 
 import argparse
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from emoji_codes import SIDE
 
 from diffusers_llada_uni.training.decoder_data import FEATURES
 
 
 BATCH = 32
+NUM_SCENES = 3_000  # an emoji in a scene looks as it does alone, and a scene takes the time of several
 
 
 @torch.no_grad()
@@ -33,7 +35,8 @@ def encoded(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
             numbers = [number for number, image in enumerate(images) if image.size == size]
             target = torch.cat([pixels_of.preprocess(images[number]) for number in numbers])
             for number, latents in zip(numbers, vae.encode(target).latent_dist.mode(), strict=True):
-                yield {**codes[number], "latents": latents.flatten().numpy()}
+                own = codes[number]
+                yield {**own, "latents": latents.flatten().numpy(), "length": len(own["codes"])}
 
 
 def main() -> None:
@@ -43,7 +46,11 @@ def main() -> None:
     arguments = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(arguments.model / "vae")
     views = load_from_disk(arguments.data / "views")["train"]
-    rows = Dataset.from_generator(encoded, features=FEATURES, gen_kwargs={"views": views, "vae": vae})
+    scenes = [number for number, (codes,) in enumerate(views["image_codes"]) if len(codes["codes"]) > SIDE**2]
+    views = views.select(sorted(set(range(len(views))) - set(scenes[NUM_SCENES:])))
+    # By their lengths images of one size are put together: in a batch all are padded to the largest.
+    features = Features({**FEATURES, "length": Value("int64")})
+    rows = Dataset.from_generator(encoded, features=features, gen_kwargs={"views": views, "vae": vae})
     DatasetDict(train=rows).save_to_disk(arguments.data / "latents")
 
 

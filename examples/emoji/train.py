@@ -10,6 +10,7 @@ that many minutes, or when you stop it; the same command goes on where it was. W
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,7 @@ def main() -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     RUNS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by whatever, it stops what it has started
     stopped = run(all_steps(arguments.packages, arguments.gpu), time.monotonic() + 60 * arguments.minutes)
     print(f"Stopped in {', '.join(stopped)}; the same command goes on." if stopped else f"All done: {MODEL}.")
 
