@@ -33,7 +33,6 @@ SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "500000000",
 }
-CPU_SETTINGS = {"DIFFUSERS_ATTN_BACKEND": "_native_math"}  # the fused one is slow backward, in bfloat16, on a CPU
 
 
 class Step(NamedTuple):
@@ -146,7 +145,7 @@ def main() -> None:
         check(arguments.packages)
     except FileNotFoundError as error:
         parser.error(str(error))
-    for name, value in (SETTINGS | ({} if arguments.gpu else CPU_SETTINGS)).items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     RUNS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by whatever, it stops what it has started
