@@ -18,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .document_attention import PackedDocuments, attention_within_documents
 from .kernels import can_fuse
 from .masking_block_causal import PrefixMask
 
@@ -196,6 +197,7 @@ def shared_key_value_attention_forward(
     attention_mask: torch.Tensor,
     dropout: float = 0.0,
     scaling: float | None = None,
+    documents: PackedDocuments | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -205,10 +207,13 @@ def shared_key_value_attention_forward(
         query: `(batch, heads, length, head_dim)`.
         key, value: `(batch, key_value_heads, past + length, head_dim)`, may be views of a larger buffer.
         attention_mask: `(batch, 1, length, past + length)`, boolean or added to the scores.
+        documents: Between which the mask is closed; each is then attended to alone.
 
     Returns:
         `(batch, length, heads, head_dim)`, and no weights.
     """
+    if documents is not None:
+        return attention_within_documents(query, key, value, documents, dropout, scaling), None
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

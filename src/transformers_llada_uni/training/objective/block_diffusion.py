@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+from ...attention import can_share_key_value_heads
+from ...document_attention import PackedDocuments
 from ...input_checks import check_integer, check_shape, check_tensor
 from ...weight_hooks import weights_in_place
 from .masking import block_ids_of, create_noisy_clean_mask, positions_of, running_block_ids
@@ -206,14 +208,17 @@ def _forward_objective(
     ids = of_pass(shown.masked_fill(masked, config.mask_token_id), input_ids)
 
     # 2. That row, and who sees whom in it
+    document_ids_of_pass = document_ids.gather(1, places).masked_fill(~is_real, -1)
     mask = create_noisy_clean_mask(
         config,
         copy_ids=copies,
         block_ids=block_ids_of(positions, block_length).gather(1, places),
-        document_ids=document_ids.gather(1, places).masked_fill(~is_real, -1),
+        document_ids=document_ids_of_pass,
         clean_copy=num_copies,
         dtype=model.dtype,
     )
+    if isinstance(mask, torch.Tensor) and can_share_key_value_heads(config._attn_implementation, ids, mask):
+        kwargs["documents"] = PackedDocuments.of(document_ids_of_pass, mask)
     outputs = model.base_model(
         input_ids=ids,
         attention_mask=mask,
