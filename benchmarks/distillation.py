@@ -1,10 +1,8 @@
 """
-Few-step decoders by several ways of distillation, for equally many passes through the decoder: the shipped emoji
-model's many-step decoder teaches, the student starts from it.
+A few-step decoder: the shipped emoji model's many-step decoder teaches, the student starts from it.
 
-    npm pack emoji-datasource-twitter@16.0.0
-    python benchmarks/distillation.py emoji-datasource-twitter-16.0.0.tgz
-    python benchmarks/distillation.py emoji-datasource-twitter-16.0.0.tgz --passes 0       # the shipped students alone
+    python benchmarks/distillation.py packages                   # examples/emoji/packages.py says what it holds
+    python benchmarks/distillation.py packages --max-steps 0     # the shipped student alone
 
 Shares of right drawings (of all emoji, the asked one is the nearest to the drawn one) and errors (root of the mean
 square, in 32 x 32 RGB of 0..1) at 1, 2, 4 and 8 steps, from the codes of the emoji themselves, so that no error is
@@ -16,14 +14,12 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image
 from diffusers import DiffusionPipeline, ZImageTransformer2DModel
-from distillation_methods import TwinFlowTrainer, TwoHeadsTrainer
 from transformers import PrinterCallback
 
 from diffusers_llada_uni import embedded_checkpoint
@@ -37,37 +33,14 @@ from diffusers_llada_uni.training import (
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
 from emoji_table import Emoji, load_emoji
 from nearest_emoji import NearestEmoji
-from prepare_data import pictures
 
 
 STEPS = (1, 2, 4, 8)
 BATCH = 64
 
 
-@dataclass
-class Method:
-    """A trainer, the passes it makes for an image of its batch, and what of its settings differs."""
-
-    trainer_class: type[LLaDAUniDistillationTrainer]
-    passes_an_image: float
-    batch_size: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    # 11 guided steps of the teacher, two passes each, and 6 points on their way
-    "ends of the teacher's trajectories": Method(LLaDAUniDistillationTrainer, 28, 4),
-    # the guided teacher, the student beside the point and at it
-    "consistency and flow, two heads (arXiv 2604.20796, eq. 8)": Method(TwoHeadsTrainer, 5, 16),
-    # two thirds of the images as above; a third in six passes
-    "TwinFlow (arXiv 2512.05150)": Method(TwinFlowTrainer, 16 / 3, 15),
-}
-# Levels of noise of the sampler with 8 steps, among which those of 1, 2 and 4 are
 SETTINGS = {
-    "num_teacher_steps": 12,
-    "min_student_steps": 8,
-    "max_student_steps": 8,
-    "pairs_per_trajectory": 6,
+    "per_device_train_batch_size": 15,
     "ema_decay": 0.99,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
@@ -117,19 +90,15 @@ class Drawings:
         return f"{100 * right / len(self.subjects):.1f}% / {(error / len(self.subjects)) ** 0.5:.4f}"
 
 
-def distil(method: Method, passes: int, dataset: Dataset, seed: int) -> tuple[ZImageTransformer2DModel, int, float]:
+def distil(max_steps: int, dataset: Dataset, seed: int) -> tuple[ZImageTransformer2DModel, int, float]:
     """The student, the passes it took, and the seconds."""
     pipe = load_pipeline(model=None, processor=None)
     with tempfile.TemporaryDirectory() as folder:
-        args = LLaDAUniDistillationConfig(
-            folder,
-            max_steps=round(passes / (method.passes_an_image * method.batch_size)),
-            per_device_train_batch_size=method.batch_size,
-            seed=seed,
-            **(SETTINGS | method.settings),
-        )
-        trainer = method.trainer_class(
-            pipe.transformer, pipe.semantic_embedder, pipe.scheduler, args=args, train_dataset=dataset
+        trainer = LLaDAUniDistillationTrainer(
+            pipe.transformer,
+            pipe.semantic_embedder,
+            args=LLaDAUniDistillationConfig(folder, max_steps=max_steps, seed=seed, **SETTINGS),
+            train_dataset=dataset,
         )
         trainer.remove_callback(PrinterCallback)  # its lines would stand in the table
         counter = PassCounter(pipe.transformer, trainer.model.transformer)
@@ -146,18 +115,18 @@ def load_pipeline(**components: Any) -> DiffusionPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
-    parser.add_argument("--passes", type=int, default=6720, help="through the decoder, for each method")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
+    parser.add_argument("--max-steps", type=int, default=84, help="of the training")
     parser.add_argument("--subjects", type=int, default=256, help="emoji to draw")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    table = load_emoji(arguments.package)
+    table = load_emoji(arguments.packages)
     trained = [emoji for emoji in table if not emoji.is_held_out]
     pipe = load_pipeline()
     encoders = (pipe.model, pipe.processor.image_processor, pipe.vae)
-    dataset = prepare_decoder_dataset(pictures(table, is_held_out=False), *encoders, batch_size=BATCH)
+    images = Dataset.from_dict({"image": [emoji.picture for emoji in trained]}, features=Features(image=Image()))
+    dataset = prepare_decoder_dataset(images, *encoders, batch_size=BATCH)
     chosen = random.Random(arguments.seed).sample(range(len(trained)), arguments.subjects)
     drawings = Drawings(pipe, table, [(trained[number], dataset[number]) for number in chosen])
 
@@ -172,9 +141,9 @@ def main() -> None:
 
     add("none: the teacher, sampled so", "", "", pipe.transformer)
     add("the shipped one", "", "", load_pipeline(model=None, processor=None).transformer_turbo)
-    for name in arguments.methods if arguments.passes else []:
-        student, passes, seconds = distil(METHODS[name], arguments.passes, dataset, arguments.seed)
-        add(name, f"{passes:,}", f"{seconds:.0f}", student)
+    if arguments.max_steps:
+        student, passes, seconds = distil(arguments.max_steps, dataset, arguments.seed)
+        add("a new one", f"{passes:,}", f"{seconds:.0f}", student)
 
 
 if __name__ == "__main__":

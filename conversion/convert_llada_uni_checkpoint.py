@@ -120,6 +120,8 @@ def convert_autoregressive(
             vocabulary has no room for the mask token.
     """
     source, destination = _check_request(source, destination, None, dtype)
+    if mask_token is not None and not mask_token.strip():
+        raise ValueError(f"`mask_token` must be a token, got {mask_token!r}.")
     from llada_uni.conversion.autoregressive_plan import plan_autoregressive
     from llada_uni.conversion.output_plan import carry_out
 

@@ -324,6 +324,12 @@ rows(
     ({"image_codes": CODES, "image_codes_mask": CODES}, ValueError, ["`image_codes_mask`", "torch.bool", "int64"]),
     ({"callback": "print"}, TypeError, ["`callback`", "str"]),
     ({"max_new_tokens": 5}, TypeError, ["`max_new_tokens`", "`grid`"]),
+    ({"self_speculation": True}, TypeError, ["`self_speculation`", "no order"]),
+    (
+        {"guidance_ramp": (0.0, 1.0), "guidance_scale": 1.0, "image_guidance_scale": 0.0},
+        ValueError,
+        ["`guidance_ramp`", "`guidance_scale` is 1"],
+    ),
     ({"guidance": 2.0}, TypeError, ["`guidance`"]),
     ({"generator": [torch.Generator()] * 2}, ValueError, ["`generator` has 2 generators"]),
 )
@@ -354,6 +360,7 @@ rows(
     ({"guidance_scale": NAN}, ValueError, ["`guidance_scale`", "nan"]),
     ({"image_guidance_scale": "2"}, TypeError, ["`image_guidance_scale`", "'2'"]),
     ({"guidance_rescale": -1}, ValueError, ["`guidance_rescale`", "-1"]),
+    ({"guidance_ramp": (0.0, 1.0), "guidance_scale": 1}, ValueError, ["`guidance_ramp`", "no guidance"]),
     ({"num_image_steps_per_block": 0}, ValueError, ["`num_image_steps_per_block`", "0"]),
     ({"negative_input_ids": None, "guidance_scale": 2.0}, ValueError, ["needs `negative_input_ids`"]),
     ({"negative_input_ids": TWO}, ValueError, ["`negative_input_ids`", "one row"]),

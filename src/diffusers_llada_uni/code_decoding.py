@@ -1,5 +1,6 @@
 """Image codes -> latents -> pixels: the half of the pipeline that needs no language model."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,8 +126,8 @@ class CodeDecoder:
         semantic_embedder ([`LLaDAUniSemanticEmbedder`]): Codes to the features the decoders take.
         vae ([`AutoencoderKL`], *optional*): Latents to pixels; not needed for `output_type="latent"`.
         transformers (`Mapping[str, ZImageTransformer2DModel]`): At least one; by their names `"turbo"` and `"normal"`.
-        schedulers (`Mapping[str, FlowMatchEulerDiscreteScheduler]`): By the same names. A scheduler keeps the state of
-            one decoding: threads need one each.
+        schedulers (`Mapping[str, FlowMatchEulerDiscreteScheduler]`): By the same names. They stay as they are:
+            every decoding has copies, so that threads may share a decoder.
         device (`torch.device`, *optional*): Where codes and noise are put; that of the embedder by default.
 
     Raises:
@@ -257,7 +258,8 @@ class CodeDecoder:
         3. From noise to latents, step by step.
         4. Latents to pixels.
         """
-        transformer, scheduler = self.transformers[settings.decoder], self.schedulers[settings.decoder]
+        transformer = self.transformers[settings.decoder]
+        scheduler = copy.deepcopy(self.schedulers[settings.decoder])  # it keeps the step it is at
 
         # 1. Codes to features, one for each patch of the latents.
         image_features = self.semantic_embedder(codes.to(self.device), settings.upscale, return_dict=False)[0]

@@ -19,6 +19,7 @@ from transformers_llada_uni import (
 from transformers_llada_uni.generation.best_of import Reward, answer_log_probs, prompt_recall, rewards_of
 from transformers_llada_uni.generation.block_diffusion import BlockDiffusionOutput
 from transformers_llada_uni.generation.configuration import as_list
+from transformers_llada_uni.generation.guidance_ramp import check_ramp
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.image_places import HEADER_LENGTH
 from transformers_llada_uni.image_sizes import UPSCALE
@@ -56,6 +57,8 @@ class CodeGenerationSettings:
         check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         check_integer("num_steps_per_block", self.num_steps_per_block, minimum=1)
         check_generation_kwargs("generation_kwargs", self.generation_kwargs)
+        settings = {**self.guidance, **self.generation_kwargs}
+        check_ramp(settings, settings["guidance_scale"] != 1 or settings["image_guidance_scale"] != 0)
 
     @property
     def guidance(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What the pipeline's calls stand on: its components, the two halves made of them, bars, callbacks, and saving."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,17 @@ from .semantic_embedder import LLaDAUniSemanticEmbedder
 
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, Any] | None]
+
+
+class DecodingState(threading.local):
+    """What callbacks see and change of the decoding under way: every thread has its own, and so has a copy."""
+
+    num_timesteps = 0
+    guidance_scale = 0.0
+    interrupt = False
+
+    def __reduce__(self) -> tuple[type["DecodingState"], tuple[()]]:
+        return DecodingState, ()
 
 
 class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPipeline):
@@ -85,9 +97,7 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
             scheduler_turbo=scheduler_turbo,
         )
         self.register_to_config(editing_guidance_scale=editing_guidance_scale)
-        self._num_timesteps = 0
-        self._guidance_scale = 0.0
-        self._interrupt = False
+        self._decoding = DecodingState()
 
     # The two halves, of the components that are there now
 
@@ -119,24 +129,40 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the last decoding."""
-        return self._num_timesteps
+        """Steps of the last decoding, of this thread."""
+        return self._decoding.num_timesteps
 
     @property
     def guidance_scale(self) -> float:
         """Guidance of the decoding under way, `decoder_guidance_scale`: what diffusers' callbacks change between its
         steps by `pipe._guidance_scale = ...`."""
-        return self._guidance_scale
+        return self._decoding.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._decoding.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._decoding.guidance_scale = value
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the decoding under way is guided."""
-        return self._guidance_scale > 0
+        return self._decoding.guidance_scale > 0
 
     @property
     def interrupt(self) -> bool:
         """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
-        return self._interrupt
+        return self._decoding.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._decoding.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._decoding.interrupt = value
 
     def compile_decoders(self, float8: bool = False, **kwargs: Any) -> None:
         r"""
@@ -181,13 +207,13 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
         if not codes:
             return []
         decoder = self.code_decoder
-        self._num_timesteps = len(settings.sigmas)
+        self._decoding.num_timesteps = len(settings.sigmas)
         self._interrupt = False
         of_size: dict[tuple[int, ...], list[int]] = {}
         for index, grid_codes in enumerate(codes):
             of_size.setdefault(tuple(grid_codes.shape), []).append(index)
         images: list[Any] = [None] * len(codes)
-        with self._bar("decoding", len(of_size) * self._num_timesteps) as bar:
+        with self._bar("decoding", len(of_size) * self.num_timesteps) as bar:
             for indices in of_size.values():
                 self._guidance_scale = settings.guidance_scale
                 batch = torch.stack([codes[index] for index in indices])

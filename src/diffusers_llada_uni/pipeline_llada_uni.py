@@ -14,16 +14,12 @@ from transformers_llada_uni.generation.best_of import (
     check_candidates,
     check_candidates_differ,
 )
+from transformers_llada_uni.generation.configuration import refuse_settings_of_text
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_choice, check_generator, check_integer, refuse_settings
 
 from .code_decoding import OUTPUT_TYPES, UPSCALES, Images
-from .code_generation import (
-    DEFAULT_GUIDANCE_SCALE,
-    CodeGenerationSettings,
-    check_generation_kwargs,
-    sequences_of,
-)
+from .code_generation import DEFAULT_GUIDANCE_SCALE, CodeGenerationSettings, check_generation_kwargs, sequences_of
 from .image_inputs import codes_per_prompt, images_per_prompt, masks_per_prompt
 from .pipeline_base import Callback, LLaDAUniPipelineBase
 from .pipeline_output import LLaDAUniPipelineOutput
@@ -185,6 +181,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         check_generation_kwargs("thinking_kwargs", thinking_kwargs)
         for name, settings in (("generation_kwargs", generation_kwargs), ("thinking_kwargs", thinking_kwargs)):
             refuse_settings(name, settings, {"num_return_sequences": "num_images_per_prompt"})
+        refuse_settings_of_text("generation_kwargs", generation_kwargs, size="height")
         check_task(source, mask_image, (height, width), thinking, image_guidance_scale, thinking_kwargs)
         negatives = check_negative_prompt(negative_prompt, len(prompts), guidance_scale)
         check_generator(generator, num_images, "images")

@@ -45,6 +45,13 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
         is_model = (path / "config.json").is_file()
         if is_model and takes_models:
             return str(path)
+        kind = read_object(path / "config.json").get("model_type") if is_model else None
+        if kind == "llada2_moe" and not any(path.glob("*/config.json")):  # of a released checkpoint's other parts
+            raise ValueError(
+                f"`model` {name!r} is a language model alone, with which `ask` and `chat` can talk; it has no image "
+                "tokenizer and no decoder. For images name a pipeline, such as `emoji`, or what `llada-uni convert` "
+                "makes of LLaDA2.0-Uni."
+            )
         alone = "it is a model alone, with which `ask` and `chat` can talk"
         hint = alone if is_model else "it holds no `model_index.json`"
         raise ValueError(
@@ -64,6 +71,16 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
             f"{', '.join(names)}.{meant}"
         )
     return name
+
+
+def _is_pipeline(name: str, path: str) -> bool:
+    """Whether a folder or repository is one. Raises ValueError, if the Hub does not say it."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(path, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
+    except OSError as error:  # of the Hub, or of the network
+        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
 
 
 def configurations_of(name: str) -> str:
@@ -136,6 +153,12 @@ def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> 
         ValueError: if there is no such pipeline or device, or the pipeline cannot be loaded.
     """
     path = resolve_model(name)
+    if not _is_pipeline(name, path):  # of the Hub; folders have been looked into
+        raise ValueError(
+            f"`model` {name!r} is no pipeline: it holds no `model_index.json`. With a language model alone `ask` and "
+            "`chat` can talk, but images need a decoder; `llada-uni convert` makes a pipeline of the released "
+            "checkpoint's folder."
+        )
     device = best_device() if device is None else device
     _check_device(device)
     torch_dtype = dtype_of(dtype, device)
@@ -171,13 +194,7 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto") -
     Args and errors: as [`load_pipeline`].
     """
     path = resolve_model(name, takes_models=True)
-    from transformers.utils import cached_file
-
-    try:
-        is_pipeline = cached_file(path, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
-    except OSError as error:  # of the Hub, or of the network
-        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
-    if is_pipeline:
+    if _is_pipeline(name, path):
         return load_pipeline(name, device, dtype).code_generator
     device = best_device() if device is None else device
     _check_device(device)

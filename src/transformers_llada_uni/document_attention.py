@@ -67,15 +67,18 @@ def attention_within_documents(
         tokens = states.transpose(1, 2).reshape(batch_size * length, states.shape[1], head_dim)
         return tokens.index_select(0, documents.order).split(documents.lengths)
 
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(states.transpose(0, 1)[None] for states in of_document),
+    outputs = []
+    by_document = zip(*map(by_documents, (query, key, value)), documents.masks, strict=True)
+    for queries, keys, values, mask in by_document:
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
             attn_mask=mask,
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=True,
-        )[0].transpose(0, 1)
-        for *of_document, mask in zip(*map(by_documents, (query, key, value)), documents.masks, strict=True)
-    ]
-    found = torch.cat(outputs).index_select(0, documents.order.argsort())
-    return found.view(batch_size, length, num_heads, head_dim)
+        )
+        outputs.append(attended[0].transpose(0, 1))
+    tokens = torch.cat(outputs).index_select(0, documents.order.argsort())
+    return tokens.view(batch_size, length, num_heads, head_dim)

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .chat_messages import check_conversation, cut_chat, mark_message
 from .chat_templates import CHAT_TEMPLATE, TEXT_CHAT, by_name, give_back_text_chat, text_chat_of, without_text_chat
 from .checkpoint_stub import SavedWithStub
-from .id_rows import cut_answer, left_pad, to_lists
+from .id_rows import left_pad, to_lists
 from .image_codes import fetch_codes, fill_places
 from .image_places import (
     HEADER_LENGTH,
@@ -30,8 +30,8 @@ from .image_places import (
 )
 from .image_processing_llada_uni import LLaDAUniImageProcessor
 from .image_sizes import check_length, default_side, grid_of_sources, grid_to_generate, grids_of
+from .model_answers import cut_thoughts, parts_of
 from .prompts import (
-    ANSWER,
     TASKS,
     UNCONDITION,
     build_prompt,
@@ -438,18 +438,9 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
             TypeError, ValueError: as in [`__call__`]; also if a row of `input_ids` holds no `<role>ASSISTANT</role>`.
         """
         wanted = grid_to_generate(self.image_processor, height, width, self._image_tokens.largest_side)
-        header, answer = self._ids(image_header(*wanted)), self._ids(ANSWER)
-        special = [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, self.tokenizer.mask_token_id]
-        ends = {*special, self.begin_of_image_token_id, self.tokenizer.added_tokens_encoder.get("<|role_end|>")}
-        rows = []
-        for number, row in enumerate(to_lists(input_ids)):
-            mask = [token != self.tokenizer.pad_token_id for token in row]
-            mask = mask if attention_mask is None else to_lists(attention_mask)[number]
-            start = mask.index(1) if 1 in mask else len(mask)
-            kept = cut_answer(row[start:], answer, ends, self.image_start_token_id)
-            if kept is None:
-                raise ValueError(f"`input_ids`: row {number} holds no {ANSWER}, after which a model would think.")
-            rows.append(kept + header)
+        header, masks = self._ids(image_header(*wanted)), None if attention_mask is None else to_lists(attention_mask)
+        thoughts = cut_thoughts(to_lists(input_ids), masks, self.tokenizer, self._image_tokens)
+        rows = [kept + header for kept in thoughts]
         negative = [self._ids(build_prompt("thinking", UNCONDITION)) + header] * len(rows)
         check_length(max(map(len, rows)), self.max_position_embeddings, wanted, self.image_processor)
         data: dict[str, Any] = {"grid": wanted}
@@ -497,29 +488,8 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         Raises:
             ValueError: if there is an image and `image_token_offset` is None.
         """
-        return [self._parts(row, skip_special_tokens, **kwargs) for row in to_lists(ids)]
-
-    def _parts(self, row: list[int], skip_special_tokens: bool, **kwargs: Any) -> list[str | torch.Tensor]:
-        parts: list[str | torch.Tensor] = []
-        offset = self.image_token_offset
-        for grid, ids in self._image_tokens.split(row):
-            if grid is not None and all(token == self.image_token_id for token in ids):
-                continue  # given as pixels
-            if grid is not None:
-                if offset is None:
-                    raise ValueError("`image_token_offset` is None, so codes cannot be told from text.")
-                if len(ids) == math.prod(grid) and all(map(self._is_code, ids)):
-                    parts.append(torch.tensor(ids).view(grid) - offset)
-            else:
-                ids = [token for token in ids if not (skip_special_tokens and self._is_code(token))]
-                text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs) if ids else ""
-                parts += [text] if text else []
-        return parts
-
-    def _is_code(self, token: int) -> bool:
-        if self.image_token_offset is None or token < self.image_token_offset:
-            return False
-        return self.codebook_size is None or token < self.image_token_offset + self.codebook_size
+        known = (self.tokenizer, self._image_tokens, self.image_token_offset, self.codebook_size)
+        return [parts_of(row, *known, skip_special_tokens, **kwargs) for row in to_lists(ids)]
 
     def post_process_image_text_to_text(
         self, generated_outputs: torch.Tensor | list, skip_special_tokens: bool = True, **kwargs: Any

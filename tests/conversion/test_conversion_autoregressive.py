@@ -138,5 +138,8 @@ def test_arguments_that_have_no_meaning_are_refused(ling, official_tiny, tmp_pat
         convert(ling, tmp_path / "out", decoder="turbo")
     with pytest.raises(ValueError, match="`mask_token` is for an autoregressive model"):
         convert(official_tiny, tmp_path / "out", mask_token="<|mask|>")
+    for blank in ("", " "):
+        with pytest.raises(ValueError, match=f"`mask_token` must be a token, got '{blank}'"):
+            convert(ling, tmp_path / "out", mask_token=blank)
     with pytest.raises(ValueError, match="ends or fills texts"):
         convert(ling, tmp_path / "out", mask_token="<|role_end|>")

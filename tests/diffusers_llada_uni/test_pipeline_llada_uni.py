@@ -1283,6 +1283,17 @@ MASK = PIL.Image.new("L", (80, 60), 255)
         ({"generation_kwargs": {"threshold": 2.0}}, ValueError, "`generation_kwargs`.*threshold.*2.0"),
         ({"generation_kwargs": [1]}, TypeError, "`generation_kwargs`.*dict"),
         (
+            {"generation_kwargs": {"self_speculation": True}, "thinking": True},
+            TypeError,
+            "`generation_kwargs` takes no `self_speculation`: image codes",
+        ),
+        ({"generation_kwargs": {"stop_strings": "."}}, TypeError, "`generation_kwargs`.*`height`.*`stop_strings`"),
+        (
+            {"generation_kwargs": {"guidance_ramp": (0, 1)}, "guidance_scale": 1.0},
+            ValueError,
+            "`guidance_ramp` is given, but there is no guidance",
+        ),
+        (
             {"generation_kwargs": {"do_sample": True, "num_return_sequences": 2}},
             TypeError,
             "`generation_kwargs`.*`num_images_per_prompt`.*`num_return_sequences`",

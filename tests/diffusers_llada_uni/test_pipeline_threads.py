@@ -1,11 +1,12 @@
-"""Pipelines that share their components, each in a thread of its own, give what they give alone."""
+"""A pipeline in several threads gives what it gives in one."""
 
+import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import PIL.Image
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_llada_uni import LLaDAUniPipeline
 
@@ -16,21 +17,13 @@ FEW = {"num_inference_steps": 2, "num_steps_per_block": 2, "output_type": "laten
 
 
 @pytest.fixture(scope="module")
-def pipelines(converted_dir):
-    first = LLaDAUniPipeline.from_pretrained(converted_dir)
-    first.processor.image_processor.editing_max_pixels = 4 * 32 * 32
-    first.processor.image_processor.min_pixels = 32 * 32
-    first.processor.image_processor.max_pixels = 64 * 64
-    pipelines = [first]
-    for _ in range(NUM_THREADS - 1):
-        schedulers = {
-            name: FlowMatchEulerDiscreteScheduler.from_config(getattr(first, name).config)
-            for name in ("scheduler", "scheduler_turbo")
-        }
-        pipelines.append(LLaDAUniPipeline(**{**first.components, **schedulers}))
-    for pipe in pipelines:
-        pipe.set_progress_bar_config(disable=True)
-    return pipelines
+def pipe(converted_dir):
+    pipe = LLaDAUniPipeline.from_pretrained(converted_dir)
+    pipe.processor.image_processor.editing_max_pixels = 4 * 32 * 32
+    pipe.processor.image_processor.min_pixels = 32 * 32
+    pipe.processor.image_processor.max_pixels = 64 * 64
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def image_of(turn: int) -> PIL.Image.Image:
@@ -73,14 +66,54 @@ def is_same(ours, theirs):
 
 
 @pytest.mark.parametrize("task", [draw, edit, chat, tell])
-def test_threads_give_what_one_gives(pipelines, task):
-    expected = [task(pipelines[0], turn) for turn in range(TURNS)]
+def test_threads_give_what_one_gives(pipe, task):
+    expected = [task(pipe, turn) for turn in range(TURNS)]
     assert not all(is_same(expected[0], other) for other in expected)
 
     def run(thread):
-        return [task(pipelines[thread], (thread + turn) % TURNS) for turn in range(TURNS)]
+        return [task(pipe, (thread + turn) % TURNS) for turn in range(TURNS)]
 
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         for thread, results in enumerate(threads.map(run, range(NUM_THREADS))):
             for turn, result in enumerate(results):
                 assert is_same(result, expected[(thread + turn) % TURNS]), (thread, turn)
+
+
+def test_a_decoding_leaves_the_schedulers_as_they_are(pipe):
+    before = pipe.scheduler_turbo.sigmas.clone()
+    pipe.decode_codes(torch.tensor([[[1, 2], [3, 4]]]), "turbo", 2)
+    assert torch.equal(pipe.scheduler_turbo.sigmas, before) and pipe.scheduler_turbo.step_index is None
+
+
+def test_a_copy_decodes_for_itself(pipe):
+    pipe.decode_codes(torch.tensor([[[1, 2], [3, 4]]]), "normal", 3, output_type="latent")
+    copied = copy.deepcopy(pipe)
+    assert pipe.num_timesteps == 2 and copied.num_timesteps == 0
+
+
+def test_a_callback_stops_its_own_thread(pipe):
+    """While one thread waits in its callback, another decodes with other settings; neither sees the other's."""
+    entered, go_on = threading.Event(), threading.Event()
+    codes = torch.tensor([[[1, 2], [3, 4]]])
+    steps = []
+
+    def stop(pipe, step, timestep, tensors):
+        steps.append(step)
+        entered.set()
+        assert go_on.wait(60)
+        assert pipe.guidance_scale == 2.0 and pipe.num_timesteps == 4
+        pipe._interrupt = True
+        return tensors
+
+    with ThreadPoolExecutor(1) as threads:
+        stopped = threads.submit(
+            lambda: pipe.decode_codes(
+                codes, "normal", 5, 2.0, generator=generator_of(0), output_type="latent", callback_on_step_end=stop
+            )
+        )
+        assert entered.wait(60)
+        whole = pipe.decode_codes(codes, "turbo", 3, generator=generator_of(1), output_type="latent")
+        go_on.set()
+        stopped.result()
+    assert steps == [0]
+    assert torch.equal(whole, pipe.decode_codes(codes, "turbo", 3, generator=generator_of(1), output_type="latent"))

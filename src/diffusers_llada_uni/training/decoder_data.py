@@ -18,6 +18,17 @@ COLUMNS = ("codes", "grid", "latents")
 FEATURES = Features({"codes": List(Value("int32")), "grid": List(Value("int64")), "latents": List(Value("float32"))})
 
 
+def is_prepared(argument: str, dataset: Dataset | IterableDataset) -> bool:
+    """
+    Whether it is of [`prepare_decoder_dataset`], and not images for it. Raises ValueError, naming the argument, if it
+    is neither.
+    """
+    columns = get_dataset_column_names(dataset)
+    if not set(COLUMNS) <= set(columns) and "image" not in columns:
+        raise ValueError(f"`{argument}` must have a column `image`, it has {sorted(columns)}.")
+    return set(COLUMNS) <= set(columns)
+
+
 def prepare_decoder_dataset(
     dataset: Dataset | IterableDataset,
     model: LLaDAUniForConditionalGeneration,
@@ -41,11 +52,9 @@ def prepare_decoder_dataset(
         ValueError: if there is no column `image`, or an image cannot be read; the row is named.
         TypeError: if `model` has no image tokenizer.
     """
-    columns = get_dataset_column_names(dataset)
-    if set(COLUMNS) <= set(columns):
+    if is_prepared("dataset", dataset):
         return dataset
-    if "image" not in columns:
-        raise ValueError(f"`dataset` must have a column `image`, it has {sorted(columns)}.")
+    columns = get_dataset_column_names(dataset)
     if not hasattr(model, "get_image_codes"):
         raise TypeError(f"`model` must hold an image tokenizer, got a {type(model).__name__}.")
     pixels_of = VaeImageProcessor(do_resize=False)

@@ -11,11 +11,7 @@ processor's parameters: we count all that only codes go through, from the embedd
 Learning rates are ours, and which images a phase sees is the data's affair.
 """
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
 
 
 # What the name of a parameter of [`DecoderModule`] says it belongs to; the first that matches.
@@ -45,11 +41,3 @@ DECODER_STAGES = {
     "all_domains": DecoderStage(trained_parts=tuple(DECODER_PARTS), learning_rate=1e-4),
     "refinement": DecoderStage(trained_parts=tuple(DECODER_PARTS), learning_rate=1e-5),
 }
-
-
-def freeze_decoder_but(decoder: nn.Module, trained_parts: Iterable[str]) -> None:
-    """Sets which parameters of a [`DecoderModule`] take gradients: those of `trained_parts`, and no others."""
-    trained_parts = set(trained_parts)
-    for name, parameter in decoder.named_parameters():
-        part = next(part for part, pattern in DECODER_PARTS.items() if re.search(pattern, name))
-        parameter.requires_grad_(part in trained_parts)

@@ -7,18 +7,18 @@ from datasets import Dataset, IterableDataset
 from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
-from trl.data_utils import get_dataset_column_names
 
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniProcessor
 from transformers_llada_uni.training.base_trainer import check_datasets, check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
+from transformers_llada_uni.training.stages import freeze_all_but
 
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_trainer import ComponentTrainer
 from .decoder_config import LLaDAUniDecoderConfig
-from .decoder_data import COLUMNS, collate, prepare_decoder_dataset
+from .decoder_data import collate, is_prepared, prepare_decoder_dataset
 from .decoder_model import DecoderModule
-from .decoder_stages import DECODER_STAGES, freeze_decoder_but
+from .decoder_stages import DECODER_PARTS, DECODER_STAGES
 
 
 class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
@@ -62,22 +62,22 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
         args = check_settings(args, LLaDAUniDecoderConfig, "llada-uni-decoder")
         check_datasets(train_dataset, eval_dataset, ())
         decoder = DecoderModule(transformer, semantic_embedder)
-        freeze_decoder_but(decoder, args.trained_parts or DECODER_STAGES[args.stage].trained_parts)
+        freeze_all_but(decoder, args.trained_parts or DECODER_STAGES[args.stage].trained_parts, DECODER_PARTS)
 
-        def prepare(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-            if set(COLUMNS) <= set(get_dataset_column_names(dataset)):
+        def prepare(name: str, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            if is_prepared(name, dataset):
                 return dataset
             if model is None or processing_class is None or vae is None:
                 encoders = {"model": model, "processing_class": processing_class, "vae": vae}
-                missing = ", ".join(f"`{name}`" for name, value in encoders.items() if value is None)
-                raise ValueError(f"`train_dataset` holds images, which need {missing}.")
+                missing = ", ".join(f"`{encoder}`" for encoder, value in encoders.items() if value is None)
+                raise ValueError(f"`{name}` holds images, which need {missing}.")
             return prepare_decoder_dataset(dataset, model, processing_class.image_processor, vae)
 
         super().__init__(
             decoder,
             args,
-            train_dataset=prepare(train_dataset),
-            eval_dataset=None if eval_dataset is None else prepare(eval_dataset),
+            train_dataset=prepare("train_dataset", train_dataset),
+            eval_dataset=None if eval_dataset is None else prepare("eval_dataset", eval_dataset),
             data_collator=collate,
             **kwargs,
         )

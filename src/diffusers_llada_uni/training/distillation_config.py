@@ -16,12 +16,9 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
     described here.
 
     Parameters:
-        num_teacher_steps (`int`, defaults to 50): Points of the teacher's schedule, which has one step fewer.
         teacher_guidance_scale (`float`, defaults to 1.0): Guidance that the student takes over; 0 for none.
-        min_student_steps (`int`, defaults to 4): Fewest steps of the samplers whose noise levels the student is
-            trained at.
-        max_student_steps (`int`, defaults to 8): Most steps of those samplers.
-        pairs_per_trajectory (`int`, defaults to 4): Noise levels that are learnt from one trajectory of the teacher.
+        num_student_steps (`int`, defaults to 4): Steps of the sampler from whose noise levels the student learns to
+            draw; those of 4 steps hold those of 1 and 2.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that.
 
     > [!NOTE]
@@ -34,16 +31,10 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
 
     learning_rate: float = 1e-5
 
-    num_teacher_steps: int = 50
     teacher_guidance_scale: float = 1.0
-    min_student_steps: int = 4
-    max_student_steps: int = 8
-    pairs_per_trajectory: int = 4
+    num_student_steps: int = 4
 
     def __post_init__(self):
-        check_integer("num_teacher_steps", self.num_teacher_steps, 2)
         check_number("teacher_guidance_scale", self.teacher_guidance_scale, 0)
-        check_integer("min_student_steps", self.min_student_steps, 1)
-        check_integer("max_student_steps", self.max_student_steps, self.min_student_steps)
-        check_integer("pairs_per_trajectory", self.pairs_per_trajectory, 1)
+        check_integer("num_student_steps", self.num_student_steps, 1)
         super().__post_init__()

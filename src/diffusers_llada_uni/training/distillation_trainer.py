@@ -1,52 +1,66 @@
 """A few-step decoder from the many-step one."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers.models import ZImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from transformers_llada_uni.image_sizes import UPSCALE
-from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
+from transformers_llada_uni.training.base_trainer import check_datasets, check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
-from ..code_decoding import decoder_sigmas, guided_velocity
+from ..code_decoding import guided_velocity
 from ..decoders import DECODERS, SCHEDULER_SETTINGS
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_trainer import ComponentTrainer, Savable
-from .decoder_data import collate
+from .decoder_data import COLUMNS, collate
 from .decoder_model import DecoderModule
 from .distillation_config import LLaDAUniDistillationConfig
+from .distillation_objective import (
+    Latents,
+    consistency_errors,
+    consistency_targets,
+    draw_noise,
+    noised,
+    squared_errors,
+)
+from .twin_decoder import TwinDecoder
 
 
-class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
+OWN_SHARE = 1 / 3  # of images, for the student's own
+
+
+class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
     r"""
-    Trains a student to say at once where the teacher's trajectory ends. From noise, the teacher walks its guided ODE
-    to x_0. Its Euler steps are straight lines, so that the trajectory has a point x_sigma at every noise level sigma.
-    For levels 1 - i/n of the samplers with n = `min_student_steps` .. `max_student_steps` steps the student learns
+    Trains a student to say at once where the teacher's way from a noisy image ends, by TwinFlow (arXiv 2512.05150).
+    With an image's latents x, noise e and a noise level sigma, the student sees x_sigma = (1 - sigma) x + sigma e at
+    time 1 - sigma and jumps to f = x_sigma + sigma v.
 
-        L = mean | v(x_sigma, 1 - sigma, codes) - (x_0 - x_sigma) / sigma |^2,
+    1. Of two thirds of the images it learns to be a consistency function: f stays the same on the way on which the
+       teacher leads (arXiv 2303.01469), for which v has to be u - sigma dv/dsigma, u being the teacher's guided
+       velocity.
+    2. Of the others it jumps to an image y of its own, from a noise level of a sampler with `num_student_steps`
+       steps. A twin of the student, the same weights told apart by a vector, learns the velocity to y from two noisy
+       points. The student's jump is moved by what the teacher says at a noisy y more than its twin does: the direction
+       in which the divergence of the student's images from real ones falls.
 
-    the velocity that leads from x_sigma straight to x_0: a consistency function (arXiv 2303.01469) learnt from its
-    values. The few-step sampler asks for nothing else: it goes to x_0, adds new noise, and goes again.
+    The few-step sampler asks for nothing else: it goes to f, adds new noise, and goes again. Guidance is baked in; the
+    student runs once a step.
 
-    One trajectory gives `pairs_per_trajectory` pairs. Codes are all the data that is needed, no images: such as
-    those that the language model generates. Guidance is baked in; the student runs once a step.
-
-    This objective is ours. LLaDA2.0-Uni has consistency plus flow matching with two heads (arXiv 2604.20796, eq. 8),
-    LLaDA-Image TwinFlow (arXiv 2512.05150); `benchmarks/distillation.py` compares the three.
+    Ours is that the real flow is the teacher's guided one (the student has no input by which it could say both the
+    velocity and the jump), the bound on the consistency step, and that an image's kind is drawn, so that batches may
+    be of any size. `benchmarks/distillation.py` measures the student at 1, 2, 4 and 8 steps.
 
     Saved are the folders `transformer_turbo/` and `scheduler_turbo/` of a pipeline.
 
     Args:
         teacher ([`~diffusers.ZImageTransformer2DModel`]): The many-step decoder; not changed.
         semantic_embedder ([`LLaDAUniSemanticEmbedder`]): Codes to features, for both; not changed.
-        scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`], *optional*): The teacher's. Default: shift 6.
         student ([`~diffusers.ZImageTransformer2DModel`], *optional*): Where the student starts. Default: the teacher.
         args ([`LLaDAUniDistillationConfig`], *optional*): Settings.
-        train_dataset, eval_dataset: Rows with `codes` (H * W) and `grid` (H, W).
+        train_dataset, eval_dataset: Prepared by [`prepare_decoder_dataset`], as the decoder's.
         **kwargs: Further arguments of [`~transformers.Trainer`].
 
     Raises:
@@ -55,13 +69,11 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
 
     _stage = "few-step distillation of the decoder"
     args: LLaDAUniDistillationConfig
-    student_class: type[DecoderModule] = DecoderModule  # what the student is while it learns
 
     def __init__(
         self,
         teacher: ZImageTransformer2DModel,
         semantic_embedder: LLaDAUniSemanticEmbedder,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
         student: ZImageTransformer2DModel | None = None,
         args: LLaDAUniDistillationConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -69,17 +81,11 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniDistillationConfig, "llada-uni-decoder-turbo")
-        check_datasets(train_dataset, eval_dataset, ("codes", "grid"))
-        if scheduler is None:
-            scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["normal"])
-        check_class("scheduler", scheduler, FlowMatchEulerDiscreteScheduler)
-        scheduler.set_timesteps(sigmas=decoder_sigmas("normal", args.num_teacher_steps))
-        self.teacher_sigmas = scheduler.sigmas.tolist()  # falling, 0 at the end
-
+        check_datasets(train_dataset, eval_dataset, COLUMNS)
         student = copy.deepcopy(teacher) if student is None else student
         self.teacher = DecoderModule(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
         super().__init__(
-            self.student_class(student.requires_grad_(True), semantic_embedder),
+            TwinDecoder(student.requires_grad_(True), semantic_embedder),
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -88,74 +94,66 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
         )
         self.teacher.to(self.args.device)
 
-    # The teacher
-
     @torch.no_grad()
-    def teacher_velocity(
-        self, noisy: list[torch.Tensor], time: torch.Tensor, codes: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """The teacher's guided velocity toward data at `time` `(batch,)`, 0 for noise to 1 for data."""
+    def teacher_velocity(self, points: Latents, sigmas: torch.Tensor, codes: list[torch.Tensor]) -> Latents:
+        """The teacher's guided velocity toward data at noise levels `(batch,)`."""
         guidance_scale, batch_size = self.args.teacher_guidance_scale, len(codes)
         branches = 2 if guidance_scale else 1
-        is_conditional = torch.arange(branches * batch_size, device=time.device) < batch_size
-        velocities = self.teacher(noisy * branches, time.repeat(branches), codes * branches, is_conditional)
+        is_conditional = torch.arange(branches * batch_size, device=sigmas.device) < batch_size
+        velocities = self.teacher(points * branches, 1 - sigmas.repeat(branches), codes * branches, is_conditional)
         if not guidance_scale:
             return velocities
         pairs = zip(velocities[:batch_size], velocities[batch_size:], strict=True)
         return [guided_velocity(p[None], q[None], guidance_scale)[0] for p, q in pairs]
 
-    def trajectory(self, noise: list[torch.Tensor], codes: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """
-        The teacher's way from `noise`: at each of `teacher_sigmas` the latents of all rows, the last of which are the
-        images.
-        """
-        points = [noise]
-        for sigma, following in zip(self.teacher_sigmas, self.teacher_sigmas[1:], strict=False):
-            time = torch.full((len(codes),), 1 - sigma, device=noise[0].device)
-            velocities = self.teacher_velocity(points[-1], time, codes)
-            points.append([x + (sigma - following) * v for x, v in zip(points[-1], velocities, strict=True)])
-        return points
-
-    def point_at(self, points: list[list[torch.Tensor]], row: int, sigma: float) -> torch.Tensor:
-        """The latents of a row where its trajectory passes the noise level `sigma`."""
-        step = max(k for k, own in enumerate(self.teacher_sigmas) if own >= sigma or k == 0)
-        upper, lower = self.teacher_sigmas[step], self.teacher_sigmas[step + 1]
-        share = (upper - sigma) / (upper - lower)
-        return torch.lerp(points[step][row], points[step + 1][row], share)
-
-    # Loss
-
-    def loss(self, model: DecoderModule, inputs: dict[str, Any]) -> torch.Tensor:
-        args, codes = self.args, inputs["codes"]
-        patch_size, channels = (self.teacher.transformer.config[name] for name in ("all_patch_size", "in_channels"))
-        side = UPSCALE * patch_size[0]
-
-        # 1. The teacher's trajectories
+    def loss(self, model: TwinDecoder, inputs: dict[str, Any]) -> torch.Tensor:
+        codes, latents = inputs["codes"], inputs["latents"]
         generators = step_generators(self, len(codes))
-        noise = [
-            torch.randn(channels, side * grid.shape[0], side * grid.shape[1], generator=generator).to(grid.device)
-            for grid, generator in zip(codes, generators, strict=True)
-        ]
-        points = self.trajectory(noise, codes)
-
-        # 2. Points on them, at the noise levels of the few-step samplers
-        sigmas, noisy, targets, shown = [], [], [], []
+        sigmas, noise = draw_noise(latents, generators)
+        of_data, own = [], []
         for row, generator in enumerate(generators):
-            for _ in range(args.pairs_per_trajectory):
-                low, high = args.min_student_steps, args.max_student_steps
-                num_steps = int(torch.randint(low, high + 1, (), generator=generator))
-                sigma = 1 - int(torch.randint(num_steps, (), generator=generator)) / num_steps
-                point = self.point_at(points, row, sigma)
-                sigmas.append(sigma)
-                noisy.append(point)
-                targets.append((points[-1][row] - point) / sigma)
-                shown.append(codes[row])
+            if torch.rand((), generator=generator).item() >= OWN_SHARE:
+                of_data.append(row)
+                continue
+            own.append(row)
+            steps = self.args.num_student_steps
+            sigmas[row] = 1 - int(torch.randint(steps, (), generator=generator)) / steps
+        points = noised(latents, noise, sigmas)
+        jumps = Jumps(codes, points, sigmas, velocities_of(model, points, sigmas, codes))
+        losses = []
+        if of_data:
+            losses.append(self.consistency_loss(model, jumps.of(of_data)))
+        if own:
+            losses.append(self.twin_loss(model, jumps.of(own), [generators[row] for row in own]))
+        return torch.stack(losses).sum() / len(codes)
 
-        # 3. The student's velocities
-        time = 1 - torch.tensor(sigmas, device=codes[0].device)
-        velocities = model(noisy, time, shown, torch.ones_like(time, dtype=torch.bool))
-        errors = [(v - target).square().mean() for v, target in zip(velocities, targets, strict=True)]
-        return torch.stack(errors).mean()
+    def consistency_loss(self, model: TwinDecoder, jumps: "Jumps") -> torch.Tensor:
+        """The sum of the jumps' errors from noisy images of the data."""
+        codes, points, sigmas, velocities = jumps
+        targets = consistency_targets(
+            lambda sides, levels: velocities_of(model, sides, levels, codes * 2),
+            points,
+            sigmas,
+            self.teacher_velocity(points, sigmas, codes),
+        )
+        return consistency_errors(velocities, targets).sum()
+
+    def twin_loss(self, model: TwinDecoder, jumps: "Jumps", generators: list[torch.Generator]) -> torch.Tensor:
+        """The sum of the errors of the twin's velocities to where the jumps end, and of the jumps."""
+        codes, points, sigmas, velocities = jumps
+        own = [(x + sigma * v).detach() for x, sigma, v in zip(points, sigmas, velocities, strict=True)]
+        # The twin learns twice as often as the student moves (as LLaDA-Image's, which is a model of its own)
+        levels, noise = draw_noise(own * 2, generators * 2)
+        flows = velocities_of(model, noised(own * 2, noise, levels), levels, codes * 2, is_twin=True)
+        twin_errors = squared_errors(flows, [y - e for y, e in zip(own * 2, noise, strict=True)])
+
+        levels, noise = draw_noise(own, generators)
+        noisy = noised(own, noise, levels)
+        real = self.teacher_velocity(noisy, levels, codes)
+        with torch.no_grad():
+            twin = velocities_of(model, noisy, levels, codes, is_twin=True)
+        targets = [(v + r - t).detach() for v, r, t in zip(velocities, real, twin, strict=True)]
+        return twin_errors.sum() + squared_errors(velocities, targets).sum()
 
     def components(self) -> dict[str, Savable]:
         transformer, scheduler = DECODERS["turbo"]
@@ -163,3 +161,25 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[DecoderModule]):
             transformer: self.trained_model().transformer,
             scheduler: FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["turbo"]),
         }
+
+
+class Jumps(NamedTuple):
+    """Points `(channels, 4 * H, 4 * W)` each, their noise levels `(batch,)`, and the student's velocities there."""
+
+    codes: list[torch.Tensor]
+    points: Latents
+    sigmas: torch.Tensor
+    velocities: Latents
+
+    def of(self, rows: list[int]) -> "Jumps":
+        codes, points, velocities = (
+            [values[row] for row in rows] for values in (self.codes, self.points, self.velocities)
+        )
+        return Jumps(codes, points, self.sigmas[rows], velocities)
+
+
+def velocities_of(
+    model: TwinDecoder, points: Latents, sigmas: torch.Tensor, codes: list[torch.Tensor], is_twin: bool = False
+) -> Latents:
+    """At noise levels `(batch,)`, all images with their codes; `model` may be wrapped for several processes."""
+    return model(points, 1 - sigmas, codes, torch.ones_like(sigmas, dtype=torch.bool), is_twin)

@@ -38,17 +38,20 @@ class StageParser(TrlParser):
 
     def __init__(self, stage: str, dataclasses: Sequence[type]):
         self._dataclasses = dataclasses
+        self._recipe: str | None = None
+        self._has_recipes = LLaDAUniSFTConfig in dataclasses
+        # Read before the others: it sets their defaults.
+        self._first = argparse.ArgumentParser(prog=f"llada-uni train {stage}", add_help=False)
+        if self._has_recipes:
+            published = f"Published settings in the place of defaults: {', '.join(RECIPES)}; see docs/training.md."
+            self._first.add_argument("--recipe", choices=list(RECIPES), default=argparse.SUPPRESS, help=published)
         super().__init__(
             dataclasses,  # type: ignore[arg-type]  # trl's name for classes of dataclasses
-            prog=f"llada-uni train {stage}",
+            prog=self._first.prog,
+            parents=[self._first],
             usage="%(prog)s [--config FILE.yaml] [--option value ...]",
             description="Options are read from a YAML file and from the command line, which has the last word.",
         )
-        self._recipe: str | None = None
-        self._has_recipes = LLaDAUniSFTConfig in dataclasses
-        if self._has_recipes:
-            published = f"Published settings in the place of defaults: {', '.join(RECIPES)}; see docs/training.md."
-            self.add_argument("--recipe", choices=list(RECIPES), default=argparse.SUPPRESS, help=published)
 
     def format_help(self) -> str:
         sections: dict[str, list[argparse.Action]] = {OWN: [], MODEL_AND_DATA: []}
@@ -85,9 +88,7 @@ class StageParser(TrlParser):
         if words and words[-1] == "--config":
             self.error("argument --config: expected a file")
         if self._has_recipes:
-            typed = argparse.ArgumentParser(prog=self.prog, add_help=False)
-            typed.add_argument("--recipe", choices=list(RECIPES))
-            known, words = typed.parse_known_args(words)
-            self._recipe = known.recipe
+            typed, words = self._first.parse_known_args(words)
+            self._recipe = getattr(typed, "recipe", None)
             self.set_defaults_with_config()
         return self.parse_args_and_config(words, fail_with_unknown_args=True)

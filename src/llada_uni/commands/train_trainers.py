@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import trl.rewards
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
 from peft import PeftConfig
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -33,7 +33,7 @@ from diffusers_llada_uni.semantic_embedder import LLaDAUniSemanticEmbedder
 from diffusers_llada_uni.training.autoencoder_config import LLaDAUniAutoencoderConfig
 from diffusers_llada_uni.training.autoencoder_trainer import LLaDAUniAutoencoderTrainer
 from diffusers_llada_uni.training.decoder_config import LLaDAUniDecoderConfig
-from diffusers_llada_uni.training.decoder_data import prepare_decoder_dataset
+from diffusers_llada_uni.training.decoder_data import is_prepared, prepare_decoder_dataset
 from diffusers_llada_uni.training.decoder_trainer import LLaDAUniDecoderTrainer
 from diffusers_llada_uni.training.distillation_config import LLaDAUniDistillationConfig
 from diffusers_llada_uni.training.distillation_trainer import LLaDAUniDistillationTrainer
@@ -148,7 +148,7 @@ def finish(trainer: BaseTrainer, script_args: ScriptArguments) -> None:
     """Trains (or goes on), saves, writes the card, and pushes if that was asked for."""
     args = trainer.args
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
@@ -234,15 +234,16 @@ def _decoder_data(
     script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelConfig
 ) -> dict[str, AnyDataset | None]:
     """Both datasets as codes and latents; images need the rest of the pipeline for that."""
-    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
-    if "codes" not in get_dataset_column_names(train_dataset):
+    loaded = load_data(script_args, None, training_args.eval_strategy != "no")
+    data = dict(zip(("train_dataset", "eval_dataset"), loaded, strict=True))
+    images = {name: rows for name, rows in data.items() if rows is not None and not is_prepared("dataset_name", rows)}
+    if images:
         model, processor = load_language_model(model_args, training_args)
         if not isinstance(model, LLaDAUniForConditionalGeneration):
             raise ValueError(f"`model_name_or_path` {_path(model_args)!r} has no image tokenizer.")
         rest = (model, processor.image_processor, _component(AutoencoderKL, "vae", model_args))
-        train_dataset = prepare_decoder_dataset(train_dataset, *rest)
-        eval_dataset = None if eval_dataset is None else prepare_decoder_dataset(eval_dataset, *rest)
-    return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        data |= {name: prepare_decoder_dataset(rows, *rest) for name, rows in images.items()}
+    return data
 
 
 def autoencoder_trainer(
@@ -274,9 +275,7 @@ def distillation_trainer(
     data = _decoder_data(script_args, training_args, model_args)
     transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
     semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
-    scheduler = _component(FlowMatchEulerDiscreteScheduler, "scheduler", model_args)
-    trainer = LLaDAUniDistillationTrainer(transformer, semantic_embedder, scheduler, args=training_args, **data)
-    return trainer, script_args
+    return LLaDAUniDistillationTrainer(transformer, semantic_embedder, args=training_args, **data), script_args
 
 
 def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., Built]]]:

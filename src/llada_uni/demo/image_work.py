@@ -1,6 +1,5 @@
 """Images for a visitor who watches: their codes block by block, with a preview now and then, then the images."""
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_llada_uni import LLaDAUniPipeline
-from diffusers_llada_uni.code_decoding import CodeDecoder
 from diffusers_llada_uni.code_generation import (
     DEFAULT_GUIDANCE_SCALE,
     CodeGenerationSettings,
@@ -91,7 +89,7 @@ def make_images(pipe: LLaDAUniPipeline, request: ImageRequest, report: Report) -
     """
     # 1. Check the arguments.
     check_prompt(request.prompt)
-    coder, decoder = pipe.code_generator, decoder_of(pipe)
+    coder, decoder = pipe.code_generator, pipe.code_decoder
     decoding = decoder.settle(num_inference_steps=request.num_inference_steps)
     scale = request.guidance_scale
     if scale is None:
@@ -129,14 +127,6 @@ def make_images(pipe: LLaDAUniPipeline, request: ImageRequest, report: Report) -
 
     images = decoder.decode(codes, decoding, generators, on_step_end=on_step)
     report(ImageProgress(num_codes, num_codes, list(images), is_finished=True))
-
-
-def decoder_of(pipe: LLaDAUniPipeline) -> CodeDecoder:
-    """The pipeline's, with schedulers of its own: they hold the state of one decoding, and the engine decodes, too."""
-    decoder = pipe.code_decoder
-    return CodeDecoder(
-        decoder.semantic_embedder, decoder.vae, decoder.transformers, copy.deepcopy(decoder.schedulers), decoder.device
-    )
 
 
 def codes_by_parts(

@@ -58,7 +58,7 @@ def rewards_of(reward: Reward, num_rows: int, **columns: Any) -> list[float]:
     given = reward(**columns)
     try:
         scores = [float(score) for score in given]
-    except (TypeError, ValueError):  # no list, or no numbers
+    except (TypeError, ValueError, RuntimeError):  # no list, or no numbers
         scores = []
     if len(scores) != num_rows or not all(map(math.isfinite, scores)):
         raise ValueError(f"`reward` must give a finite number for each of {num_rows} candidates, got {given!r}.")

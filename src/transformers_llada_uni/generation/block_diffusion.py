@@ -25,13 +25,18 @@ from ..input_checks import (
     check_known_codes,
     check_length,
     check_streamer,
-    refuse_settings,
     split_rows,
 )
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig, as_list
+from .configuration import (
+    BlockDiffusionGenerationConfig,
+    as_list,
+    refuse_settings_of_images,
+    refuse_settings_of_text,
+)
 from .decoding import BlockDiffusionDecoder
 from .foreign_settings import settings_of
+from .guidance_ramp import check_ramp
 from .recording import recordings_of
 from .sampling import Generators
 from .settings import GenerationSettingsMixin
@@ -42,7 +47,6 @@ from .trajectory import Trajectory, TrajectoryRecorder
 
 logger = logging.get_logger(__name__)
 
-GUIDANCE = ("guidance_scale", "image_guidance_scale", "guidance_rescale", "guidance_ramp")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -147,8 +151,7 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
         named = dict(kwargs)
         if generation_config is not None and not isinstance(generation_config, BlockDiffusionGenerationConfig):
             named |= settings_of(generation_config)
-        if guidance := [name for name in GUIDANCE if name in named]:
-            raise TypeError(f"`generate` takes no `{guidance[0]}`: only image codes are guided.")
+        refuse_settings_of_images("generate", named)
         assert config.mask_token_id is not None  # it is settled
         if inputs is not None:
             if input_ids is not None:
@@ -269,9 +272,7 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
             ValueError, TypeError: for an argument that is out of range or does not fit the others, before any work.
         """
         # 1. Settle the settings and check the arguments.
-        of_text = ("max_new_tokens", "max_length", "max_time", "stop_strings")
-        refuse_settings("generate_image_codes", kwargs, dict.fromkeys(of_text, "grid"))
-        # Codes stand in no order in which one could follow from those before it.
+        refuse_settings_of_text("generate_image_codes", kwargs)
         of_codes = {"num_steps_per_block": num_steps_per_block, "self_speculation": False}
         config = self.settle_generation_config(generation_config, kwargs | of_codes)
         assert config.mask_token_id is not None  # it is settled
@@ -290,6 +291,7 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
                 "`negative_image_input_ids` are not given."
             )
         is_guided = guidance_scale != 1.0 or image_guidance_scale != 0
+        check_ramp(kwargs, is_guided)
         branches = {"input_ids": (input_ids, attention_mask)}
         for name, ids, mask, is_used in (
             ("negative_input_ids", negative_input_ids, negative_attention_mask, is_guided),

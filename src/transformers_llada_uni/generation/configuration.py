@@ -6,7 +6,15 @@ from typing import Any, ClassVar, NoReturn
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from ..input_checks import check_choice, check_flag, check_integer, check_number, check_texts, check_token_id
+from ..input_checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_texts,
+    check_token_id,
+    refuse_settings,
+)
 from .foreign_settings import refuse
 from .sprint import SprintConfig
 
@@ -14,6 +22,7 @@ from .sprint import SprintConfig
 logger = logging.get_logger(__name__)
 
 MASKING_SCHEDULES = ("linear", "cosine")
+GUIDANCE = ("guidance_scale", "image_guidance_scale", "guidance_rescale", "guidance_ramp")
 CACHE_IMPLEMENTATIONS = ("dynamic", "sprint", "exact")  # the last is what older files say for "dynamic"
 
 
@@ -53,7 +62,9 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
             a round that changes nothing is the last.
         self_speculation (`bool`, defaults to `False`): Text as `block_length=1` would give it, in fewer forward passes
             (S2D2, arXiv 2603.25702): blocks are drafted with these settings, and verified token by token in one pass.
-            Exact, but where rounding decides between two tokens. Image codes are generated as without it.
+            Exact, but where rounding decides between two tokens: `block_length`, `num_steps_per_block`, `threshold`
+            and `credit_alpha` are those of drafts, and decide how many passes it takes, not what is written. Image
+            codes are generated as without it.
         do_sample (`bool`, defaults to `False`): Sample tokens instead of taking the most probable.
         temperature (`float`, *optional*, defaults to 1.0), top_k (`int`, *optional*), top_p (`float`, *optional*):
             Shape what is sampled from. Without `do_sample` they do nothing, which is warned of. A temperature of 0
@@ -65,8 +76,8 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
         guidance_ramp (`tuple[float, float]`, *optional*): Of image codes, guidance over time, weak early and strong
             late (arXiv 2507.08965): none until this share of the image is known, all of it from that share on, rising
             linearly between. `(0, 1)` rises all the time, `(0.25, 0.25)` begins at a quarter. Blocks without guidance
-            take no forward of the negative prompts; an image of few blocks may have none such. Default: the same all
-            the time, which is `(0, 0)`.
+            take no forward of the negative prompts; an image of few blocks may have none such. A call that has no
+            guidance refuses it. Default: the same all the time, which is `(0, 0)`.
         use_cache (`bool`, defaults to `True`): Keep the keys and values of finished blocks, which is exact. `False`
             recomputes everything at every step.
         cache_implementation (`str`, defaults to `"dynamic"`): `"dynamic"`, which is exact, or `"sprint"`, an
@@ -287,6 +298,26 @@ class BlockDiffusionGenerationConfig(GenerationConfig):
 def as_list(value: int | list[int] | None) -> list[int]:
     """`eos_token_id` may be one id, several, or none."""
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def refuse_settings_of_images(method: str, names: Iterable[str]) -> None:
+    """Raises TypeError for the first setting that a call names and that has no meaning for text."""
+    for name in names:
+        if name in GUIDANCE:
+            raise TypeError(f"`{method}` takes no `{name}`: only image codes are guided.")
+
+
+def refuse_settings_of_text(method: str, settings: dict[str, Any], size: str = "grid") -> None:
+    """Raises TypeError for the first setting that a call names and that has no meaning for codes, whose `size` says
+    how many there are."""
+    refuse_settings(
+        method, settings, dict.fromkeys(("max_new_tokens", "max_length", "max_time", "stop_strings"), size)
+    )
+    if settings.get("self_speculation"):
+        raise TypeError(
+            f"`{method}` takes no `self_speculation`: image codes stand in no order in which one could follow from "
+            "those before it."
+        )
 
 
 def check_generation_config(generation_config: Any) -> None:

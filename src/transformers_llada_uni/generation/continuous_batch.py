@@ -10,7 +10,7 @@ from ..input_checks import check_generator, check_integer, check_length, check_t
 from .block_diffusion import BlockDiffusionGenerationMixin
 from .cache import BlockDiffusionCache
 from .canvas import Canvas
-from .configuration import BlockDiffusionGenerationConfig, as_list
+from .configuration import BlockDiffusionGenerationConfig, as_list, refuse_settings_of_images
 from .decoding import warn_of_no_numbers
 from .runners import EagerRunner
 from .stopping import RowEnds
@@ -81,6 +81,7 @@ class ContinuousBatch:
         **kwargs: Any,
     ):
         refuse_settings("ContinuousBatch", kwargs, {"max_length": "max_new_tokens", "num_return_sequences": "add"})
+        refuse_settings_of_images("ContinuousBatch", kwargs)
         self.model = model
         self.config = model.settle_generation_config(generation_config, kwargs)
         for name in ("max_time", "stop_strings"):
@@ -88,6 +89,10 @@ class ContinuousBatch:
                 raise ValueError(f"`{name}` cannot be had: who reads the rows' tokens removes a row when it is time.")
         if self.config.self_speculation:
             raise ValueError("`self_speculation=True` cannot be had: rows go on block by block, side by side.")
+        if self.config.output_trajectory:
+            raise ValueError(
+                "`output_trajectory=True` cannot be had: rows come and go, and tell of their tokens only."
+            )
         if self.config.use_cuda_graphs:
             raise ValueError("`use_cuda_graphs=True` cannot be had: rows come and go, and no two steps are alike.")
         self._decoder = model.make_decoder(self.config, None)

@@ -1,8 +1,16 @@
 """Guidance over time: none while little of an image is known, all of it once much is (arXiv 2507.08965)."""
 
+from typing import Any
+
 import torch
 
 from .canvas import Canvas
+
+
+def check_ramp(settings: dict[str, Any], is_guided: bool) -> None:
+    """Raises ValueError where a call names a ramp, and has no guidance that could rise."""
+    if settings.get("guidance_ramp") is not None and not is_guided:
+        raise ValueError("`guidance_ramp` is given, but there is no guidance: `guidance_scale` is 1.")
 
 
 def guidance_weights(

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..input_checks import check_generator, check_grid, check_integer, refuse_settings
 from .block_diffusion import BlockDiffusionGenerationMixin, guidance_scale_of, runs_as_it_is
 from .configuration import BlockDiffusionGenerationConfig, as_list
+from .guidance_ramp import check_ramp
 
 
 logger = logging.get_logger(__name__)
@@ -86,6 +87,7 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         check_integer("max_images", max_images, minimum=1)
         check_integer("num_image_steps_per_block", num_image_steps_per_block, minimum=1)
         is_guided = guidance_scale_of(config, negative_input_ids) != 1.0 or config.image_guidance_scale != 0
+        check_ramp(kwargs, is_guided)
         for name, ids, mask in (
             ("negative_input_ids", negative_input_ids, negative_attention_mask),
             ("uncondition_ids", uncondition_ids, None),

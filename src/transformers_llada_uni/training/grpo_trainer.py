@@ -1,5 +1,6 @@
 """Training by rewards: GRPO with block-diffusion rollouts, of texts and of images."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import global_then_local_main_first, pad
+from trl.trainer.utils import global_then_local_main_first, is_async_callable, pad
 
 from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
@@ -69,8 +71,9 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
     anew in each iteration, but trl computes the old log-probabilities once).
 
     Rewards are trl's: callables (or reward models) that get `prompts`, `completions`, `completion_ids` and the columns
-    of the data, also those with the images of prompts. For generated images they also get `image_codes`, tensors
-    (H, W), and with `decode_images` `generated_images`.
+    of the data, also those with the images of prompts, and give a list with a number for each completion, or `None`
+    where they have none to give. For generated images they also get `image_codes`, tensors (H, W), and with
+    `decode_images` `generated_images`.
 
     Args:
         model: A model or the name of one.
@@ -86,7 +89,8 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
         **kwargs: Further arguments of [`~trl.GRPOTrainer`].
 
     Raises:
-        ValueError, TypeError: for settings or data that do not fit.
+        ValueError, TypeError: for settings or data that do not fit; in training, for a reward that gives something
+            else.
     """
 
     _stage = "reward training (GRPO)"
@@ -165,6 +169,9 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self.reward_funcs = [
+            checked_reward(*reward) for reward in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
         self.beta = args.beta = beta
         self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
         self.rollout_func = self._roll_out
@@ -367,3 +374,35 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
             weights = self._likelihood.step_weights(ids, mask, labels)[:, inputs["prompt_ids"].shape[1] :]
             inputs = {**inputs, "advantages": inputs["advantages"][:, None] * weights}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def checked_reward(reward: Any, name: str) -> Any:
+    """The reward, whose answers are seen before trl takes them for a list; one that is a model stays as it is."""
+    if isinstance(reward, nn.Module):
+        return reward
+    if is_async_callable(reward):
+
+        async def checked_later(**columns: Any) -> list[float | None]:
+            return check_rewards(name, await reward(**columns), len(columns["completions"]))
+
+        return checked_later
+
+    def checked(**columns: Any) -> list[float | None]:
+        return check_rewards(name, reward(**columns), len(columns["completions"]))
+
+    return checked
+
+
+def check_rewards(name: str, given: Any, count: int) -> list[float | None]:
+    """Raises ValueError, naming the function, for what are not `count` finite numbers, NaN or `None` among them."""
+    wrong = (
+        f"The reward function `{name}` must give a list of {count}, for each completion a finite number, or None "
+        f"where it has none to give; it gave {given!r:.200}."
+    )
+    try:
+        rewards = [None if reward is None else float(reward) for reward in given]
+    except (TypeError, ValueError, RuntimeError) as error:  # no list, or no numbers
+        raise ValueError(wrong) from error
+    if len(rewards) != count or any(reward is not None and math.isinf(reward) for reward in rewards):
+        raise ValueError(wrong)
+    return rewards

@@ -9,16 +9,14 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+from trl.data_utils import get_dataset_column_names
 
 from ..processing_llada_uni import LLaDAUniProcessor
 from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
-from .data.dataset_formats import CODES_FORM, are_image_codes, stored_image
+from .data.dataset_formats import CODES_COLUMN, CODES_FORM, are_image_codes, image_codes_of, refuse_row, stored_image
 from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
 from .image_tokenizer_model import SHARING_TEMPERATURE, features_of, image_tokenizer_of
 from .image_tokenizer_saving import save_image_tokenizer
-
-
-COLUMNS = ("image", "image_codes")
 
 
 class CodeClassifier(nn.Module):
@@ -66,7 +64,8 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         model ([`LLaDAUniForConditionalGeneration`] or [`LLaDAUniModel`]): Holds the image tokenizer.
         args ([`LLaDAUniImageTokenizerAlignmentConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows with an `image` and `image_codes`, a list of one `{"grid": [H, W], "codes":
-            [H * W]}`, as [`encode_images`] gives them.
+            [H * W]}`, as [`encode_images`] gives them; or with `image`, `grid` and `codes`, as `llada-uni encode`
+            does.
         processing_class ([`LLaDAUniProcessor`]): Sizes the images.
         **kwargs: Further arguments of [`~transformers.Trainer`].
 
@@ -91,9 +90,11 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         holder = image_tokenizer_of(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
-        check_datasets(train_dataset, eval_dataset, COLUMNS)
+        check_datasets(train_dataset, eval_dataset, ("image",))
         self._image_processor = processing_class.image_processor
         self._num_codes = holder.vqmodel.quantize.embedding.num_embeddings
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            self._check_codes(name, dataset)
         classifier = CodeClassifier(holder.visual, holder.vqmodel)
         classifier.requires_grad_(False)
         classifier.visual.requires_grad_(True)
@@ -109,22 +110,47 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         )
         self._accuracies: dict[str, list[torch.Tensor]] = defaultdict(list)
 
+    def _check_codes(self, name: str, dataset: Dataset | IterableDataset | None) -> None:
+        """Of all rows before the training, of a stream as they come."""
+        if dataset is None:
+            return
+        columns = get_dataset_column_names(dataset)
+        used = [CODES_COLUMN] if CODES_COLUMN in columns else ["grid", "codes"]
+        if not set(used) <= set(columns):
+            raise ValueError(
+                f"`{name}` must have a column `{CODES_COLUMN}`, or `grid` and `codes`, it has {sorted(columns)}."
+            )
+        if isinstance(dataset, Dataset):
+            for index, row in enumerate(dataset.select_columns(used)):
+                try:
+                    self._wanted(row)
+                except ValueError as error:
+                    refuse_row(index, str(error))
+
+    def _wanted(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """Grid and codes of a row. Raises ValueError, naming the column, for what are no codes of this tokenizer."""
+        images = image_codes_of(row)
+        if not isinstance(images, (list, tuple)) or len(images) != 1 or not are_image_codes(images[0]):
+            raise ValueError(f"`{CODES_COLUMN}` of a row must be [{CODES_FORM}], got {str(images)[:100]}.")
+        codes = images[0]["codes"]
+        if not 0 <= min(codes) <= max(codes) < self._num_codes:
+            raise ValueError(
+                f"`{CODES_COLUMN}` must be from 0 to {self._num_codes - 1}, got {min(codes)}..{max(codes)}."
+            )
+        return images[0]
+
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [[self._image_processor.fetch_images(stored_image(row["image"]))] for row in rows]
         batch = dict(self._image_processor(images, resize_mode=self.args.resize_mode, return_tensors="pt"))
         labels = []
         for row, (_, *grid) in zip(rows, batch["image_grid_thw"].tolist(), strict=True):
-            wanted = row["image_codes"]
-            if not isinstance(wanted, (list, tuple)) or len(wanted) != 1 or not are_image_codes(wanted[0]):
-                raise ValueError(f"`image_codes` of a row must be [{CODES_FORM}], got {str(wanted)[:100]}.")
-            if list(wanted[0]["grid"]) != grid:
+            wanted = self._wanted(row)
+            if list(wanted["grid"]) != grid:
                 raise ValueError(
-                    f"`image_codes` have the grid {list(wanted[0]['grid'])}, but the image has {grid} by the rule of "
-                    f"{self.args.resize_mode!r}."
+                    f"`{CODES_COLUMN}` have the grid {list(wanted['grid'])}, but the image has {grid} by the rule of "
+                    f"`resize_mode={self.args.resize_mode!r}`."
                 )
-            labels += wanted[0]["codes"]
-        if labels and not 0 <= min(labels) <= max(labels) < self._num_codes:
-            raise ValueError(f"`image_codes` must be from 0 to {self._num_codes - 1}.")
+            labels += wanted["codes"]
         return {**batch, "labels": torch.tensor(labels)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

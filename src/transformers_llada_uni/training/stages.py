@@ -18,7 +18,7 @@ points of ours.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -104,9 +104,9 @@ STAGES = {
 }
 
 
-def part_of(name: str) -> str:
-    """The part in `PARTS` a parameter of the model belongs to. Raises ValueError if it belongs to none."""
-    for part, pattern in PARTS.items():
+def part_of(name: str, patterns: Mapping[str, str] = PARTS) -> str:
+    """The part a parameter of the model belongs to: the first that matches. Raises ValueError if it is in none."""
+    for part, pattern in patterns.items():
         if re.search(pattern, name):
             return part
     raise ValueError(f"`{name}` is no parameter of a LLaDA2.0-Uni model.")
@@ -120,15 +120,14 @@ def check_parts(name: str, parts: Iterable[str], known: Collection[str] = LANGUA
         raise ValueError(f"`{name}` must name parts among {', '.join(known)}, got {unknown or parts!r}.")
 
 
-def freeze_all_but(model: nn.Module, trained_parts: Iterable[str]) -> None:
-    """Sets which parameters of `model` take gradients: those of `trained_parts`, and no others."""
-    trained_parts = set(trained_parts)
-    check_parts("trained_parts", trained_parts)
+def freeze_all_but(model: nn.Module, trained_parts: Collection[str], patterns: Mapping[str, str] = PARTS) -> None:
+    """Sets which parameters of `model` take gradients: those of `trained_parts` of its parts, and no others."""
     for name, parameter in model.named_parameters():
-        is_trained = part_of(name) in trained_parts
+        part = part_of(name, patterns)
+        is_trained = part in trained_parts
         if is_trained and not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
-                f"`trained_parts` holds {part_of(name)!r}, but `{name}` is quantised and takes no gradient; train an "
+                f"`trained_parts` holds {part!r}, but `{name}` is quantised and takes no gradient; train an "
                 "adapter (`peft_config`) instead."
             )
         parameter.requires_grad_(is_trained)

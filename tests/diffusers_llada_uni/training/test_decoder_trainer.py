@@ -275,5 +275,10 @@ def test_bad_arguments_are_refused(tmp_path):
         LLaDAUniDecoderTrainer(semantic_embedder, semantic_embedder, args, train_dataset=dataset_of_images(2))
     with pytest.raises(ValueError, match="`semantic_embedder`"):
         LLaDAUniDecoderTrainer(transformer, type(semantic_embedder)(8, 24), args, train_dataset=dataset_of_images(2))
-    with pytest.raises(ValueError, match="`image`"):
-        prepare_decoder_dataset(Dataset.from_dict({"text": ["a"]}), None, None, None)
+    texts = Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(ValueError, match="`dataset` must have a column `image`"):
+        prepare_decoder_dataset(texts, None, None, None)
+    for name in ("train_dataset", "eval_dataset"):
+        data = {"train_dataset": dataset_of_images(2), name: texts}
+        with pytest.raises(ValueError, match=f"`{name}` must have a column `image`"):
+            LLaDAUniDecoderTrainer(transformer, semantic_embedder, args, **data)

@@ -1,20 +1,22 @@
-"""Few-step distillation: the trajectory, the formula, and that few steps do what many did."""
+"""Few-step distillation: the formula, the twin, and that one step does what many did."""
 
 import pytest
 import torch
 from datasets import Dataset
 
 from diffusers_llada_uni import LLaDAUniPipeline
-from diffusers_llada_uni.code_decoding import decoder_sigmas
+from diffusers_llada_uni.decoders import SCHEDULER_SETTINGS
 from diffusers_llada_uni.training import (
     LLaDAUniDistillationConfig,
     LLaDAUniDistillationTrainer,
 )
+from diffusers_llada_uni.training.distillation_objective import DIFFERENCE
+from diffusers_llada_uni.training.distillation_trainer import OWN_SHARE
+from diffusers_llada_uni.training.twin_decoder import TwinDecoder
 from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
     RUN,
     dataset_of_images,
-    image_error,
     make_components,
     make_pipeline,
 )
@@ -22,141 +24,183 @@ from transformers_llada_uni.training.objective.noise import step_generators
 
 
 def make_trainer(output_dir, components=None, **settings):
-    transformer, semantic_embedder = make_components() if components is None else components
-    settings = {"num_teacher_steps": 5, "per_device_train_batch_size": 4, **settings}
+    settings = {"per_device_train_batch_size": 6, **settings}
     return LLaDAUniDistillationTrainer(
-        transformer,
-        semantic_embedder,
+        *(make_components() if components is None else components),
         args=LLaDAUniDistillationConfig(str(output_dir), **{**RUN, **settings}),
-        train_dataset=dataset_of_images(512, seed=5).remove_columns("latents"),
+        train_dataset=dataset_of_images(512, seed=5),
     )
 
 
-def sample(trainer, num_rows=3):
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(num_rows)])
-    generator = torch.Generator().manual_seed(0)
-    return batch["codes"], [torch.randn(4, 4, 4, generator=generator) for _ in range(num_rows)]
+def batch_of(trainer, num_rows=12):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(num_rows)])
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0])
-def test_trajectory_is_that_of_the_pipeline(tmp_path, guidance_scale):
+def test_the_teacher_leads_as_the_pipeline_does(tmp_path, guidance_scale):
     trainer = make_trainer(tmp_path, teacher_guidance_scale=guidance_scale)
-    codes, noise = sample(trainer)
-    points = trainer.trajectory(noise, codes)
+    inputs = batch_of(trainer, 3)
+    points = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(row)) for row in range(3)]
     pipe = make_pipeline(*make_components())
-    seen = []
-
-    def keep(pipe, step, timestep, tensors):
-        seen.append(tensors["latents"])
-        return tensors
-
-    pipe.decode_codes(
-        torch.stack(codes),
-        "normal",
-        5,
-        guidance_scale,
-        latents=torch.stack(noise),
-        output_type="latent",
-        callback_on_step_end=keep,
+    ends = pipe.decode_codes(
+        torch.stack(inputs["codes"]), "normal", 2, guidance_scale, latents=torch.stack(points), output_type="latent"
     )
-    assert len(points) == len(seen) + 1 == 5
-    for own, theirs in zip(points[1:], seen, strict=True):
-        torch.testing.assert_close(torch.stack(own), theirs, atol=1e-5, rtol=1e-4)
-
-
-def test_points_between_steps_lie_on_the_line(tmp_path):
-    trainer = make_trainer(tmp_path)
-    codes, noise = sample(trainer, 1)
-    points = trainer.trajectory(noise, codes)
-    sigmas = trainer.teacher_sigmas
-    assert sigmas[0] == 1 and sigmas[-1] == 0
-    for step, sigma in enumerate(sigmas[:-1]):
-        torch.testing.assert_close(trainer.point_at(points, 0, sigma), points[step][0])
-    middle = (sigmas[1] + sigmas[2]) / 2
-    torch.testing.assert_close(trainer.point_at(points, 0, middle), (points[1][0] + points[2][0]) / 2)
+    # With two points on the schedule there is one step: all the way
+    velocities = trainer.teacher_velocity(points, torch.ones(3), inputs["codes"])
+    torch.testing.assert_close(torch.stack(points) + torch.stack(velocities), ends, atol=1e-5, rtol=1e-4)
 
 
 def test_loss_equals_the_formula(tmp_path):
-    trainer = make_trainer(tmp_path, pairs_per_trajectory=3)
+    trainer = make_trainer(tmp_path, seed=1)
     trainer.model.eval()
-    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
-    calls = []
     with torch.no_grad():
-        loss = trainer.compute_loss(lambda *call: calls.append(call) or trainer.model(*call), inputs)
-        (noisy, time, codes, is_conditional), *rest = calls
-        velocities = trainer.model(noisy, time, codes, is_conditional)
-    assert not rest and len(noisy) == 6 and bool(is_conditional.all())
-    allowed = {round(1 - sigma, 6) for steps in range(4, 9) for sigma in decoder_sigmas("turbo", steps)}
-    assert {round(value, 6) for value in time.tolist()} <= allowed
+        trainer.model.twin.normal_(generator=torch.Generator().manual_seed(0))
+    inputs = batch_of(trainer)
+    codes, latents = inputs["codes"], inputs["latents"]
+    loss = trainer.compute_loss(trainer.model, inputs)
     trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
-    noise = [torch.randn(4, 4, 4, generator=generator) for generator in step_generators(trainer, 2)]
-    points = trainer.trajectory(noise, inputs["codes"])
-    errors = []
-    for pair in range(6):
-        row, sigma = pair // 3, 1 - time[pair]
-        torch.testing.assert_close(noisy[pair], trainer.point_at(points, row, sigma.item()), atol=1e-5, rtol=1e-4)
-        errors.append((velocities[pair] - (points[-1][row] - noisy[pair]) / sigma).square().mean())
-    torch.testing.assert_close(loss, torch.stack(errors).mean(), atol=1e-5, rtol=1e-4)
+    shown = torch.ones(1, dtype=torch.bool)
+    total, kinds = 0, []
+
+    def velocity(point, sigma, code, is_twin=False):
+        return trainer.model([point], 1 - sigma.reshape(1), [code], shown, is_twin)[0]
+
+    def teacher(point, sigma, code):
+        return trainer.teacher_velocity([point], sigma.reshape(1), [code])[0]
+
+    def drawn(x, generator):
+        sigma = torch.rand((), generator=generator).clamp_min(1e-3)
+        return sigma, torch.randn(x.shape, generator=generator)
+
+    for code, x, generator in zip(codes, latents, step_generators(trainer, len(codes)), strict=True):
+        sigma, e = drawn(x, generator)
+        is_own = torch.rand((), generator=generator) < OWN_SHARE
+        kinds.append(bool(is_own))
+        if is_own:
+            sigma = 1 - torch.randint(4, (), generator=generator) / 4
+        point = (1 - sigma) * x + sigma * e
+        v = velocity(point, sigma, code)
+        if not is_own:
+            u = teacher(point, sigma, code)
+            above, below = (sigma + DIFFERENCE).clamp_max(1), (sigma - DIFFERENCE).clamp_min(0)
+            sides = [velocity(point - (side - sigma) * u, side, code) for side in (above, below)]
+            target = u - sigma * (sides[0] - sides[1]) / (above - below)
+            total += (v - target).clamp(-1, 1).square().mean()
+            continue
+        y = point + sigma * v
+        for _ in range(2):
+            sigma, e = drawn(x, generator)
+            total += (velocity((1 - sigma) * y + sigma * e, sigma, code, True) - (y - e)).square().mean()
+        sigma, e = drawn(x, generator)
+        point = (1 - sigma) * y + sigma * e
+        total += (teacher(point, sigma, code) - velocity(point, sigma, code, True)).square().mean()
+    assert 0 < sum(kinds) < len(kinds)
+    torch.testing.assert_close(loss, total / len(codes), rtol=1e-4, atol=1e-5)
 
 
-def test_few_steps_do_what_many_did(trained_decoder, tmp_path):
-    """Images as good as the teacher's for a fifth of its passes or fewer, and at one step nearly the same ones."""
+def test_each_part_moves_only_what_it_is_for(tmp_path):
+    """The twin learns where the student jumps and does not move it; the student's losses do not move the twin."""
+    trainer = make_trainer(tmp_path)
+    inputs = batch_of(trainer, 6)
+    model, codes = trainer.model, inputs["codes"]
+    generators = step_generators(trainer, 6)
+    sigmas = torch.full((6,), 0.5)
+    jumps = [torch.zeros(4, 4, 4, requires_grad=True) for _ in range(6)]
+    trainer.teacher_velocity = lambda points, sigmas, codes: [torch.full((4, 4, 4), 3.0) for _ in points]
+    flows = []
+
+    def forward(points, time, codes, is_conditional, is_twin):
+        assert is_twin
+        flows.append([torch.ones(4, 4, 4, requires_grad=True) for _ in points])
+        return flows[-1]
+
+    batch = type("Batch", (tuple,), {})((codes, inputs["latents"], sigmas, jumps))
+    trainer.twin_loss(forward, batch, generators).backward()
+    learnt, asked = flows
+    assert len(learnt) == 12 and len(asked) == 6
+    assert all(flow.grad is not None for flow in learnt) and all(flow.grad is None for flow in asked)
+    # (0 - (0 + 3 - 1))^2: the jump goes where the teacher says more than the twin
+    for jump in jumps:
+        torch.testing.assert_close(jump.grad, torch.full((4, 4, 4), -2 * 2 / 64))
+    assert model.twin.abs().max() == 0
+
+
+def test_the_twin_begins_as_the_student_and_stays_out_of_what_is_saved(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, learning_rate=1e-3)
+    model, inputs = trainer.model, batch_of(trainer, 3)
+    call = (inputs["latents"], torch.full((3,), 0.5), inputs["codes"], torch.ones(3, dtype=torch.bool))
+    for a, b in zip(model(*call), model(*call, is_twin=True), strict=True):
+        assert torch.equal(a, b)
+    trainer.train()
+    assert model.twin.abs().max() > 0
+    assert not torch.equal(model(*call)[0], model(*call, is_twin=True)[0])
+    assert trainer.trained_model().transformer.state_dict().keys() == make_components()[0].state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_pass_has_a_gradient_for_every_weight(dtype):
+    """As several processes need."""
+    transformer, semantic_embedder = make_components()
+    model = TwinDecoder(transformer.to(dtype), semantic_embedder.requires_grad_(False))
+    inputs = ([torch.randn(4, 4, 4)], torch.tensor([0.5]), [torch.zeros(1, 1, dtype=torch.long)], torch.tensor([True]))
+    model(*inputs)[0].sum().backward()
+    without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    plain = make_components()[0]
+    assert not [name for name in without if name.removeprefix("transformer.") not in dict(plain.named_parameters())]
+    assert model.twin.grad is not None and model.twin.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_may_be_small(tmp_path, batch_size):
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=batch_size, max_steps=6, logging_steps=1, learning_rate=1e-3
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and all(0 < loss < 100 for loss in losses)
+
+
+def test_one_step_ends_where_many_did(trained_decoder, tmp_path):
+    """Nearer by a quarter to the teacher's images of the same noise than the teacher comes in one step."""
     _, folder = trained_decoder
-    components = [
+    transformer, semantic_embedder = (
         type(part).from_pretrained(folder / name)
         for part, name in zip(make_components(), ("transformer", "semantic_embedder"), strict=True)
-    ]
-    transformer, semantic_embedder = components
-    trainer = make_trainer(
-        tmp_path / "student",
-        components,
-        max_steps=60,
-        num_teacher_steps=6,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
     )
-    held_out = dataset_of_images(32, seed=6)
-    before = trainer.evaluate(held_out)["eval_loss"]
+    trainer = make_trainer(
+        tmp_path,
+        (transformer, semantic_embedder),
+        max_steps=60,
+        per_device_train_batch_size=8,
+        learning_rate=2e-3,
+    )
     trainer.train()
-    assert trainer.evaluate(held_out)["eval_loss"] < 0.6 * before
     trainer.save_model()
-    student = type(transformer).from_pretrained(tmp_path / "student" / "transformer_turbo")
-    pipe = make_pipeline(transformer, semantic_embedder, student)
-    passes = {"normal": 0, "turbo": 0}
+    student = type(transformer).from_pretrained(tmp_path / "transformer_turbo")
+    passes = []
+    student.register_forward_pre_hook(lambda *_: passes.append(1))
 
-    def count(name, factor):
-        return lambda *_: passes.__setitem__(name, passes[name] + factor)
-
-    transformer.register_forward_pre_hook(count("normal", 2))  # guidance makes two rows of one
-    student.register_forward_pre_hook(count("turbo", 1))
-    teacher_error = image_error(pipe, "normal", 24)
-    assert passes["normal"] == 46
-    for num_inference_steps in (4, 6, 8):
-        passes["turbo"] = 0
-        error = image_error(pipe, "turbo", num_inference_steps)
-        assert passes["turbo"] == num_inference_steps < passes["normal"] / 5
-        assert error < teacher_error
-
-    def end(pipe, *settings):
+    def ends(pipe, *settings):
         codes = torch.arange(64).view(64, 1, 1) % 2
         noise = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(7))
         return pipe.decode_codes(codes, *settings, latents=noise, output_type="latent")
 
-    wanted = end(pipe, "normal", 24)
-    undistilled = end(make_pipeline(transformer, semantic_embedder), "turbo", 1)
-    assert (end(pipe, "turbo", 1) - wanted).square().mean() < 0.6 * (undistilled - wanted).square().mean()
+    pipe, undistilled = (make_pipeline(transformer, semantic_embedder, turbo) for turbo in (student, None))
+    wanted = ends(pipe, "normal", 24)
+    distance = (ends(pipe, "turbo", 1) - wanted).square().mean()
+    assert len(passes) == 1
+    assert distance < 0.75 * (ends(undistilled, "turbo", 1) - wanted).square().mean()
 
 
 def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):
     pipe = LLaDAUniPipeline.from_pretrained(converted_dir)
     old = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
-    codes = Dataset.from_dict({"codes": [[1, 2, 3, 4]], "grid": [[2, 2]]})
+    latents = [0.0] * (pipe.transformer.config["in_channels"] * 64)
     trainer = LLaDAUniDistillationTrainer(
         pipe.transformer,
         pipe.semantic_embedder,
-        pipe.scheduler,
-        args=LLaDAUniDistillationConfig(str(tmp_path), max_steps=1, num_teacher_steps=3, **RUN),
-        train_dataset=codes,
+        args=LLaDAUniDistillationConfig(str(tmp_path), max_steps=1, **RUN),
+        train_dataset=Dataset.from_dict({"codes": [[1, 2, 3, 4]], "grid": [[2, 2]], "latents": [latents]}),
     )
     trainer.train()
     trainer.save_model()
@@ -169,6 +213,9 @@ def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):
         "transformer_turbo": type(pipe.transformer).from_pretrained(tmp_path / "transformer_turbo"),
         "scheduler_turbo": type(pipe.scheduler).from_pretrained(tmp_path / "scheduler_turbo"),
     }
+    assert {name: turbo["scheduler_turbo"].config[name] for name in SCHEDULER_SETTINGS["turbo"]} == (
+        SCHEDULER_SETTINGS["turbo"]
+    )
     pipe.register_modules(**turbo)
     assert pipe.decode_codes(torch.tensor([[[1, 2], [3, 4]]]), "turbo", 2)[0].size == (64, 64)
 
@@ -187,11 +234,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"num_teacher_steps": 1}, "num_teacher_steps"),
         ({"teacher_guidance_scale": -1.0}, "teacher_guidance_scale"),
-        ({"min_student_steps": 0}, "min_student_steps"),
-        ({"min_student_steps": 6, "max_student_steps": 4}, "max_student_steps"),
-        ({"pairs_per_trajectory": 0}, "pairs_per_trajectory"),
+        ({"num_student_steps": 0}, "num_student_steps"),
+        ({"ema_decay": 2.0}, "ema_decay"),
     ],
 )
 def test_bad_settings_are_refused(settings, name, tmp_path):
@@ -199,9 +244,8 @@ def test_bad_settings_are_refused(settings, name, tmp_path):
         LLaDAUniDistillationConfig(str(tmp_path), **settings)
 
 
-def test_bad_arguments_are_refused(tmp_path):
+def test_data_without_latents_are_refused(tmp_path):
     args = LLaDAUniDistillationConfig(str(tmp_path), **RUN)
-    with pytest.raises(ValueError, match="`train_dataset` must have a column `codes` and a column `grid`"):
-        LLaDAUniDistillationTrainer(*make_components(), args=args, train_dataset=Dataset.from_dict({"text": ["a"]}))
-    with pytest.raises(TypeError, match="`scheduler` must be a FlowMatchEulerDiscreteScheduler"):
-        LLaDAUniDistillationTrainer(*make_components(), 1, args=args, train_dataset=dataset_of_images(2))
+    codes = dataset_of_images(2).remove_columns("latents")
+    with pytest.raises(ValueError, match="`train_dataset` must have a column `latents`"):
+        LLaDAUniDistillationTrainer(*make_components(), args=args, train_dataset=codes)

@@ -5,7 +5,7 @@ import json
 import PIL.Image
 import pytest
 
-from llada_uni.pipeline_loading import LanguageModel, load_chat_model
+from llada_uni.pipeline_loading import LanguageModel, load_chat_model, load_pipeline
 from transformers_llada_uni.loading.model_loading import load_processor
 
 
@@ -46,7 +46,16 @@ def test_it_neither_sees_nor_draws(run, text_only, tmp_path):
     PIL.Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     asked = run("ask", "What is it?", "-i", "image.png", "--model", str(text_only), code=2)
     assert "reads text alone" in asked.output
-    assert "with which `ask` and `chat` can talk" in run("draw", "a cat", "--model", str(text_only), code=2).output
+    drawn = run("draw", "a cat", "--model", str(text_only), code=2).output
+    assert "with which `ask` and `chat` can talk; it has no image tokenizer and no decoder" in drawn
+    assert not (tmp_path / "images").exists()
+
+
+def test_of_the_hub_it_draws_neither(monkeypatch):
+    """And no weights are fetched."""
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="`model` 'owner/text' is no pipeline: .* a language model alone"):
+        load_pipeline("owner/text", "cpu")
 
 
 def test_an_autoregressive_one_is_to_be_converted(ling, monkeypatch):

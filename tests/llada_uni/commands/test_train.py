@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 
 from diffusers_llada_uni import LLaDAUniPipeline
 from llada_uni.cli import main
+from llada_uni.commands.train_trainers import finish
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer, lora_config
 
@@ -171,6 +174,13 @@ def test_wrong_commands_are_told_in_a_line(arguments, message, capsys):
     assert message in said.splitlines()[-1] and "Traceback" not in said
 
 
+def test_data_of_the_decoder_need_images(tmp_path, capsys):
+    """Named as the option is, before a model is looked for."""
+    data = as_file(tmp_path, [{"text": "a"}])
+    said = refused(capsys, "train", "decoder", "--dataset_name", data, "--output_dir", str(tmp_path / "out"))
+    assert "`dataset_name` must have a column `image`, it has ['text']" in said
+
+
 def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -236,3 +246,15 @@ def test_the_attention_implementation_is_that_of_the_language_model(converted_di
 def test_only_shards_can_be_consolidated(converted_dir, tmp_path, capsys):
     said = refused(capsys, "consolidate", str(converted_dir / "model"), str(tmp_path / "out"))
     assert "`checkpoint`" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [("true", True), ("True", True), ("false", None), (None, None), ("runs/checkpoint-5", "runs/checkpoint-5")],
+)
+def test_resuming_is_a_switch_or_a_folder(given, taken):
+    args = SimpleNamespace(resume_from_checkpoint=given, output_dir="out", push_to_hub=False)
+    trainer = Mock(args=args)
+    finish(trainer, SimpleNamespace(dataset_name="data"))
+    trainer.train.assert_called_once_with(resume_from_checkpoint=taken)
+    trainer.save_model.assert_called_once_with("out")

@@ -27,7 +27,6 @@ ROWS = {
     "sft": {"messages": CHAT},
     "dpo": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "Down."}]},
     "grpo": {"prompt": CHAT[:1]},
-    "distill": {"codes": [1, 2, 3, 4], "grid": [2, 2]},
 }
 REWARD = "def correctness(completions, **kwargs):\n    return [float(row % 2) for row in range(len(completions))]\n"
 WRITTEN = {

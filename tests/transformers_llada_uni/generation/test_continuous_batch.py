@@ -124,6 +124,10 @@ def test_what_is_refused():
     for setting in ({"max_time": 1.0}, {"stop_strings": "end"}):
         with pytest.raises(ValueError, match=f"`{next(iter(setting))}` cannot be had: who reads"):
             ContinuousBatch(model, **setting)
+    with pytest.raises(ValueError, match="`output_trajectory=True` cannot be had"):
+        ContinuousBatch(model, output_trajectory=True, return_dict_in_generate=True)
+    with pytest.raises(TypeError, match="`ContinuousBatch` takes no `guidance_scale`: only image codes"):
+        ContinuousBatch(model, guidance_scale=2.0)
     training = tiny_backbone().train()
     training.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="`use_cache`"):  # transformers drops caches then

@@ -148,6 +148,7 @@ def test_a_file_holds_a_ramp(model, tmp_path):
     config = BlockDiffusionGenerationConfig.from_pretrained(tmp_path)
     arguments = {"input_ids": PROMPT[None], "negative_input_ids": NEGATIVE[None], "generation_config": config}
     assert model.generate_image_codes(**arguments, **SETTINGS)[0].tolist() == draw(model, (0.5, 0.5))
+    model.generate_image_codes(**arguments, **{**SETTINGS, "guidance_scale": 1})  # a call may do without guidance
 
 
 def test_weights_count_the_codes_that_are_known():

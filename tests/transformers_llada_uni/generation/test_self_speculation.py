@@ -23,7 +23,7 @@ def ids_of(length: int, seed: int = 0) -> torch.Tensor:
 class TestEqualsBlocksOfOneToken:
     @pytest.mark.parametrize(
         "settings",
-        [{"block_length": 8}, {"block_length": 5, "num_steps_per_block": 1}, {"block_length": 1}],
+        [{"block_length": 8}, {"block_length": 5, "num_steps_per_block": 1, "credit_alpha": 2.0}, {"block_length": 1}],
         ids=["threshold", "one step", "of drafts of one token"],
     )
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -123,6 +123,11 @@ class TestWhatCannotBeHad:
     def test_rows_that_come_and_go(self, model):
         with pytest.raises(ValueError, match="`self_speculation=True` cannot be had"):
             ContinuousBatch(model, self_speculation=True)
+
+    def test_image_codes(self, model):
+        """Of a call; a file beside the model may say it, for its texts."""
+        with pytest.raises(TypeError, match="`generate_image_codes` takes no `self_speculation`"):
+            model.generate_image_codes(ids_of(9), (3, 4), self_speculation=True)
 
     def test_attention_without_masks_for_each_query(self, model, monkeypatch):
         monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")

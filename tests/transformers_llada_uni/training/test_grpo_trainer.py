@@ -1,5 +1,6 @@
 """GRPO with block-diffusion rollouts: the estimate, the ratio, and that rewards rise."""
 
+import asyncio
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.transformers_llada_uni.training.training_common import BLOCK, RUN
 from tests.transformers_llada_uni.training.training_common import tiny_model as small_model
 from transformers_llada_uni.generation.trajectory import Trajectory
 from transformers_llada_uni.training import LLaDAUniGRPOConfig, LLaDAUniGRPOTrainer, lora_config
+from transformers_llada_uni.training.grpo_trainer import checked_reward
 
 
 END = 440
@@ -514,3 +516,30 @@ def test_decoder_must_return_a_image_per_grid(converted_dir, tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="`eval_dataset` must have a column `grid`"):
         trainer.evaluate(dataset.remove_columns("grid"))
+
+
+@pytest.mark.parametrize("given", [0.5, [0.5], None, ["good", "bad"], [float("inf"), 0.0], torch.ones(2, 2)], ids=str)
+def test_a_reward_that_gives_something_else_is_named(given):
+    def judge(**columns):
+        return given
+
+    async def judge_later(**columns):
+        return given
+
+    message = "`judge` must give a list of 2, for each completion a finite number, or None"
+    with pytest.raises(ValueError, match=message):
+        checked_reward(judge, "judge")(prompts=["a", "a"], completions=["b", "c"])
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(checked_reward(judge_later, "judge")(prompts=["a", "a"], completions=["b", "c"]))
+
+
+def test_what_a_reward_may_give(tokenizer, tmp_path):
+    for given in ([1, None], (0.5, True), torch.tensor([0.5, 2]), np.array([1.0, 0.0]), (number for number in (1, 2))):
+        checked = checked_reward(lambda given=given, **columns: given, "judge")(completions=["b", "c"])
+        assert len(checked) == 2
+    with pytest.raises(ValueError, match="The reward function `first` must give a list of 8"):
+
+        def first(completions, **columns):
+            return float(len(completions[0]))
+
+        make_trainer(tokenizer, tmp_path, reward=first).train()

@@ -1,5 +1,7 @@
 """The alignment of the image tokenizer: the loss by hand, and that images get the codes they are given."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from transformers_llada_uni.training import (
     LLaDAUniImageTokenizerAlignmentConfig,
     LLaDAUniImageTokenizerAlignmentTrainer,
 )
+from transformers_llada_uni.training.data.dataset_loading import load_training_dataset
 
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -86,6 +89,19 @@ def test_images_get_the_codes_they_are_given(model_and_processor, tmp_path):
     assert torch.equal(saved["model.vqmodel.quant_conv.weight"], model.model.vqmodel.quant_conv.weight)
 
 
+def test_rows_of_the_command_are_taken_as_they_are(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    data = rows(model, processor)
+    entries = []
+    for number, row in enumerate(data):
+        row["image"].save(tmp_path / f"{number}.png")
+        entries.append({"image": str(tmp_path / f"{number}.png"), **row["image_codes"][0]})
+    (tmp_path / "codes.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (command,) = load_training_dataset(str(tmp_path / "codes.jsonl")).values()
+    batches = [make_trainer(model, processor, d, tmp_path).data_collator(list(d)) for d in (command, data)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
 def test_codes_that_do_not_fit_are_refused(model_and_processor, tmp_path):
     model, processor = model_and_processor
     data = rows(model, processor)
@@ -99,5 +115,9 @@ def test_codes_that_do_not_fit_are_refused(model_and_processor, tmp_path):
     for wrong in ([[1, 2], [3, 4]], [1, 2], codes, [], [codes, codes], [{**codes, "codes": [0]}], None):
         with pytest.raises(ValueError, match="`image_codes` of a row must be"):
             trainer.data_collator([{**row, "image_codes": wrong}])
-    with pytest.raises(ValueError, match="must have a column `image_codes`"):
+    with pytest.raises(ValueError, match="Row 1: `image_codes` must be from 0 to 255, got 256..256"):
+        wrong = [[{"grid": [1, 1], "codes": [code]}] for code in (0, 256)]
+        wrong = Dataset.from_dict({"image": data[:2]["image"], "image_codes": wrong})
+        make_trainer(model, processor, wrong, tmp_path)
+    with pytest.raises(ValueError, match="`train_dataset` must have a column `image_codes`, or `grid` and `codes`"):
         make_trainer(model, processor, data.remove_columns("image_codes"), tmp_path)

@@ -55,11 +55,16 @@ def rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
+def image_codes_of(row: dict[str, Any]) -> Any:
+    """The images of a row that are given as codes; of one image they may be columns, as `llada-uni encode` writes."""
+    return row[CODES_COLUMN] if CODES_COLUMN in row else [{name: row.get(name) for name in ("grid", "codes")}]
+
+
 def are_image_codes(image: Any) -> bool:
     """Whether it is an image as `CODES_FORM` says."""
     try:
         height, width = image["grid"]
-        return len(image["codes"]) == height * width
+        return min(height, width) > 0 and len(image["codes"]) == height * width
     except (TypeError, ValueError, KeyError, IndexError):
         return False
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
@@ -187,7 +188,7 @@ class ExampleTokenizer:
         self, messages: list[dict[str, Any]], row: dict[str, Any], index: int
     ) -> tuple[list[dict[str, Any]], list[ImageCodes]]:
         """Structured messages whose words are marked, and the codes of their images in order."""
-        codes = row.get(CODES_COLUMN) or []
+        codes = self._codes(row, index)
         messages = without_empty_fields(messages)
         if not codes and any(has_image(message) for message in messages):
             refuse_row(index, "its messages have images that are not encoded; `model` encodes them.")
@@ -197,7 +198,6 @@ class ExampleTokenizer:
         messages = mark_words(self.tokenizer, messages)
         if not codes:
             return messages, []
-        self._needs_processor(index)
         try:
             messages = prepare_multimodal_messages(messages, images=codes)
         except ValueError as error:
@@ -254,12 +254,19 @@ class ExampleTokenizer:
     def _learnt_image(self, processor: LLaDAUniProcessor, image: ImageCodes) -> list[int]:
         return self._tokens(processor, image) + self.frame(IMAGE_END)
 
-    def _codes(self, row: dict[str, Any], index: int, count: int) -> list[ImageCodes]:
+    def _codes(self, row: dict[str, Any], index: int, count: int | None = None) -> list[ImageCodes]:
+        """The images of a row, which are codes of the model; so many, or as many as there are."""
         codes = row.get(CODES_COLUMN) or []
-        if len(codes) != count:
+        if count is not None and len(codes) != count:
             refuse_row(index, f"`{CODES_COLUMN}` must hold {count} image(s), got {len(codes)}.")
         if not all(map(are_image_codes, codes)):
             refuse_row(index, f"`{CODES_COLUMN}` must hold {CODES_FORM} for each image, got {str(codes)[:100]}.")
+        if codes:
+            processor = self._needs_processor(index)
+            try:
+                processor.fetch_codes([torch.tensor(image["codes"]).view(*image["grid"]) for image in codes])
+            except (TypeError, ValueError, RuntimeError) as error:
+                refuse_row(index, str(error))
         return codes
 
     def _refuse_images_of_texts(self, row: dict[str, Any], index: int) -> None:

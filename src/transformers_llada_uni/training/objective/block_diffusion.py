@@ -217,7 +217,7 @@ def _forward_objective(
         clean_copy=num_copies,
         dtype=model.dtype,
     )
-    if can_share_key_value_heads(config._attn_implementation, ids, mask):
+    if isinstance(mask, torch.Tensor) and can_share_key_value_heads(config._attn_implementation, ids, mask):
         kwargs["documents"] = PackedDocuments.of(document_ids_of_pass, mask)
     outputs = model.base_model(
         input_ids=ids,

@@ -498,6 +498,19 @@ def test_mixed_datasets_have_their_shares():
         ({"caption": ["a cat"], "image_codes": [[]]}, "Row 0: `image_codes`"),
         ({"caption": ["a cat"], "image_codes": [[[1, 2]]]}, "Row 0: `image_codes`.*grid"),
         ({"caption": ["a cat"], "image_codes": [[{"grid": [2, 2], "codes": [0]}]]}, "Row 0: `image_codes`.*grid"),
+        (
+            {"caption": ["a"] * 2, "image_codes": [[{"grid": [1, 1], "codes": [code]}] for code in (255, 256)]},
+            r"Row 1: `image_codes` must lie in 0\.\.255, got 256",
+        ),
+        (
+            {"messages": [CHAT], "image_codes": [[{"grid": [1, 2], "codes": [0, -1]}]]},
+            r"Row 0: `image_codes` must lie in 0\.\.255, got -1",
+        ),
+        (
+            {"messages": [CHAT], "image_codes": [[{"grid": [1, 64], "codes": [0] * 64}]]},
+            "Row 0: `image_codes` of 1 x 64: the tokenizer has numbers up to 63",
+        ),
+        ({"messages": [CHAT], "image_codes": [[{"grid": [1, 2], "codes": [0]}]]}, "Row 0: `image_codes`.*grid"),
         ({"image": [None], "caption": ["a cat"]}, "Row 0: `image` is missing"),
         ({"image": ["/nowhere.png"], "caption": ["a cat"]}, "Row 0: its images"),
         (
