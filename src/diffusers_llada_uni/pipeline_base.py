@@ -36,11 +36,22 @@ Callback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str,
 
 
 class DecodingState(threading.local):
-    """What callbacks see and change of the decoding under way: every thread has its own, and so has a copy."""
+    """What callbacks see and change of the decoding under way: every thread has its own, and so has a deep copy."""
 
     num_timesteps = 0
     guidance_scale = 0.0
     interrupt = False
+    is_under_way = False
+
+    @contextmanager
+    def begin(self, num_timesteps: int) -> Iterator[None]:
+        """A decoding; one that a callback makes meanwhile leaves the callback's own as it was."""
+        before = dict(vars(self)) if self.is_under_way else {"is_under_way": False}
+        vars(self).update(num_timesteps=num_timesteps, interrupt=False, is_under_way=True)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def __reduce__(self) -> tuple[type["DecodingState"], tuple[()]]:
         return DecodingState, ()
@@ -153,7 +164,8 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
 
     @property
     def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
+        """A callback sets `pipe._interrupt = True` to skip the remaining steps of its decoding; set by another thread
+        it is that thread's affair."""
         return self._decoding.interrupt
 
     @property
@@ -206,14 +218,12 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
         """Decodes grids `(H, W)`, those of one size together. Arrays and tensors of several sizes come as a list."""
         if not codes:
             return []
-        decoder = self.code_decoder
-        self._decoding.num_timesteps = len(settings.sigmas)
-        self._interrupt = False
+        decoder, num_timesteps = self.code_decoder, len(settings.sigmas)
         of_size: dict[tuple[int, ...], list[int]] = {}
         for index, grid_codes in enumerate(codes):
             of_size.setdefault(tuple(grid_codes.shape), []).append(index)
         images: list[Any] = [None] * len(codes)
-        with self._bar("decoding", len(of_size) * self.num_timesteps) as bar:
+        with self._decoding.begin(num_timesteps), self._bar("decoding", len(of_size) * num_timesteps) as bar:
             for indices in of_size.values():
                 self._guidance_scale = settings.guidance_scale
                 batch = torch.stack([codes[index] for index in indices])

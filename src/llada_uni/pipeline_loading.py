@@ -75,11 +75,16 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
 
 def _is_pipeline(name: str, path: str) -> bool:
     """Whether a folder or repository is one. Raises ValueError, if the Hub does not say it."""
-    from transformers.utils import cached_file
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        return cached_file(path, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
-    except OSError as error:  # of the Hub, or of the network
+        return bool(hf_hub_download(path, "model_index.json"))
+    except RemoteEntryNotFoundError:
+        return False
+    except Exception as error:  # of the Hub, or of the network
         raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
 
 

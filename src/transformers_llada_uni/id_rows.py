@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 
 def to_lists(ids: Any) -> list[list[int]]:
     """Ids in any form as a list of rows; one row on its own is a batch of one."""
@@ -19,3 +21,31 @@ def left_pad(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list
         pad_token_id = 0  # never needed
     ids = [[pad_token_id] * count + row for count, row in zip(padding, rows, strict=True)]
     return ids, [[0] * count + [1] * (length - count) for count in padding]
+
+
+# Of a tokenizer's call: what `tokenizer.pad` cannot do afterwards.
+NOT_PADDED_AFTERWARDS = (
+    "truncation",
+    "stride",
+    "return_overflowing_tokens",
+    "return_offsets_mapping",
+    "return_length",
+    "is_split_into_words",
+)
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerFast, rows: list[str], settings: dict[str, Any]
+) -> dict[str, list[list]]:
+    """
+    As `tokenizer(rows, **settings)` gives it, which would set the tokenizer's padding: a state that threads share.
+    """
+    if not settings.get("padding") or any(settings.get(name) for name in NOT_PADDED_AFTERWARDS):
+        return dict(tokenizer(rows, **settings))
+    encoded = tokenizer(rows, **{**settings, "padding": False, "max_length": None})
+    wanted: dict[str, Any] = {
+        name: settings[name] for name in ("padding", "pad_to_multiple_of", "padding_side") if name in settings
+    }
+    if settings["padding"] == "max_length":
+        wanted["max_length"] = settings.get("max_length")
+    return dict(tokenizer.pad(encoded, return_attention_mask=True, **wanted))

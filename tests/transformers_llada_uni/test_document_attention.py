@@ -58,7 +58,8 @@ def test_training_computes_no_attention_between_documents(monkeypatch):
         weights=weights,
         fused_lm_head=True,
     )
-    # Row 0 has two documents, of 12 and 8 tokens and a noisy copy of each, in blocks of 4; row 1 of 8 and 16.
     of_layer = lengths[: len(lengths) // model.config.num_hidden_layers]
-    assert len(of_layer) >= 4 and lengths == of_layer * model.config.num_hidden_layers
-    assert max(lengths) <= 2 * 16
+    assert lengths == of_layer * model.config.num_hidden_layers
+    # Row 0 has documents of 12 and 8 tokens, row 1 of 8 and 16, in blocks of 4: of each the noisy blocks with targets
+    # (2 and 2, 1 and 2), and the clean ones before the last of these (2 and 1, 1 and 3).
+    assert sorted(of_layer) == [8, 12, 16, 20]

@@ -394,15 +394,17 @@ def checked_reward(reward: Any, name: str) -> Any:
 
 
 def check_rewards(name: str, given: Any, count: int) -> list[float | None]:
-    """Raises ValueError, naming the function, for what are not `count` finite numbers, NaN or `None` among them."""
+    """Raises ValueError, naming the function, for what are not `count` finite numbers, or `None` among them."""
     wrong = (
         f"The reward function `{name}` must give a list of {count}, for each completion a finite number, or None "
         f"where it has none to give; it gave {given!r:.200}."
     )
+    if isinstance(given, str):
+        raise ValueError(wrong)
     try:
         rewards = [None if reward is None else float(reward) for reward in given]
     except (TypeError, ValueError, RuntimeError) as error:  # no list, or no numbers
         raise ValueError(wrong) from error
-    if len(rewards) != count or any(reward is not None and math.isinf(reward) for reward in rewards):
+    if len(rewards) != count or any(reward is not None and not math.isfinite(reward) for reward in rewards):
         raise ValueError(wrong)
     return rewards
