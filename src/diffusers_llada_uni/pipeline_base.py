@@ -57,6 +57,13 @@ class DecodingState(threading.local):
         return DecodingState, ()
 
 
+def kept_by_thread(name: str) -> Any:
+    """An attribute of the pipeline that is one of its [`DecodingState`]."""
+    return property(
+        lambda pipe: getattr(pipe._decoding, name), lambda pipe, value: setattr(pipe._decoding, name, value)
+    )
+
+
 class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPipeline):
     """See [`LLaDAUniPipeline`]."""
 
@@ -138,43 +145,31 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
 
     # What callbacks look at
 
+    _num_timesteps = kept_by_thread("num_timesteps")
+    _guidance_scale = kept_by_thread("guidance_scale")
+    _interrupt = kept_by_thread("interrupt")
+
     @property
     def num_timesteps(self) -> int:
         """Steps of the last decoding, of this thread."""
-        return self._decoding.num_timesteps
+        return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
         """Guidance of the decoding under way, `decoder_guidance_scale`: what diffusers' callbacks change between its
         steps by `pipe._guidance_scale = ...`."""
-        return self._decoding.guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._decoding.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._decoding.guidance_scale = value
+        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the decoding under way is guided."""
-        return self._decoding.guidance_scale > 0
+        return self._guidance_scale > 0
 
     @property
     def interrupt(self) -> bool:
         """A callback sets `pipe._interrupt = True` to skip the remaining steps of its decoding; set by another thread
         it is that thread's affair."""
-        return self._decoding.interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._decoding.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._decoding.interrupt = value
+        return self._interrupt
 
     def compile_decoders(self, float8: bool = False, **kwargs: Any) -> None:
         r"""

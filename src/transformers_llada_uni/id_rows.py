@@ -23,15 +23,8 @@ def left_pad(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list
     return ids, [[0] * count + [1] * (length - count) for count in padding]
 
 
-# Of a tokenizer's call: what `tokenizer.pad` cannot do afterwards.
-NOT_PADDED_AFTERWARDS = (
-    "truncation",
-    "stride",
-    "return_overflowing_tokens",
-    "return_offsets_mapping",
-    "return_length",
-    "is_split_into_words",
-)
+# Of a tokenizer's call: what [`padded`] cannot do afterwards.
+NOT_PADDED_AFTERWARDS = ("truncation", "stride", "return_overflowing_tokens", "return_length", "is_split_into_words")
 
 
 def encode_rows(
@@ -42,10 +35,19 @@ def encode_rows(
     """
     if not settings.get("padding") or any(settings.get(name) for name in NOT_PADDED_AFTERWARDS):
         return dict(tokenizer(rows, **settings))
-    encoded = tokenizer(rows, **{**settings, "padding": False, "max_length": None})
-    wanted: dict[str, Any] = {
-        name: settings[name] for name in ("padding", "pad_to_multiple_of", "padding_side") if name in settings
-    }
-    if settings["padding"] == "max_length":
-        wanted["max_length"] = settings.get("max_length")
-    return dict(tokenizer.pad(encoded, return_attention_mask=True, **wanted))
+    return padded(tokenizer, dict(tokenizer(rows, **{**settings, "padding": False, "max_length": None})), settings)
+
+
+def padded(
+    tokenizer: PreTrainedTokenizerFast, encoded: dict[str, list[list]], settings: dict[str, Any]
+) -> dict[str, list[list]]:
+    """Rows of ids and what belongs to each, on the left also of offsets, as the settings of a tokenizer's call say."""
+    names = ["padding", "pad_to_multiple_of", "padding_side"]
+    names += ["max_length"] if settings["padding"] == "max_length" else []
+    offsets = encoded.pop("offset_mapping", None)
+    wanted: dict[str, Any] = {name: settings.get(name) for name in names}
+    rows = dict(tokenizer.pad(encoded, return_attention_mask=True, **wanted))
+    if offsets is not None:
+        counts = [mask.count(0) for mask in rows["attention_mask"]]
+        rows["offset_mapping"] = [[(0, 0)] * count + row for count, row in zip(counts, offsets, strict=True)]
+    return rows

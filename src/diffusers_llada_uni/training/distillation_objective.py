@@ -9,23 +9,14 @@ from collections.abc import Callable
 
 import torch
 
+from .flow_matching import Latents, squared_errors
 
-Latents = list[torch.Tensor]  # of each image `(channels, 4 * H, 4 * W)`; sizes may differ
+
 # Of noise levels. The embedding of the time has waves of a length of 0.006: over less than that the difference is
 # theirs (with 0.001 four times that of 0.02 to 0.05, at the emoji decoder).
 DIFFERENCE = 0.03
 MINIMUM_SIGMA = 1e-3
 OWN_SHARE = 1 / 3  # of images, for the student's own
-
-
-def squared_errors(found: Latents, wanted: Latents) -> torch.Tensor:
-    """Mean square errors `(batch,)`."""
-    return torch.stack([(a - b).square().mean() for a, b in zip(found, wanted, strict=True)])
-
-
-def noised(latents: Latents, noise: Latents, sigmas: torch.Tensor) -> Latents:
-    """Images at noise levels `(batch,)`."""
-    return [(1 - sigma) * x + sigma * e for sigma, x, e in zip(sigmas, latents, noise, strict=True)]
 
 
 def draw_noise(latents: Latents, generators: list[torch.Generator]) -> tuple[torch.Tensor, Latents]:

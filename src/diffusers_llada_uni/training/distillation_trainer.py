@@ -20,13 +20,11 @@ from .decoder_model import DecoderModule
 from .distillation_config import LLaDAUniDistillationConfig
 from .distillation_objective import (
     OWN_SHARE,
-    Latents,
     consistency_errors,
     consistency_targets,
     draw_noise,
-    noised,
-    squared_errors,
 )
+from .flow_matching import Latents, noised, squared_errors, velocities_to
 from .twin_decoder import TwinDecoder
 
 
@@ -159,7 +157,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
         # The twin learns twice as often as the student moves (as LLaDA-Image's, which is a model of its own)
         levels, noise = draw_noise(own * 2, generators * 2)
         flows = velocities_of(model, noised(own * 2, noise, levels), levels, codes * 2, is_twin=True)
-        twin_errors = squared_errors(flows, [y - e for y, e in zip(own * 2, noise, strict=True)])
+        twin_errors = squared_errors(flows, velocities_to(own * 2, noise))
 
         levels, noise = draw_noise(own, generators)
         noisy = noised(own, noise, levels)

@@ -1,6 +1,7 @@
 """What the command does with a language model alone: LLaDA2.0-mini, LLaDA2.1-mini, and Ling before its conversion."""
 
 import json
+import shutil
 from unittest.mock import Mock
 
 import PIL.Image
@@ -57,6 +58,18 @@ def test_of_the_hub_it_draws_neither(monkeypatch):
     """And no weights are fetched."""
     absent = RemoteEntryNotFoundError("absent", response=Mock())
     monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=absent))
+    with pytest.raises(ValueError, match="`model` 'owner/text' is no pipeline: .* a language model alone"):
+        load_pipeline("owner/text", "cpu")
+
+
+def test_one_that_was_fetched_before_needs_no_hub(tmp_path, text_only, monkeypatch):
+    repository = tmp_path / "models--owner--text"
+    shutil.copytree(text_only, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_chat_model("owner/text", "cpu").model.config.model_type == "llada2_moe"
     with pytest.raises(ValueError, match="`model` 'owner/text' is no pipeline: .* a language model alone"):
         load_pipeline("owner/text", "cpu")
 
