@@ -428,7 +428,7 @@ rows(
     ({"height": 100}, ValueError, ["`height`", "multiple of 32", "100"]),
     ({"guidance_scale": NAN}, ValueError, ["`guidance_scale`", "nan"]),
     ({"generation_kwargs": {"block_length": 4096}}, ValueError, ["`block_length` (4096)"]),
-    ({"generation_kwargs": {"max_new_tokens": 5}}, TypeError, ["`max_new_tokens`", "`grid`"]),
+    ({"generation_kwargs": {"max_new_tokens": 5}}, TypeError, ["`max_new_tokens`", "`height`"]),
 )
 rows(
     "decode_codes",

@@ -36,14 +36,32 @@ Callback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str,
 
 
 class DecodingState(threading.local):
-    """What callbacks see and change of the decoding under way: every thread has its own, and so has a copy."""
+    """What callbacks see and change of the decoding under way: every thread has its own, and so has a deep copy."""
 
     num_timesteps = 0
     guidance_scale = 0.0
     interrupt = False
+    is_under_way = False
+
+    @contextmanager
+    def begin(self, num_timesteps: int) -> Iterator[None]:
+        """A decoding; one that a callback makes meanwhile leaves the callback's own as it was."""
+        before = dict(vars(self)) if self.is_under_way else {"is_under_way": False}
+        vars(self).update(num_timesteps=num_timesteps, interrupt=False, is_under_way=True)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def __reduce__(self) -> tuple[type["DecodingState"], tuple[()]]:
         return DecodingState, ()
+
+
+def kept_by_thread(name: str) -> Any:
+    """An attribute of the pipeline that is one of its [`DecodingState`]."""
+    return property(
+        lambda pipe: getattr(pipe._decoding, name), lambda pipe, value: setattr(pipe._decoding, name, value)
+    )
 
 
 class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPipeline):
@@ -127,42 +145,31 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
 
     # What callbacks look at
 
+    _num_timesteps = kept_by_thread("num_timesteps")
+    _guidance_scale = kept_by_thread("guidance_scale")
+    _interrupt = kept_by_thread("interrupt")
+
     @property
     def num_timesteps(self) -> int:
         """Steps of the last decoding, of this thread."""
-        return self._decoding.num_timesteps
+        return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
         """Guidance of the decoding under way, `decoder_guidance_scale`: what diffusers' callbacks change between its
         steps by `pipe._guidance_scale = ...`."""
-        return self._decoding.guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._decoding.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, value: float) -> None:
-        self._decoding.guidance_scale = value
+        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the decoding under way is guided."""
-        return self._decoding.guidance_scale > 0
+        return self._guidance_scale > 0
 
     @property
     def interrupt(self) -> bool:
-        """A callback sets `pipe._interrupt = True` to skip the remaining decoding steps."""
-        return self._decoding.interrupt
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._decoding.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._decoding.interrupt = value
+        """A callback sets `pipe._interrupt = True` to skip the remaining steps of its decoding; set by another thread
+        it is that thread's affair."""
+        return self._interrupt
 
     def compile_decoders(self, float8: bool = False, **kwargs: Any) -> None:
         r"""
@@ -206,14 +213,12 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
         """Decodes grids `(H, W)`, those of one size together. Arrays and tensors of several sizes come as a list."""
         if not codes:
             return []
-        decoder = self.code_decoder
-        self._decoding.num_timesteps = len(settings.sigmas)
-        self._interrupt = False
+        decoder, num_timesteps = self.code_decoder, len(settings.sigmas)
         of_size: dict[tuple[int, ...], list[int]] = {}
         for index, grid_codes in enumerate(codes):
             of_size.setdefault(tuple(grid_codes.shape), []).append(index)
         images: list[Any] = [None] * len(codes)
-        with self._bar("decoding", len(of_size) * self.num_timesteps) as bar:
+        with self._decoding.begin(num_timesteps), self._bar("decoding", len(of_size) * num_timesteps) as bar:
             for indices in of_size.values():
                 self._guidance_scale = settings.guidance_scale
                 batch = torch.stack([codes[index] for index in indices])

@@ -74,12 +74,19 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
 
 
 def _is_pipeline(name: str, path: str) -> bool:
-    """Whether a folder or repository is one. Raises ValueError, if the Hub does not say it."""
-    from transformers.utils import cached_file
+    """Whether a folder or repository is one. Raises ValueError, if neither the Hub nor what was fetched says it."""
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     try:
-        return cached_file(path, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
-    except OSError as error:  # of the Hub, or of the network
+        return bool(hf_hub_download(path, "model_index.json"))
+    except RemoteEntryNotFoundError:
+        return False
+    except Exception as error:  # of the Hub, or of the network
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):  # a model alone, which was fetched before
+            return False
         raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
 
 

@@ -16,11 +16,13 @@ class PackedDocuments:
 
     Args:
         order: `(batch * length,)`, the numbers of all tokens, document by document.
+        places: `(batch * length,)`, where in that order each token stands.
         lengths: Tokens of each document.
         masks: Of each document who sees whom, boolean, `(1, 1, tokens, tokens)`.
     """
 
     order: torch.Tensor
+    places: torch.Tensor
     lengths: list[int]
     masks: list[torch.Tensor]
 
@@ -42,7 +44,7 @@ class PackedDocuments:
         for tokens in order.split(counts.tolist()):
             row, places = tokens[0] // length, tokens % length
             masks.append(mask[row, 0][places][:, places][None, None])
-        return cls(order, counts.tolist(), masks)
+        return cls(order, order.argsort(), counts.tolist(), masks)
 
 
 def attention_within_documents(
@@ -80,5 +82,5 @@ def attention_within_documents(
             enable_gqa=True,
         )
         outputs.append(attended[0].transpose(0, 1))
-    tokens = torch.cat(outputs).index_select(0, documents.order.argsort())
+    tokens = torch.cat(outputs).index_select(0, documents.places)
     return tokens.view(batch_size, length, num_heads, head_dim)

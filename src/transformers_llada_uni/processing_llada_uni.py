@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .chat_messages import check_conversation, cut_chat, mark_message
 from .chat_templates import CHAT_TEMPLATE, TEXT_CHAT, by_name, give_back_text_chat, text_chat_of, without_text_chat
 from .checkpoint_stub import SavedWithStub
-from .id_rows import left_pad, to_lists
+from .id_rows import encode_rows, left_pad, to_lists
 from .image_codes import fetch_codes, fill_places
 from .image_places import (
     HEADER_LENGTH,
@@ -383,7 +383,7 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         if is_marked and any(MARK_START in row or MARK_END in row for row in rows):
             encoded = encode_prompts(self.tokenizer, rows, self._max_length(settings), settings)
         else:
-            encoded = dict(self.tokenizer(rows, **settings))
+            encoded = encode_rows(self.tokenizer, rows, settings)
         for row, ids in zip(rows, encoded["input_ids"], strict=True):
             if settings.get("truncation") and ids.count(self.image_token_id) != len(OPEN_PLACE.findall(row)):
                 raise ValueError("`truncation` to `max_length` would cut into an image.")

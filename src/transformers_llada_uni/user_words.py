@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from .id_rows import padded
+
 
 Words = TypeVar("Words", str, list, dict)
 
@@ -109,16 +111,10 @@ def encode_prompts(
         settings: Arguments of a tokenizer's call.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    names = ["padding", "pad_to_multiple_of", "padding_side"]
-    names += ["max_length"] if settings["padding"] == "max_length" else []
-    ids = [ids[:max_length] for ids, _ in encoded]
-    padding_settings: dict[str, Any] = {name: settings.get(name) for name in names}
-    padded = tokenizer.pad({"input_ids": ids}, **padding_settings)
+    rows: dict[str, list[list]] = {"input_ids": [ids[:max_length] for ids, _ in encoded]}
     if settings.get("return_offsets_mapping"):
-        padding = [mask.count(0) for mask in padded["attention_mask"]]
-        spans = [spans[:max_length] for _, spans in encoded]
-        padded["offset_mapping"] = [[(0, 0)] * count + row for count, row in zip(padding, spans, strict=True)]
-    return dict(padded)
+        rows["offset_mapping"] = [spans[:max_length] for _, spans in encoded]
+    return padded(tokenizer, rows, settings)
 
 
 def _stretches_with_marks(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[tuple[int, int]]:

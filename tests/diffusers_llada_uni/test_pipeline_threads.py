@@ -41,6 +41,12 @@ def draw(pipe, turn):
     return output.codes[0], output.images
 
 
+def draw_two(pipe, turn):
+    prompts = ["a cat", "a much longer wish " * (1 + turn % 3)]
+    output = pipe(prompts, generator=generator_of(turn), height=64, width=64, **FEW)
+    return output.codes, output.images
+
+
 def edit(pipe, turn):
     output = pipe(f"make it {turn}", image=image_of(turn), generator=generator_of(turn), **FEW)
     return output.codes[0], output.images
@@ -65,7 +71,7 @@ def is_same(ours, theirs):
     return ours == theirs  # also images
 
 
-@pytest.mark.parametrize("task", [draw, edit, chat, tell])
+@pytest.mark.parametrize("task", [draw, draw_two, edit, chat, tell])
 def test_threads_give_what_one_gives(pipe, task):
     expected = [task(pipe, turn) for turn in range(TURNS)]
     assert not all(is_same(expected[0], other) for other in expected)
@@ -117,3 +123,18 @@ def test_a_callback_stops_its_own_thread(pipe):
         stopped.result()
     assert steps == [0]
     assert torch.equal(whole, pipe.decode_codes(codes, "turbo", 3, generator=generator_of(1), output_type="latent"))
+
+
+def test_what_a_callback_decodes_changes_nothing_of_its_own_decoding(pipe):
+    codes = torch.tensor([[[1, 2], [3, 4]]])
+    settings = {"output_type": "latent", "generator": generator_of(0)}
+
+    def preview(pipe, step, timestep, tensors):
+        pipe.decode_codes(codes, "turbo", 2, generator=generator_of(1), output_type="latent")
+        assert pipe.num_timesteps == 3 and pipe.guidance_scale == 2.0
+        return tensors
+
+    plain = pipe.decode_codes(codes, "normal", 4, 2.0, **settings)
+    settings["generator"] = generator_of(0)
+    watched = pipe.decode_codes(codes, "normal", 4, 2.0, callback_on_step_end=preview, **settings)
+    assert torch.equal(plain, watched)

@@ -3,11 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from tests.transformers_llada_uni.training.objective.objective_common import DOCUMENTS, batch, draw
-from tests.transformers_llada_uni.training.training_common import tiny_model
+from tests.transformers_llada_uni.training.objective.objective_common import batch, draw, headed_model, of_documents
 from transformers_llada_uni import document_attention
 from transformers_llada_uni.document_attention import PackedDocuments, attention_within_documents
-from transformers_llada_uni.training.objective.block_diffusion import add_block_diffusion_head
 from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise
 
 
@@ -37,8 +35,7 @@ def test_documents_alone_give_what_the_mask_gives():
 
 
 def test_training_computes_no_attention_between_documents(monkeypatch):
-    model = tiny_model()
-    add_block_diffusion_head(model)
+    model = headed_model()
     input_ids, labels = batch()
     masked, weights = draw(BlockDiffusionNoise(), labels)
     lengths = []
@@ -50,15 +47,9 @@ def test_training_computes_no_attention_between_documents(monkeypatch):
         return attend(query, key, value, **settings)
 
     monkeypatch.setattr(document_attention.F, "scaled_dot_product_attention", noted)
-    model(
-        input_ids=input_ids,
-        labels=labels,
-        document_ids=DOCUMENTS,
-        masked=masked,
-        weights=weights,
-        fused_lm_head=True,
-    )
-    # Row 0 has two documents, of 12 and 8 tokens and a noisy copy of each, in blocks of 4; row 1 of 8 and 16.
+    of_documents(model, input_ids, labels, masked, weights)
     of_layer = lengths[: len(lengths) // model.config.num_hidden_layers]
-    assert len(of_layer) >= 4 and lengths == of_layer * model.config.num_hidden_layers
-    assert max(lengths) <= 2 * 16
+    assert lengths == of_layer * model.config.num_hidden_layers
+    # Row 0 has documents of 12 and 8 tokens, row 1 of 8 and 16, in blocks of 4: of each the noisy blocks with targets
+    # (2 and 2, 1 and 2), and the clean ones before the last of these (2 and 1, 1 and 3).
+    assert sorted(of_layer) == [8, 12, 16, 20]

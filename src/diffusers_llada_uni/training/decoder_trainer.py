@@ -19,6 +19,7 @@ from .decoder_config import LLaDAUniDecoderConfig
 from .decoder_data import collate, is_prepared, prepare_decoder_dataset
 from .decoder_model import DecoderModule
 from .decoder_stages import DECODER_PARTS, DECODER_STAGES
+from .flow_matching import noised, squared_errors, velocities_to
 
 
 class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
@@ -104,15 +105,8 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
     def loss(self, model: DecoderModule, inputs: dict[str, Any]) -> torch.Tensor:
         latents = inputs["latents"]
         sigmas, noises, is_conditional = self.draw(latents)
-        noisy = [
-            (1 - sigma) * latent + sigma * noise for sigma, latent, noise in zip(sigmas, latents, noises, strict=True)
-        ]
-        velocities = model(noisy, 1 - sigmas, inputs["codes"], is_conditional)
-        errors = [
-            (velocity - (latent - noise)).square().mean()
-            for velocity, latent, noise in zip(velocities, latents, noises, strict=True)
-        ]
-        return torch.stack(errors).mean()
+        velocities = model(noised(latents, noises, sigmas), 1 - sigmas, inputs["codes"], is_conditional)
+        return squared_errors(velocities, velocities_to(latents, noises)).mean()
 
     def components(self) -> dict[str, ModelMixin]:
         decoder = self.trained_model()

@@ -9,22 +9,14 @@ from collections.abc import Callable
 
 import torch
 
+from .flow_matching import Latents, squared_errors
 
-Latents = list[torch.Tensor]  # of each image `(channels, 4 * H, 4 * W)`; sizes may differ
+
 # Of noise levels. The embedding of the time has waves of a length of 0.006: over less than that the difference is
 # theirs (with 0.001 four times that of 0.02 to 0.05, at the emoji decoder).
 DIFFERENCE = 0.03
 MINIMUM_SIGMA = 1e-3
-
-
-def squared_errors(found: Latents, wanted: Latents) -> torch.Tensor:
-    """Mean square errors `(batch,)`."""
-    return torch.stack([(a - b).square().mean() for a, b in zip(found, wanted, strict=True)])
-
-
-def noised(latents: Latents, noise: Latents, sigmas: torch.Tensor) -> Latents:
-    """Images at noise levels `(batch,)`."""
-    return [(1 - sigma) * x + sigma * e for sigma, x, e in zip(sigmas, latents, noise, strict=True)]
+OWN_SHARE = 1 / 3  # of images, for the student's own
 
 
 def draw_noise(latents: Latents, generators: list[torch.Generator]) -> tuple[torch.Tensor, Latents]:
@@ -46,7 +38,8 @@ def consistency_targets(
     (UCGM, arXiv 2505.07447).
 
     Args:
-        jump: The student's velocities of points, two for each of `points`, at noise levels.
+        jump: The student's velocities of points, two for each of `points`, at noise levels; in float32, as bfloat16
+            would lose their difference.
         points, sigmas, velocities: Points, their noise levels `(batch,)`, and where the way leads from them.
     """
     above, below = (sigmas + DIFFERENCE).clamp_max(1), (sigmas - DIFFERENCE).clamp_min(0)
@@ -54,8 +47,7 @@ def consistency_targets(
         [x - (other - sigma) * u for x, u, sigma, other in zip(points, velocities, sigmas, side, strict=True)]
         for side in (above, below)
     ]
-    with torch.autocast(points[0].device.type, enabled=False):  # bfloat16 would lose the difference
-        values = jump(sides[0] + sides[1], torch.cat([above, below]))
+    values = jump(sides[0] + sides[1], torch.cat([above, below]))
     count = len(points)
     slopes = [
         (a - b) / (high - low) for a, b, high, low in zip(values[:count], values[count:], above, below, strict=True)

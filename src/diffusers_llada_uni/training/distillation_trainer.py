@@ -8,28 +8,24 @@ from datasets import Dataset, IterableDataset
 from diffusers.models import ZImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from transformers_llada_uni.training.base_trainer import check_datasets, check_settings
+from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..code_decoding import guided_velocity
 from ..decoders import DECODERS, SCHEDULER_SETTINGS
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_trainer import ComponentTrainer, Savable
-from .decoder_data import COLUMNS, collate
+from .decoder_data import collate, is_prepared
 from .decoder_model import DecoderModule
 from .distillation_config import LLaDAUniDistillationConfig
 from .distillation_objective import (
-    Latents,
+    OWN_SHARE,
     consistency_errors,
     consistency_targets,
     draw_noise,
-    noised,
-    squared_errors,
 )
+from .flow_matching import Latents, noised, squared_errors, velocities_to
 from .twin_decoder import TwinDecoder
-
-
-OWN_SHARE = 1 / 3  # of images, for the student's own
 
 
 class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
@@ -52,6 +48,9 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
     Ours is that the real flow is the teacher's guided one (the student has no input by which it could say both the
     velocity and the jump), the bound on the consistency step, and that an image's kind is drawn, so that batches may
     be of any size. `benchmarks/distillation.py` measures the student at 1, 2, 4 and 8 steps.
+
+    Several processes share the work by DDP. Weights are float32; `bf16` is for what autocast covers of the student,
+    all but the pass of the derivative. The teacher is computed as it is.
 
     Saved are the folders `transformer_turbo/` and `scheduler_turbo/` of a pipeline.
 
@@ -81,7 +80,15 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniDistillationConfig, "llada-uni-decoder-turbo")
-        check_datasets(train_dataset, eval_dataset, COLUMNS)
+        check_class("teacher", teacher, ZImageTransformer2DModel)
+        if student is not None:
+            check_class("student", student, ZImageTransformer2DModel)
+        if student is teacher:
+            raise ValueError("`student` is the `teacher`, which does not change: leave it out for a copy.")
+        check_datasets(train_dataset, eval_dataset, ())
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None and not is_prepared(name, dataset):
+                raise ValueError(f"`{name}` holds images: give what `prepare_decoder_dataset` makes of them.")
         student = copy.deepcopy(teacher) if student is None else student
         self.teacher = DecoderModule(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
         super().__init__(
@@ -92,6 +99,11 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
             data_collator=collate,
             **kwargs,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.ddp_static_graph:
+            raise ValueError(
+                "The distillation makes as many passes as its images need, which differs from process to process: "
+                "neither FSDP, DeepSpeed nor `ddp_static_graph` can be used, several processes by DDP can."
+            )
         self.teacher.to(self.args.device)
 
     @torch.no_grad()
@@ -131,7 +143,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
         """The sum of the jumps' errors from noisy images of the data."""
         codes, points, sigmas, velocities = jumps
         targets = consistency_targets(
-            lambda sides, levels: velocities_of(model, sides, levels, codes * 2),
+            lambda sides, levels: velocities_of(model, sides, levels, codes * 2, in_full_precision=True),
             points,
             sigmas,
             self.teacher_velocity(points, sigmas, codes),
@@ -145,7 +157,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
         # The twin learns twice as often as the student moves (as LLaDA-Image's, which is a model of its own)
         levels, noise = draw_noise(own * 2, generators * 2)
         flows = velocities_of(model, noised(own * 2, noise, levels), levels, codes * 2, is_twin=True)
-        twin_errors = squared_errors(flows, [y - e for y, e in zip(own * 2, noise, strict=True)])
+        twin_errors = squared_errors(flows, velocities_to(own * 2, noise))
 
         levels, noise = draw_noise(own, generators)
         noisy = noised(own, noise, levels)
@@ -179,7 +191,13 @@ class Jumps(NamedTuple):
 
 
 def velocities_of(
-    model: TwinDecoder, points: Latents, sigmas: torch.Tensor, codes: list[torch.Tensor], is_twin: bool = False
+    model: TwinDecoder,
+    points: Latents,
+    sigmas: torch.Tensor,
+    codes: list[torch.Tensor],
+    is_twin: bool = False,
+    in_full_precision: bool = False,
 ) -> Latents:
     """At noise levels `(batch,)`, all images with their codes; `model` may be wrapped for several processes."""
-    return model(points, 1 - sigmas, codes, torch.ones_like(sigmas, dtype=torch.bool), is_twin)
+    is_conditional = torch.ones_like(sigmas, dtype=torch.bool)
+    return model(points, 1 - sigmas, codes, is_conditional, is_twin, in_full_precision)

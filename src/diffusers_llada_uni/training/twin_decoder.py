@@ -1,5 +1,7 @@
 """A decoder that learns two flows: to images of the data, and to those that it draws itself."""
 
+from contextlib import nullcontext
+
 import torch
 from diffusers.models import ZImageTransformer2DModel
 from torch import nn
@@ -26,14 +28,21 @@ class TwinDecoder(DecoderModule):
         codes: list[torch.Tensor],
         is_conditional: torch.Tensor,
         is_twin: bool = False,
+        in_full_precision: bool = False,
     ) -> list[torch.Tensor]:
-        """As [`DecoderModule.forward`]; with `is_twin`, velocities to the decoder's own images."""
-        # Added in any case: several processes wait for a gradient of every weight, after every pass.
+        """
+        As [`DecoderModule.forward`]; with `is_twin`, velocities to the decoder's own images, and with
+        `in_full_precision` without autocast, also inside that which accelerate puts around this.
+        """
+        # Added in any case: several processes wait for a gradient of every weight that learns.
         added = self.twin if is_twin else 0 * self.twin
         hook = self.transformer.t_embedder.register_forward_hook(
             lambda layer, inputs, output: output + added.to(output.dtype)
         )
+        device_type = latents[0].device.type
+        plain = torch.autocast(device_type, enabled=False) if in_full_precision else nullcontext()
         try:
-            return super().forward(latents, time, codes, is_conditional)
+            with plain:
+                return super().forward(latents, time, codes, is_conditional)
         finally:
             hook.remove()

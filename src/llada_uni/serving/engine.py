@@ -1,6 +1,5 @@
 """The engine: requests of one kind that wait together share a batch."""
 
-import copy
 import logging
 import threading
 from collections.abc import Callable
@@ -45,8 +44,7 @@ class Engine:
     def __init__(self, pipe: LLaDAUniPipeline, max_rows: int = 32, max_images: int = 16, max_waiting: int = 256):
         self.model = pipe.code_generator.model
         self.max_rows = max_rows
-        # The pipeline's own stays with the thread of images: a tokenizer holds the padding of the call it is in.
-        self.processor = copy.deepcopy(pipe.code_generator.processor)
+        self.processor = pipe.code_generator.processor
         self._writing, self._encoder = threading.Lock(), ImageEncoder(self.model)
         self.texts: JobQueue[TextJob] = JobQueue(max_waiting)
         self.images: JobQueue[ImageJob] = JobQueue(max_waiting)

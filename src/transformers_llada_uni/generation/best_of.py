@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -56,13 +56,21 @@ def rewards_of(reward: Reward, num_rows: int, **columns: Any) -> list[float]:
         ValueError: if it gives other than `num_rows` finite numbers.
     """
     given = reward(**columns)
-    try:
-        scores = [float(score) for score in given]
-    except (TypeError, ValueError, RuntimeError):  # no list, or no numbers
-        scores = []
-    if len(scores) != num_rows or not all(map(math.isfinite, scores)):
+    scores = numbers_of(given)
+    if scores is None or len(scores) != num_rows or None in scores:
         raise ValueError(f"`reward` must give a finite number for each of {num_rows} candidates, got {given!r}.")
-    return scores
+    return cast(list[float], scores)
+
+
+def numbers_of(given: Any) -> list[float | None] | None:
+    """What a reward gave, as finite numbers, `None` among them; `None` alone for what is no list of these."""
+    if isinstance(given, str):
+        return None
+    try:
+        numbers = [None if number is None else float(number) for number in given]
+    except (TypeError, ValueError, RuntimeError):  # no list, or no numbers
+        return None
+    return numbers if all(number is None or math.isfinite(number) for number in numbers) else None
 
 
 def best_of(scores: Sequence[float], num_candidates: int) -> list[int]:

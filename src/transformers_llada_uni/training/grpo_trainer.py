@@ -1,6 +1,5 @@
 """Training by rewards: GRPO with block-diffusion rollouts, of texts and of images."""
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.trainer.utils import global_then_local_main_first, is_async_callable, pad
 
+from ..generation.best_of import numbers_of
 from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
 from ..processing_llada_uni import LLaDAUniProcessor
@@ -394,15 +394,11 @@ def checked_reward(reward: Any, name: str) -> Any:
 
 
 def check_rewards(name: str, given: Any, count: int) -> list[float | None]:
-    """Raises ValueError, naming the function, for what are not `count` finite numbers, NaN or `None` among them."""
-    wrong = (
-        f"The reward function `{name}` must give a list of {count}, for each completion a finite number, or None "
-        f"where it has none to give; it gave {given!r:.200}."
-    )
-    try:
-        rewards = [None if reward is None else float(reward) for reward in given]
-    except (TypeError, ValueError, RuntimeError) as error:  # no list, or no numbers
-        raise ValueError(wrong) from error
-    if len(rewards) != count or any(reward is not None and math.isinf(reward) for reward in rewards):
-        raise ValueError(wrong)
+    """Raises ValueError, naming the function, for what are not `count` finite numbers, or `None` among them."""
+    rewards = numbers_of(given)
+    if rewards is None or len(rewards) != count:
+        raise ValueError(
+            f"The reward function `{name}` must give a list of {count}, for each completion a finite number, or None "
+            f"where it has none to give; it gave {given!r:.200}."
+        )
     return rewards

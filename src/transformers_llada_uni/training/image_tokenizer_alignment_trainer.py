@@ -1,5 +1,6 @@
 """Training of the image tokenizer on images whose codes are given."""
 
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 from trl.data_utils import get_dataset_column_names
 
+from ..image_codes import fetch_codes
 from ..processing_llada_uni import LLaDAUniProcessor
 from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
 from .data.dataset_formats import CODES_COLUMN, CODES_FORM, are_image_codes, image_codes_of, refuse_row, stored_image
@@ -124,7 +126,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
             for index, row in enumerate(dataset.select_columns(used)):
                 try:
                     self._wanted(row)
-                except ValueError as error:
+                except (TypeError, ValueError, RuntimeError) as error:
                     refuse_row(index, str(error))
 
     def _wanted(self, row: dict[str, Any]) -> dict[str, list[int]]:
@@ -132,11 +134,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         images = image_codes_of(row)
         if not isinstance(images, (list, tuple)) or len(images) != 1 or not are_image_codes(images[0]):
             raise ValueError(f"`{CODES_COLUMN}` of a row must be [{CODES_FORM}], got {str(images)[:100]}.")
-        codes = images[0]["codes"]
-        if not 0 <= min(codes) <= max(codes) < self._num_codes:
-            raise ValueError(
-                f"`{CODES_COLUMN}` must be from 0 to {self._num_codes - 1}, got {min(codes)}..{max(codes)}."
-            )
+        fetch_codes(torch.tensor(images[0]["codes"]).view(*images[0]["grid"]), self._num_codes, sys.maxsize)
         return images[0]
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -122,6 +122,7 @@ def check_parts(name: str, parts: Iterable[str], known: Collection[str] = LANGUA
 
 def freeze_all_but(model: nn.Module, trained_parts: Collection[str], patterns: Mapping[str, str] = PARTS) -> None:
     """Sets which parameters of `model` take gradients: those of `trained_parts` of its parts, and no others."""
+    check_parts("trained_parts", trained_parts, patterns)
     for name, parameter in model.named_parameters():
         part = part_of(name, patterns)
         is_trained = part in trained_parts

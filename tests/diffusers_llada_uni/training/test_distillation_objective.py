@@ -8,8 +8,8 @@ from diffusers_llada_uni.training.distillation_objective import (
     consistency_errors,
     consistency_targets,
     draw_noise,
-    noised,
 )
+from diffusers_llada_uni.training.flow_matching import noised
 
 
 def test_the_exact_consistency_function_is_its_own_target():

@@ -1,9 +1,12 @@
 """What the command does with a language model alone: LLaDA2.0-mini, LLaDA2.1-mini, and Ling before its conversion."""
 
 import json
+import shutil
+from unittest.mock import Mock
 
 import PIL.Image
 import pytest
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from llada_uni.pipeline_loading import LanguageModel, load_chat_model, load_pipeline
 from transformers_llada_uni.loading.model_loading import load_processor
@@ -53,9 +56,29 @@ def test_it_neither_sees_nor_draws(run, text_only, tmp_path):
 
 def test_of_the_hub_it_draws_neither(monkeypatch):
     """And no weights are fetched."""
-    monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **__: None)
+    absent = RemoteEntryNotFoundError("absent", response=Mock())
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=absent))
     with pytest.raises(ValueError, match="`model` 'owner/text' is no pipeline: .* a language model alone"):
         load_pipeline("owner/text", "cpu")
+
+
+def test_one_that_was_fetched_before_needs_no_hub(tmp_path, text_only, monkeypatch):
+    repository = tmp_path / "models--owner--text"
+    shutil.copytree(text_only, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_chat_model("owner/text", "cpu").model.config.model_type == "llada2_moe"
+    with pytest.raises(ValueError, match="`model` 'owner/text' is no pipeline: .* a language model alone"):
+        load_pipeline("owner/text", "cpu")
+
+
+def test_a_hub_that_cannot_be_reached_says_nothing_of_the_model(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_pipeline, load_chat_model):
+        with pytest.raises(ValueError, match="`model` 'owner/nothing' cannot be fetched"):
+            load("owner/nothing", "cpu")
 
 
 def test_an_autoregressive_one_is_to_be_converted(ling, monkeypatch):

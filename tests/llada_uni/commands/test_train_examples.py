@@ -19,9 +19,12 @@ from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
 from diffusers_llada_uni import embedded_checkpoint
 from llada_uni.cli import STAGES, main
+from llada_uni.commands.train_options import StageParser
+from llada_uni.commands.train_trainers import stages
 
 
-EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "training"
+ROOT = Path(__file__).resolve().parents[3]
+EXAMPLES, EMOJI = ROOT / "examples" / "training", ROOT / "examples" / "emoji"
 CHAT = [{"role": "user", "content": "Up or down?"}, {"role": "assistant", "content": "Up."}]
 ROWS = {
     "sft": {"messages": CHAT},
@@ -132,3 +135,11 @@ def assert_adapter_can_be_loaded(tmp_path):
     )
     command = [sys.executable, "-c", code + compare]
     assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout == b"LLaDAUniProcessor\n"
+
+
+@pytest.mark.parametrize("config", sorted((EMOJI / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_settings_of_the_emoji_are_known(config):
+    """`examples/emoji/train.py` would find out after hours."""
+    (stage,) = re.findall(rf'stage\("(\w+)", "{config.stem}"', (EMOJI / "train.py").read_text())
+    classes, _ = stages()[stage]
+    StageParser(stage, classes).parse(["--config", str(config), "--output_dir", "out"])

@@ -518,7 +518,11 @@ def test_decoder_must_return_a_image_per_grid(converted_dir, tmp_path):
         trainer.evaluate(dataset.remove_columns("grid"))
 
 
-@pytest.mark.parametrize("given", [0.5, [0.5], None, ["good", "bad"], [float("inf"), 0.0], torch.ones(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [0.5, [0.5], None, ["good", "bad"], [float("inf"), 0.0], [float("nan"), 0.0], "10", torch.ones(2, 2)],
+    ids=str,
+)
 def test_a_reward_that_gives_something_else_is_named(given):
     def judge(**columns):
         return given

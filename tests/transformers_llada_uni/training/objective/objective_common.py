@@ -2,7 +2,8 @@
 
 import torch
 
-from tests.transformers_llada_uni.training.training_common import BLOCK
+from tests.transformers_llada_uni.training.training_common import BLOCK, tiny_model
+from transformers_llada_uni.training.objective.block_diffusion import add_block_diffusion_head
 
 
 # Two documents and padding; prompts of 5 and 3 tokens.
@@ -18,3 +19,21 @@ def batch(seed=0):
 
 def draw(noise, labels, seed=0, documents=DOCUMENTS):
     return noise.sample(labels, documents, BLOCK, torch.Generator().manual_seed(seed))
+
+
+def headed_model(attn_implementation="sdpa"):
+    model = tiny_model(attn_implementation=attn_implementation)
+    add_block_diffusion_head(model)
+    return model
+
+
+def of_documents(model, input_ids, labels, masked, weights):
+    """The outputs of the objective."""
+    return model(
+        input_ids=input_ids,
+        labels=labels,
+        document_ids=DOCUMENTS,
+        masked=masked,
+        weights=weights,
+        fused_lm_head=True,
+    )

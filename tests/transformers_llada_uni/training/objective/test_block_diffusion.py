@@ -5,20 +5,17 @@ import itertools
 import pytest
 import torch
 
-from tests.transformers_llada_uni.training.objective.objective_common import DOCUMENTS, TARGETS, batch, draw
-from tests.transformers_llada_uni.training.training_common import BLOCK, tiny_model
-from transformers_llada_uni.training.objective.block_diffusion import (
-    add_block_diffusion_head,
-    document_ids_of,
-    tokens_of_pass,
+from tests.transformers_llada_uni.training.objective.objective_common import (
+    DOCUMENTS,
+    TARGETS,
+    batch,
+    draw,
+    headed_model,
+    of_documents,
 )
+from tests.transformers_llada_uni.training.training_common import BLOCK
+from transformers_llada_uni.training.objective.block_diffusion import document_ids_of, tokens_of_pass
 from transformers_llada_uni.training.objective.noise import BlockDiffusionNoise
-
-
-def headed_model(attn_implementation="sdpa"):
-    model = tiny_model(attn_implementation=attn_implementation)
-    add_block_diffusion_head(model)
-    return model
 
 
 def log_probs_by_hand(model, input_ids, labels, documents, masked, weights):
@@ -74,14 +71,7 @@ def test_log_probs_equal_single_forwards(noise, attn_implementation):
     input_ids, labels = batch()
     masked, weights = draw(noise, labels)
     with torch.no_grad():
-        outputs = model(
-            input_ids=input_ids,
-            labels=labels,
-            document_ids=DOCUMENTS,
-            masked=masked,
-            weights=weights,
-            fused_lm_head=True,
-        )
+        outputs = of_documents(model, input_ids, labels, masked, weights)
         expected = log_probs_by_hand(model, input_ids, labels, DOCUMENTS, masked, weights)
     assert expected.abs().sum() > 0
     torch.testing.assert_close(outputs.log_probs, expected, atol=2e-5, rtol=2e-5)
@@ -97,14 +87,7 @@ def test_gradient_equals_that_of_single_forwards():
         if by_hand:
             log_probs = log_probs_by_hand(model, input_ids, labels, DOCUMENTS, masked, weights)
         else:
-            log_probs = model(
-                input_ids=input_ids,
-                labels=labels,
-                document_ids=DOCUMENTS,
-                masked=masked,
-                weights=weights,
-                fused_lm_head=True,
-            ).log_probs
+            log_probs = of_documents(model, input_ids, labels, masked, weights).log_probs
         log_probs.sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
@@ -118,14 +101,7 @@ def test_flex_attention_gives_the_loss_of_sdpa():
     results = []
     for attn_implementation in ("sdpa", "flex_attention"):
         with torch.no_grad():
-            outputs = headed_model(attn_implementation)(
-                input_ids=input_ids,
-                labels=labels,
-                document_ids=DOCUMENTS,
-                masked=masked,
-                weights=weights,
-                fused_lm_head=True,
-            )
+            outputs = of_documents(headed_model(attn_implementation), input_ids, labels, masked, weights)
         results.append(outputs.log_probs)
     torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-5)
 
