@@ -4,8 +4,8 @@ Settles the codes of all emoji, and draws images that shall have them.
     python examples/emoji/prepare_codes.py packages runs/emoji/model runs/emoji/data
 
 Reads `data/pictures/`, encodes it with the trained tokenizer, and writes `data/codes.json` ([`EmojiCodes`]) and
-`data/views/` (columns image, image_codes): every picture with the codes that are its own from now on, and scenes. The
-tokenizer learns them by `llada-uni train image_tokenizer_alignment`.
+`data/views/` (columns image, image_codes): every picture with the codes that are its own from now on, and scenes; in
+the split "alone" no scenes. The tokenizer learns them by `llada-uni train image_tokenizer_alignment`.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def main() -> None:
 
     agreed = sum(row["codes"] == view["image_codes"][0]["codes"] for row, view in zip(rows, views(), strict=False))
     print(f"{agreed} of {len(rows)} pictures have their settled codes already.")
-    DatasetDict(train=Dataset.from_generator(views, features=FEATURES)).save_to_disk(arguments.data / "views")
+    both = Dataset.from_generator(views, features=FEATURES)
+    DatasetDict(train=both, alone=both.select(range(len(rows)))).save_to_disk(arguments.data / "views")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The emoji and scenes of them as codes and latents, for the decoder.
     python examples/emoji/prepare_decoder_data.py runs/emoji/model runs/emoji/data
 
 Reads `data/views/` (see prepare_codes.py) and the trained autoencoder, writes `data/latents/` (columns codes, grid,
-latents, length). Held-out emoji are in it as little as in all other data.
+latents, length), as a whole and, in the split "alone", what is no scene. Held-out emoji are in it as little as in all
+other data.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from diffusers_llada_uni.training.decoder_data import FEATURES
 
 
 BATCH = 32
-NUM_SCENES = 3_000  # an emoji in a scene looks as it does alone, and a scene takes the time of several
+NUM_SCENES = 3_000
 
 
 @torch.no_grad()
-def encoded(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
+def rows_of(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
     pixels_of = VaeImageProcessor(do_resize=False)
     for start in range(0, len(views), BATCH):
         batch = views[start : start + BATCH]
@@ -34,7 +35,9 @@ def encoded(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
         for size in dict.fromkeys(image.size for image in images):
             numbers = [number for number, image in enumerate(images) if image.size == size]
             target = torch.cat([pixels_of.preprocess(images[number]) for number in numbers])
-            for number, latents in zip(numbers, vae.encode(target).latent_dist.mode(), strict=True):
+            encoded = vae.encode(target).latent_dist.mode()
+            encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+            for number, latents in zip(numbers, encoded, strict=True):
                 own = codes[number]
                 yield {**own, "latents": latents.flatten().numpy(), "length": len(own["codes"])}
 
@@ -50,8 +53,9 @@ def main() -> None:
     views = views.select(sorted(set(range(len(views))) - set(scenes[NUM_SCENES:])))
     # By their lengths images of one size are put together: in a batch all are padded to the largest.
     features = Features({**FEATURES, "length": Value("int64")})
-    rows = Dataset.from_generator(encoded, features=features, gen_kwargs={"views": views, "vae": vae})
-    DatasetDict(train=rows).save_to_disk(arguments.data / "latents")
+    rows = Dataset.from_generator(rows_of, features=features, gen_kwargs={"views": views, "vae": vae})
+    alone = rows.filter(lambda length: length == SIDE**2, input_columns="length")
+    DatasetDict(train=rows, alone=alone).save_to_disk(arguments.data / "latents")
 
 
 if __name__ == "__main__":

@@ -36,14 +36,11 @@ def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
     put_model(model, pipeline)
 
 
-def put_language_model(weights: Path, pipeline: Path) -> None:
+def put_language_model(trained: Path, pipeline: Path) -> None:
     """All but the image tokenizer, which has been trained on meanwhile."""
-    model = AutoModelForImageTextToText.from_pretrained(pipeline / "model")
-    trained = {name: weight for name, weight in load_file(weights).items() if not is_of_image_tokenizer(name)}
-    missing, unexpected = model.load_state_dict(trained, strict=False)
-    own = [name for name in missing if not is_of_image_tokenizer(name)]
-    if own or unexpected:
-        raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    model, other = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (trained, pipeline / "model"))
+    own = {name: weight for name, weight in other.state_dict().items() if is_of_image_tokenizer(name)}
+    model.load_state_dict(own, strict=False)
     put_model(model, pipeline)
 
 
@@ -94,7 +91,7 @@ def main() -> None:
         put_image_tokenizer(tokenizer, arguments.pipeline)
         found.append("image_tokenizer")
     if (arguments.trained / "model.safetensors").exists():
-        put_language_model(arguments.trained / "model.safetensors", arguments.pipeline)
+        put_language_model(arguments.trained, arguments.pipeline)
         found.append("language model")
     if not found:
         raise FileNotFoundError(f"`{arguments.trained}` holds no part of a pipeline.")

@@ -79,9 +79,13 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         ),
         "decoder": stage("decoder", "decoder", "prepare_decoder_data"),
         "put_decoder": put("decoder"),
-        "distill": stage("distill", "distill", "put_decoder"),
+        "decoder_scenes": stage("decoder", "decoder_scenes", "put_decoder"),
+        "put_decoder_scenes": put("decoder_scenes"),
+        "distill": stage("distill", "distill", "put_decoder_scenes"),
         "put_distilled": put("distill"),
-        "tokenizer_alignment": stage("image_tokenizer_alignment", "tokenizer_alignment", "prepare_codes"),
+        "tokenizer_alone": stage("image_tokenizer_alignment", "tokenizer_alone", "prepare_codes"),
+        "put_tokenizer_alone": put("tokenizer_alone"),
+        "tokenizer_alignment": stage("image_tokenizer_alignment", "tokenizer_alignment", "put_tokenizer_alone"),
         "put_aligned_tokenizer": put("tokenizer_alignment"),
         "prepare_drawings": script(
             "prepare_drawings", packages, MODEL, DATA, after=("put_distilled", "put_aligned_tokenizer")
