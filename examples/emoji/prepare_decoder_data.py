@@ -9,6 +9,7 @@ other data.
 """
 
 import argparse
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
-from emoji_codes import SIDE
+from emoji_codes import NUM_STYLES, SIDE
 
 from diffusers_llada_uni.training.decoder_data import FEATURES
 
 
 BATCH = 32
 NUM_SCENES = 3_000
+NUM_OF_CONTENT = 12
 
 
 @torch.no_grad()
@@ -42,6 +44,18 @@ def rows_of(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
                 yield {**own, "latents": latents.flatten().numpy(), "length": len(own["codes"])}
 
 
+def alone(codes: list[list[int]]) -> list[int]:
+    """Rows that are no scenes, at most so many with the same content: people have thirty-six, for their skin tones."""
+    of_content: dict[tuple[int, ...], list[int]] = {}
+    for row, own in enumerate(codes):
+        if len(own) == SIDE**2:
+            of_content.setdefault(tuple(own[NUM_STYLES:]), []).append(row)
+    generator = random.Random(0)
+    return sorted(
+        row for rows in of_content.values() for row in generator.sample(rows, min(NUM_OF_CONTENT, len(rows)))
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="The pipeline folder.")
@@ -54,8 +68,7 @@ def main() -> None:
     # By their lengths images of one size are put together: in a batch all are padded to the largest.
     features = Features({**FEATURES, "length": Value("int64")})
     rows = Dataset.from_generator(rows_of, features=features, gen_kwargs={"views": views, "vae": vae})
-    alone = rows.filter(lambda length: length == SIDE**2, input_columns="length")
-    DatasetDict(train=rows, alone=alone).save_to_disk(arguments.data / "latents")
+    DatasetDict(train=rows, alone=rows.select(alone(rows["codes"]))).save_to_disk(arguments.data / "latents")
 
 
 if __name__ == "__main__":
