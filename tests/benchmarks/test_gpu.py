@@ -29,6 +29,7 @@ SECTIONS = {
     "picture": {"codes, s", "read the decoder, s", "pixels, s", "seconds", "speed-up"},
     "memory": {"weights, GB", "peak in the call, GB", "kept after it, GB", "graphs, GB"},
     "training": {"a step, s", "peak, GB", "loss"},
+    "small_cards": set(),
     "compiled_decoder": {"first, s", "seconds"},
     "normal_decoder": {"first, s", "seconds"},
 }
