@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4MoeMLP
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
@@ -52,7 +54,8 @@ class LLaDA2MoeTopkRouter(nn.Module):
             settings = (config.n_group, config.topk_group, config.num_experts_per_tok, config.routed_scaling_factor)
             return router_logits, *router.choose_experts(router_logits, self.expert_bias, *settings)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision would tie scores
-        router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         scores = router_logits.sigmoid()
         grouped = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))  # (tokens, groups, experts of group)
         best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config.topk_group, dim=-1, sorted=False).indices
@@ -80,9 +83,21 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         _, top_k_weights, top_k_index = self.gate(tokens)
         if self._sums_in_kernel():
             shared = self.shared_experts(tokens)
-            return self.experts(tokens, top_k_index, top_k_weights, addend=shared).view_as(hidden_states)
-        routed = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
+            return self._routed(tokens, top_k_index, top_k_weights, addend=shared).view_as(hidden_states)
+        routed = self._routed(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
         return routed + self.shared_experts(hidden_states)
+
+    def _routed(
+        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts give. Autocast knows nothing of their grouped products: weights are cast for it."""
+        experts, arguments = self.experts, (tokens, top_k_index, top_k_weights)
+        is_cast = torch.is_autocast_enabled(tokens.device.type) and isinstance(experts, Glm4MoeExperts)
+        if not is_cast or is_hooked(experts) or is_parametrized(experts):
+            return experts(*arguments, **kwargs)
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        weights = {name: weight.to(dtype) for name, weight in experts.named_parameters()}
+        return functional_call(experts, weights, arguments, kwargs)
 
     def _sums_in_kernel(self) -> bool:
         """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""
