@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from diffusers.image_processor import VaeImageProcessor
@@ -15,6 +16,7 @@ from transformers_llada_uni.training.data.dataset_formats import stored_image
 
 
 COLUMNS = ("codes", "grid", "latents")
+ROWS_CHECKED = 10_000  # at a time
 FEATURES = Features({"codes": List(Value("int32")), "grid": List(Value("int64")), "latents": List(Value("float32"))})
 
 
@@ -27,6 +29,24 @@ def is_prepared(argument: str, dataset: Dataset | IterableDataset) -> bool:
     if not set(COLUMNS) <= set(columns) and "image" not in columns:
         raise ValueError(f"`{argument}` must have a column `image`, it has {sorted(columns)}.")
     return set(COLUMNS) <= set(columns)
+
+
+def check_codes(argument: str, dataset: Dataset | IterableDataset, num_codes: int) -> None:
+    """
+    Raises ValueError, naming the argument and the row, for codes that the decoder does not know. Streams are not read.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    batches = dataset.select_columns("codes").with_format("arrow").iter(ROWS_CHECKED)
+    for number, batch in enumerate(batches):
+        extremes = pc.min_max(pc.list_flatten(batch["codes"])).as_py()
+        if extremes["min"] is None or 0 <= extremes["min"] <= extremes["max"] < num_codes:
+            continue
+        for row, codes in enumerate(batch["codes"].to_pylist(), number * ROWS_CHECKED):
+            if foreign := [code for code in codes if not 0 <= code < num_codes]:
+                raise ValueError(
+                    f"Row {row} of `{argument}`: `codes` must lie in 0..{num_codes - 1}, got {foreign[0]}."
+                )
 
 
 def prepare_decoder_dataset(
