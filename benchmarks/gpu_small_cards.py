@@ -45,9 +45,12 @@ def report_decoding(section: Section, workload: Workload, lengths: tuple[int, ..
 
 def report_picture(section: Section, workload: Workload, pipeline: LLaDAUniPipeline, machine: Machine) -> None:
     """All on the card. The decoder's weights stay in float8: the pipeline is to be thrown away afterwards."""
-    what = "a picture, the decoder in float8"
+    what = "a picture, the decoder in float8, no image tokenizer"
+    if machine.device == "cuda" and not is_torchao_available():
+        section.add(what, failed="needs torchao")
+        return
     with section.guarded(what):
-        if machine.device == "cuda" and is_torchao_available():
+        if machine.device == "cuda":
             from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
             transformer = pipeline.transformer_turbo
@@ -70,5 +73,8 @@ def report_picture(section: Section, workload: Workload, pipeline: LLaDAUniPipel
 def report_qlora(section: Section, model: LLaDA2MoeForBlockDiffusion, machine: Machine) -> None:
     """Alone on the card but for the quantised model, which is trained."""
     what = "lora_config(r=8, experts=False), one row of 2048 tokens a step"
+    if not section.has_time():
+        section.add(what, failed="no time left")
+        return
     with section.guarded(what):
         section.add(what, **train_lora(model, machine, {"r": 8, "experts": False}, 128 if machine.is_tiny else 2048))

@@ -1,11 +1,13 @@
 """The feed-forward half of a layer: the dense MLP, or a router, the experts it chooses and a shared one."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4MoeMLP
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .kernels import can_fuse
@@ -54,7 +56,7 @@ class LLaDA2MoeTopkRouter(nn.Module):
             settings = (config.n_group, config.topk_group, config.num_experts_per_tok, config.routed_scaling_factor)
             return router_logits, *router.choose_experts(router_logits, self.expert_bias, *settings)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision would tie scores
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         scores = router_logits.sigmoid()
         grouped = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))  # (tokens, groups, experts of group)
@@ -90,14 +92,21 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
     def _routed(
         self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs: torch.Tensor
     ) -> torch.Tensor:
-        """What the experts give. Autocast knows nothing of their grouped products: weights are cast for it."""
-        experts, arguments = self.experts, (tokens, top_k_index, top_k_weights)
-        is_cast = torch.is_autocast_enabled(tokens.device.type) and isinstance(experts, Glm4MoeExperts)
-        if not is_cast or is_hooked(experts) or is_parametrized(experts):
+        """
+        What the experts give. Autocast knows nothing of their grouped products: in training, float32 weights are cast
+        for it. Those that peft has wrapped, or that have hooks, compute in the type they have.
+        """
+        experts, arguments, device_type = self.experts, (tokens, top_k_index, top_k_weights), tokens.device.type
+        is_cast = torch.is_grad_enabled() and not tokens.is_meta and torch.is_autocast_enabled(device_type)
+        if not is_cast or not isinstance(experts, Glm4MoeExperts) or is_hooked(experts):
             return experts(*arguments, **kwargs)
-        dtype = torch.get_autocast_dtype(tokens.device.type)
-        weights = {name: weight.to(dtype) for name, weight in experts.named_parameters()}
-        return functional_call(experts, weights, arguments, kwargs)
+        dtype, own = torch.get_autocast_dtype(device_type), experts.named_parameters(recurse=False)
+        weights = {name: weight.to(dtype) if weight.dtype == torch.float32 else weight for name, weight in own}
+        if torch.compiler.is_compiling():
+            return functional_call(experts, weights, arguments, kwargs)
+        cast = copy.copy(experts)  # not in their place: other threads compute with them
+        cast._parameters = weights  # type: ignore[assignment]  # which are no parameters, but have gradients
+        return cast(*arguments, **kwargs)
 
     def _sums_in_kernel(self) -> bool:
         """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""

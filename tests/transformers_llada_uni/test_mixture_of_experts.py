@@ -1,8 +1,9 @@
 """Router and experts under autocast, which casts what `nn.Linear` computes and knows nothing of grouped products."""
 
+import threading
+
 import pytest
 import torch
-from torch.nn.utils import parametrize
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 
 from transformers_llada_uni import LLaDA2MoeConfig
@@ -47,19 +48,47 @@ def test_experts_compute_in_the_type_of_autocast(block, implementation, monkeypa
     assert 0 < (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
 
 
-def test_experts_that_something_is_added_to_are_called_as_they_are(block):
-    """As peft does with `target_parameters`: weights cast beforehand would be without it."""
-    exact = block(STATES)
+def test_threads_share_experts_under_autocast(block):
+    wanted, found = under_autocast(block, STATES), []
 
-    class Doubled(torch.nn.Module):
-        def forward(self, weight: torch.Tensor) -> torch.Tensor:
-            return 2 * weight
+    def work() -> None:
+        found.extend(under_autocast(block, STATES) for _ in range(20))
 
-    parametrize.register_parametrization(block.experts, "down_proj", Doubled())
-    doubled = block(STATES)
-    found = under_autocast(block, STATES)
-    assert (found - doubled).norm() < 0.02 * doubled.norm()
-    assert (found - exact).norm() > 0.1 * exact.norm()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 60 and all(torch.equal(states, wanted) for states in found)
+    assert all(type(weight) is torch.nn.Parameter for weight in block.parameters())
+    assert {weight.dtype for weight in block.parameters()} == {torch.float32}
+
+
+def test_hooks_of_experts_are_called_with_weights_as_they_are(block):
+    """Such as fetch weights: what has been cast before them would be without what they do."""
+    seen = []
+    block.experts.register_forward_pre_hook(lambda module, inputs: seen.append(module.gate_up_proj.dtype))
+    under_autocast(block, STATES)
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("device, dtype", [("meta", torch.bfloat16), ("cpu", torch.float64)])
+def test_what_autocast_leaves_alone_is_left_alone(block, device, dtype):
+    block.gate.config._experts_implementation = "batched_mm"
+    block = block.to(device, dtype)
+    states = STATES.to(device, dtype)
+    assert block(states).shape == under_autocast(block, states).shape == states.shape
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_reach_the_weights_of_experts(block, is_compiled):
+    block.gate.config._experts_implementation = "grouped_mm"
+    if is_compiled:
+        torch._dynamo.reset()
+        block.compile(backend="aot_eager", fullgraph=True)
+    under_autocast(block, STATES).square().sum().backward()
+    for weight in block.experts.parameters():
+        assert weight.grad.dtype == torch.float32 and weight.grad.abs().sum() > 0
 
 
 def test_the_router_stays_in_float32(block):

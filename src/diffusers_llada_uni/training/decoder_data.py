@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -33,20 +34,25 @@ def is_prepared(argument: str, dataset: Dataset | IterableDataset) -> bool:
 
 def check_codes(argument: str, dataset: Dataset | IterableDataset, num_codes: int) -> None:
     """
-    Raises ValueError, naming the argument and the row, for codes that the decoder does not know. Streams are not read.
+    Raises ValueError, naming the argument and the row, for codes that the decoder does not know. All of a dataset are
+    read; those of a stream, or that a transform makes, are not.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
-    batches = dataset.select_columns("codes").with_format("arrow").iter(ROWS_CHECKED)
-    for number, batch in enumerate(batches):
-        extremes = pc.min_max(pc.list_flatten(batch["codes"])).as_py()
-        if extremes["min"] is None or 0 <= extremes["min"] <= extremes["max"] < num_codes:
+    codes_alone, last = dataset.select_columns("codes"), num_codes - 1
+    for number, batch in enumerate(codes_alone.with_format("arrow").iter(ROWS_CHECKED)):
+        codes = batch["codes"]
+        while pa.types.is_nested(codes.type):  # lists, or grids of lists
+            codes = pc.list_flatten(codes)
+        if not pa.types.is_integer(codes.type):
+            return  # nothing but nothing, or what `collate` refuses
+        low, high = pc.min_max(codes).as_py().values()
+        if low is None or 0 <= low <= high <= last:
             continue
-        for row, codes in enumerate(batch["codes"].to_pylist(), number * ROWS_CHECKED):
-            if foreign := [code for code in codes if not 0 <= code < num_codes]:
-                raise ValueError(
-                    f"Row {row} of `{argument}`: `codes` must lie in 0..{num_codes - 1}, got {foreign[0]}."
-                )
+        for row, own in enumerate(batch["codes"].to_pylist(), number * ROWS_CHECKED):
+            foreign = [code for code in np.ravel(own or []).tolist() if not 0 <= code <= last]
+            if foreign:
+                raise ValueError(f"Row {row} of `{argument}`: `codes` must lie in 0..{last}, got {foreign[0]}.")
 
 
 def prepare_decoder_dataset(

@@ -6,12 +6,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedConfig
 
 from . import DTYPES, HAS_TRITON, IS_INTERPRETED, is_kernel_device
-from .expert_weights import (
-    STORED_DTYPES,
-    ExpertWeights,
-    Kind,
-    quantize_experts,
-)
+from .expert_weights import STORED_DTYPES, ExpertWeights, Kind, quantize_experts
 from .experts_dequantized import dequantized_linear, experts_one_by_one, experts_together
 from .experts_triton import triton_experts
 
@@ -174,7 +169,9 @@ class GroupwiseExperts(GroupwiseWeights, nn.Module):
         is_eager = self.config._experts_implementation == "eager"
         if not is_eager and self.can_use_kernel(hidden_states):
             return triton_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, addend=addend)
-        compute = experts_one_by_one if is_eager or not hidden_states.is_cuda else experts_together
+        # In training on a GPU launches would take the time; float64 is nothing for grouped products.
+        is_grouped = torch.is_grad_enabled() and hidden_states.is_cuda and hidden_states.dtype in DTYPES
+        compute = experts_together if is_grouped and not is_eager else experts_one_by_one
         output = compute(hidden_states, gate_up, down, top_k_index, top_k_weights)
         return output if addend is None else output + addend
 

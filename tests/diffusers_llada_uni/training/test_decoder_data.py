@@ -30,3 +30,12 @@ def test_codes_that_no_embedding_stands_for_are_refused(trainer_class, config_cl
         trainer_class(
             *make_components(), args=args, train_dataset=dataset_of_images(6), eval_dataset=Dataset.from_list(rows)
         )
+
+
+def test_codes_that_are_grids_or_made_by_a_transform():
+    grids = Dataset.from_dict({"codes": [[[0, 1], [1, 0]], None, [[1, 1], [0, 5]]]})
+    with pytest.raises(ValueError, match=r"Row 2 of `train_dataset`: `codes` must lie in 0\.\.1, got 5"):
+        decoder_data.check_codes("train_dataset", grids, 2)
+    decoder_data.check_codes("train_dataset", grids, 6)
+    decoder_data.check_codes("train_dataset", grids.select([1]), 2)
+    decoder_data.check_codes("train_dataset", grids.with_transform(lambda rows: rows), 2)
