@@ -93,11 +93,12 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs: torch.Tensor
     ) -> torch.Tensor:
         """
-        What the experts give. Autocast knows nothing of their grouped products: in training, float32 weights are cast
-        for it. Those that peft has wrapped, or that have hooks, compute in the type they have.
+        What the experts give. Autocast knows nothing of their grouped products: float32 weights are cast for it, with
+        gradients or without, as a reference model must compute as the policy does. Those that peft has wrapped or that
+        have hooks compute in the type they have.
         """
         experts, arguments, device_type = self.experts, (tokens, top_k_index, top_k_weights), tokens.device.type
-        is_cast = torch.is_grad_enabled() and not tokens.is_meta and torch.is_autocast_enabled(device_type)
+        is_cast = not tokens.is_meta and torch.is_autocast_enabled(device_type)
         if not is_cast or not isinstance(experts, Glm4MoeExperts) or is_hooked(experts):
             return experts(*arguments, **kwargs)
         dtype, own = torch.get_autocast_dtype(device_type), experts.named_parameters(recurse=False)

@@ -41,6 +41,8 @@ def test_experts_compute_in_the_type_of_autocast(block, implementation, monkeypa
     monkeypatch.setattr(Glm4MoeExperts, "forward", recorded)
     found = under_autocast(block, STATES)
     assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    with torch.no_grad():
+        assert torch.equal(under_autocast(block, STATES), found)
     assert 1e-3 < (found - exact).norm() / exact.norm() < 0.02
     (gradient,) = torch.autograd.grad(found.square().sum(), block.experts.gate_up_proj)
     (exact_gradient,) = torch.autograd.grad(exact.square().sum(), block.experts.gate_up_proj)
