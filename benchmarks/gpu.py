@@ -47,8 +47,7 @@ from gpu_exactness import report_fixture, report_rounding, report_same_tokens
 from gpu_machine import Machine, measure_machine, report_machine
 from gpu_model import RELEASED, TINY, make_model, size_of
 from gpu_report import Report, Section, free_memory, timed
-from gpu_small_cards import quantize, report_decoding, report_qlora
-from gpu_small_cards import report_picture as report_small_picture
+from gpu_small_cards import quantize, report_few_bits, report_qlora, report_small_picture
 from gpu_training import report_training
 from gpu_workload import STEPS, Workload
 
@@ -150,7 +149,7 @@ class Bench:
         """The model has few bits afterwards, and the decoder float8: they are thrown away."""
         self.free("pipeline", "workload")
         quantize(section, self.workload.model, self.machine)
-        report_decoding(section, self.workload, self.lengths)
+        report_few_bits(section, self.workload, self.lengths)
         report_small_picture(section, self.workload, self.pipeline, self.machine)
         self.free("pipeline")
         self.workload.model.release_cuda_graphs()

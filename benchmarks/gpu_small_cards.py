@@ -27,7 +27,7 @@ def quantize(section: Section, model: LLaDA2MoeForBlockDiffusion, machine: Machi
     )
 
 
-def report_decoding(section: Section, workload: Workload, lengths: tuple[int, ...]) -> None:
+def report_few_bits(section: Section, workload: Workload, lengths: tuple[int, ...]) -> None:
     """Of a model that is quantised already."""
     workload = Workload(workload.model, workload.machine)  # experts are counted, and bytes reckoned, anew
     tasks = {
@@ -43,7 +43,7 @@ def report_decoding(section: Section, workload: Workload, lengths: tuple[int, ..
             section.add(what, **workload.pace(task, decoded, seconds))
 
 
-def report_picture(section: Section, workload: Workload, pipeline: LLaDAUniPipeline, machine: Machine) -> None:
+def report_small_picture(section: Section, workload: Workload, pipeline: LLaDAUniPipeline, machine: Machine) -> None:
     """All on the card. The decoder's weights stay in float8: the pipeline is to be thrown away afterwards."""
     what = "a picture, the decoder in float8, no image tokenizer"
     if machine.device == "cuda" and not is_torchao_available():
