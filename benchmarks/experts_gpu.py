@@ -36,7 +36,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.kernels import experts_kernels as products
 from transformers_llada_uni.kernels.expert_tiles import FLOAT32_TILES, TILES, Tile, choose_tiles
-from transformers_llada_uni.kernels.expert_weights import ExpertWeights, experts_one_by_one, quantize_experts
+from transformers_llada_uni.kernels.expert_weights import ExpertWeights, quantize_experts
+from transformers_llada_uni.kernels.experts_dequantized import experts_one_by_one
 from transformers_llada_uni.kernels.experts_triton import triton_experts
 
 

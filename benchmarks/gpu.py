@@ -47,6 +47,7 @@ from gpu_exactness import report_fixture, report_rounding, report_same_tokens
 from gpu_machine import Machine, measure_machine, report_machine
 from gpu_model import RELEASED, TINY, make_model, size_of
 from gpu_report import Report, Section, free_memory, timed
+from gpu_small_cards import quantize, report_few_bits, report_qlora, report_small_picture
 from gpu_training import report_training
 from gpu_workload import STEPS, Workload
 
@@ -144,6 +145,17 @@ class Bench:
         self.free("pipeline", "workload")
         report_training(section, self.machine)
 
+    def small_cards(self, section: Section) -> None:
+        """The model has few bits afterwards, and the decoder float8: they are thrown away."""
+        self.free("pipeline", "workload")
+        quantize(section, self.workload.model, self.machine)
+        report_few_bits(section, self.workload, self.lengths)
+        report_small_picture(section, self.workload, self.pipeline, self.machine)
+        self.free("pipeline")
+        self.workload.model.release_cuda_graphs()
+        report_qlora(section, self.workload.model, self.machine)
+        self.free("workload")
+
     def normal_decoder(self, section: Section) -> None:
         self.free("workload")
         report_normal_decoder(section, self.pipeline, self.machine)
@@ -167,9 +179,10 @@ SECTIONS: dict[str, tuple[str, float, Callable[[Bench, Section], None]]] = {
     "memory": ("Memory", 30, Bench.memory),
     "training": ("LoRA", 60, Bench.training),
     "compiled_decoder": ("Decoder, compiled", 90, Bench.compiled_decoder),
+    "small_cards": ("Small cards", 80, Bench.small_cards),
     "normal_decoder": ("Decoder, many steps", 60, Bench.normal_decoder),
 }
-NOT_BY_DEFAULT = ("normal_decoder",)  # half a minute for one picture
+NOT_BY_DEFAULT = ("small_cards", "normal_decoder")  # a minute, and half a minute for one picture
 
 
 def main() -> None:

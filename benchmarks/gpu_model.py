@@ -11,6 +11,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.kernels.expert_weights import quantize_experts
+from transformers_llada_uni.kernels.groupwise_modules import GroupwiseWeights
+from transformers_llada_uni.loading.quantization_groupwise import KINDS, replace_with_groupwise_modules
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
 
 
@@ -150,3 +152,16 @@ def use_float8_experts(model: LLaDA2MoeForBlockDiffusion) -> None:
             for suffix, tensor in (("", weights.data), ("_scale_inv", weights.scales)):
                 setattr(experts, name + suffix, torch.nn.Parameter(tensor, requires_grad=False))
         layer.mlp.experts = experts.eval()
+
+
+@torch.no_grad()
+def use_few_bits(model: LLaDA2MoeForBlockDiffusion, bits: int, group_size: int) -> None:
+    """In place what `GroupwiseQuantizationConfig(bits, group_size)` does to a model that is loaded."""
+    plain = dict(model.named_parameters())
+    with torch.device("meta"):
+        replace_with_groupwise_modules(model, model.config, KINDS[bits], group_size)
+    for name, module in model.named_modules():
+        if isinstance(module, GroupwiseWeights):
+            for own_name in module.weight_names:
+                for part, tensor in module.quantize(own_name, plain.pop(f"{name}.{own_name}")).items():
+                    setattr(module, part, torch.nn.Parameter(tensor, requires_grad=False))

@@ -1,9 +1,13 @@
 """The feed-forward half of a layer: the dense MLP, or a router, the experts it chooses and a shared one."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4MoeMLP
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
 from .kernels import can_fuse
@@ -52,7 +56,8 @@ class LLaDA2MoeTopkRouter(nn.Module):
             settings = (config.n_group, config.topk_group, config.num_experts_per_tok, config.routed_scaling_factor)
             return router_logits, *router.choose_experts(router_logits, self.expert_bias, *settings)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision would tie scores
-        router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype))
         scores = router_logits.sigmoid()
         grouped = (scores + self.expert_bias).unflatten(-1, (config.n_group, -1))  # (tokens, groups, experts of group)
         best_groups = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config.topk_group, dim=-1, sorted=False).indices
@@ -80,9 +85,29 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
         _, top_k_weights, top_k_index = self.gate(tokens)
         if self._sums_in_kernel():
             shared = self.shared_experts(tokens)
-            return self.experts(tokens, top_k_index, top_k_weights, addend=shared).view_as(hidden_states)
-        routed = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
+            return self._routed(tokens, top_k_index, top_k_weights, addend=shared).view_as(hidden_states)
+        routed = self._routed(tokens, top_k_index, top_k_weights.to(tokens.dtype)).view_as(hidden_states)
         return routed + self.shared_experts(hidden_states)
+
+    def _routed(
+        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **kwargs: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        What the experts give. Autocast knows nothing of their grouped products: float32 weights are cast for it, with
+        gradients or without, as a reference model must compute as the policy does. Those that peft has wrapped or that
+        have hooks compute in the type they have.
+        """
+        experts, arguments, device_type = self.experts, (tokens, top_k_index, top_k_weights), tokens.device.type
+        is_cast = not tokens.is_meta and torch.is_autocast_enabled(device_type)
+        if not is_cast or not isinstance(experts, Glm4MoeExperts) or is_hooked(experts):
+            return experts(*arguments, **kwargs)
+        dtype, own = torch.get_autocast_dtype(device_type), experts.named_parameters(recurse=False)
+        weights = {name: weight.to(dtype) if weight.dtype == torch.float32 else weight for name, weight in own}
+        if torch.compiler.is_compiling():
+            return functional_call(experts, weights, arguments, kwargs)
+        cast = copy.copy(experts)  # not in their place: other threads compute with them
+        cast._parameters = weights  # type: ignore[assignment]  # which are no parameters, but have gradients
+        return cast(*arguments, **kwargs)
 
     def _sums_in_kernel(self) -> bool:
         """Whether the experts add what the shared expert gives: not where a hook sums them up over processes."""

@@ -27,9 +27,9 @@ from .generation.configuration import BlockDiffusionGenerationConfig, check_gene
 from .hub_card import PushedWithCard
 from .input_checks import check_forward_inputs, check_labels
 from .kernels import (
+    HAS_TRITON,
     can_fuse,
     experts_triton,  # noqa: F401 registers `experts_implementation="triton"`
-    has_triton,
 )
 from .kernels.experts_fused_gather import fused_gather_experts_forward
 from .loading import released_layout  # noqa: F401  tells transformers how the release names and splits weights
@@ -105,7 +105,7 @@ class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel): 
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None and torch.cuda.is_available() and has_triton():
+        if requested_experts is None and torch.cuda.is_available() and HAS_TRITON:
             requested_experts = "triton"
         return super().get_correct_experts_implementation(requested_experts)
 

@@ -171,6 +171,11 @@ class LLaDAUniForConditionalGeneration(  # type: ignore[misc]  # the mixin serve
     _tied_weights_keys = {"lm_head.weight": "model.language_model.word_embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # For diffusers' `enable_group_offload` by blocks: what is called by itself, and not in the forward pass of a whole
+    _group_offload_block_modules = (
+        *("model", "language_model", "lm_head"),
+        *("visual", "vqmodel", "quantize", "quant_conv", "post_quant_conv"),
+    )
 
     def __init__(self, config: LLaDAUniConfig):
         super().__init__(config)

@@ -30,6 +30,7 @@ SECTIONS = {
     "memory": {"weights, GB", "peak in the call, GB", "kept after it, GB", "graphs, GB"},
     "training": {"a step, s", "peak, GB", "loss"},
     "compiled_decoder": {"first, s", "seconds"},
+    "small_cards": set(),  # of each row its own
     "normal_decoder": {"first, s", "seconds"},
 }
 
@@ -71,6 +72,19 @@ def test_no_cell_of_the_tables_is_empty(finished):
     assert markdown.count("## ") == len(SECTIONS)
     tables = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(cell.strip() for line in tables for cell in line.strip("|").split("|"))
+
+
+def test_small_cards_are_told_what_they_ask(finished):
+    rows = finished[0]["sections"]["small_cards"]["rows"]
+    wanted = (
+        "backbone, GB",
+        "ms a forward",
+        "ms a forward",
+        "ms a forward",
+        "peak of all on the card, GB",
+        "a step, s",
+    )
+    assert [column in row for column, row in zip(wanted, rows, strict=True)] == [True] * 6
 
 
 def test_paths_agree(finished):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from transformers.utils import is_torch_greater_or_equal
 
 from diffusers_llada_uni.decoder_compilation import RealRotaryAttnProcessor, quantize_decoder
 from tests.diffusers_llada_uni.test_stepped_decoder import make_pipeline, make_transformer, seeded
@@ -93,6 +94,7 @@ def no_hardware_check(monkeypatch):
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
 
 
+@pytest.mark.skipif(not is_torch_greater_or_equal("2.13"), reason="multiplies float8 by one scale only on a CPU")
 def test_float8(transformer, no_hardware_check, tmp_path):
     pipe = make_pipeline(transformer.to(torch.bfloat16))
     pipe.semantic_embedder.to(torch.bfloat16)

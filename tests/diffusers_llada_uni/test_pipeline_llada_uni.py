@@ -21,6 +21,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.group_offloading import ModuleGroup
 from safetensors.torch import load_file
 from transformers import TextStreamer
 
@@ -1228,6 +1229,27 @@ def test_group_offload(offloadable):
     for ours, theirs in zip(run_all(offloadable), reference, strict=True):
         assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
     assert offloadable.model.lm_head.weight.isnan().all()
+
+
+def test_group_offload_by_blocks(offloadable, monkeypatch):
+    """Without a second device: what computes belongs to a group, which has been fetched before."""
+    reference, made, fetched = run_all(offloadable), [], []
+    make, fetch = ModuleGroup.__init__, ModuleGroup.onload_
+
+    def recorded_make(self, **kwargs):
+        make(self, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(ModuleGroup, "__init__", recorded_make)
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda self: fetched.append(self) or fetch(self))
+    settings = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    offloadable.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **settings)
+    for ours, theirs in zip(run_all(offloadable), reference, strict=True):
+        assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
+    names = {module: name for name, module in offloadable.model.named_modules()}
+    own = [group for group in made if group.onload_leader in names]
+    unused = {names[group.onload_leader] for group in own if group not in fetched}
+    assert len(own) > 10 and unused == {"model.vqmodel.post_quant_conv"}  # of what draws nothing here
 
 
 IMAGE = photo()

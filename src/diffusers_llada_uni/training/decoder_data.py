@@ -3,6 +3,8 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from diffusers.image_processor import VaeImageProcessor
@@ -15,6 +17,7 @@ from transformers_llada_uni.training.data.dataset_formats import stored_image
 
 
 COLUMNS = ("codes", "grid", "latents")
+ROWS_CHECKED = 10_000  # at a time
 FEATURES = Features({"codes": List(Value("int32")), "grid": List(Value("int64")), "latents": List(Value("float32"))})
 
 
@@ -27,6 +30,29 @@ def is_prepared(argument: str, dataset: Dataset | IterableDataset) -> bool:
     if not set(COLUMNS) <= set(columns) and "image" not in columns:
         raise ValueError(f"`{argument}` must have a column `image`, it has {sorted(columns)}.")
     return set(COLUMNS) <= set(columns)
+
+
+def check_codes(argument: str, dataset: Dataset | IterableDataset, num_codes: int) -> None:
+    """
+    Raises ValueError, naming the argument and the row, for codes that the decoder does not know. All of a dataset are
+    read; those of a stream, or that a transform makes, are not.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    codes_alone, last = dataset.select_columns("codes"), num_codes - 1
+    for number, batch in enumerate(codes_alone.with_format("arrow").iter(ROWS_CHECKED)):
+        codes = batch["codes"]
+        while pa.types.is_nested(codes.type):  # lists, or grids of lists
+            codes = pc.list_flatten(codes)
+        if not pa.types.is_integer(codes.type):
+            return  # nothing but nothing, or what `collate` refuses
+        low, high = pc.min_max(codes).as_py().values()
+        if low is None or 0 <= low <= high <= last:
+            continue
+        for row, own in enumerate(batch["codes"].to_pylist(), number * ROWS_CHECKED):
+            foreign = [code for code in np.ravel(own or []).tolist() if not 0 <= code <= last]
+            if foreign:
+                raise ValueError(f"Row {row} of `{argument}`: `codes` must lie in 0..{last}, got {foreign[0]}.")
 
 
 def prepare_decoder_dataset(

@@ -16,7 +16,7 @@ from transformers_llada_uni.training.stages import freeze_all_but
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_trainer import ComponentTrainer
 from .decoder_config import LLaDAUniDecoderConfig
-from .decoder_data import collate, is_prepared, prepare_decoder_dataset
+from .decoder_data import check_codes, collate, is_prepared, prepare_decoder_dataset
 from .decoder_model import DecoderModule
 from .decoder_stages import DECODER_PARTS, DECODER_STAGES
 from .flow_matching import noised, squared_errors, velocities_to
@@ -67,6 +67,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
 
         def prepare(name: str, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
             if is_prepared(name, dataset):
+                check_codes(name, dataset, semantic_embedder.config["codebook_size"])
                 return dataset
             if model is None or processing_class is None or vae is None:
                 encoders = {"model": model, "processing_class": processing_class, "vae": vae}

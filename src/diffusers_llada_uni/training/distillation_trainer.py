@@ -15,7 +15,7 @@ from ..code_decoding import guided_velocity
 from ..decoders import DECODERS, SCHEDULER_SETTINGS
 from ..semantic_embedder import LLaDAUniSemanticEmbedder
 from .component_trainer import ComponentTrainer, Savable
-from .decoder_data import collate, is_prepared
+from .decoder_data import check_codes, collate, is_prepared
 from .decoder_model import DecoderModule
 from .distillation_config import LLaDAUniDistillationConfig
 from .distillation_objective import (
@@ -87,8 +87,10 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
             raise ValueError("`student` is the `teacher`, which does not change: leave it out for a copy.")
         check_datasets(train_dataset, eval_dataset, ())
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None and not is_prepared(name, dataset):
-                raise ValueError(f"`{name}` holds images: give what `prepare_decoder_dataset` makes of them.")
+            if dataset is not None:
+                if not is_prepared(name, dataset):
+                    raise ValueError(f"`{name}` holds images: give what `prepare_decoder_dataset` makes of them.")
+                check_codes(name, dataset, semantic_embedder.config["codebook_size"])
         student = copy.deepcopy(teacher) if student is None else student
         self.teacher = DecoderModule(teacher.requires_grad_(False).eval(), semantic_embedder.requires_grad_(False))
         super().__init__(

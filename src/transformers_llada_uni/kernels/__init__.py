@@ -15,6 +15,7 @@ import torch
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels know
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: a graph that is being compiled cannot ask
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in tests, on a CPU
 
 _is_fused = True
@@ -37,15 +38,10 @@ def is_fused() -> bool:
 
 
 @functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def is_kernel_device(device: torch.device) -> bool:
     """Whether Triton's kernels run there: on cards of CUDA from Ampere on."""
     # ROCm's devices are called "cuda" too; nobody has tried them.
-    is_cuda = device.type == "cuda" and torch.version.hip is None and has_triton()
+    is_cuda = device.type == "cuda" and torch.version.hip is None and HAS_TRITON
     return is_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -63,7 +59,7 @@ def can_fuse(states: torch.Tensor, weight: torch.Tensor | None = None) -> bool:
     """
     if not _is_fused or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if not (is_kernel_device(states.device) or (IS_INTERPRETED and has_triton())):
+    if not (is_kernel_device(states.device) or (IS_INTERPRETED and HAS_TRITON)):
         return False
     if states.is_cuda and states.device.index != torch.cuda.current_device():
         return False  # Triton launches where the process works at the moment

@@ -87,10 +87,10 @@ class ExpertWeights:
         expert, first, second = self.scales.stride()
         return (expert, first, second) if self.kind == "float8" else (expert, second, first)
 
-    def of_expert(self, expert: int) -> "ExpertWeights":
-        """Those of one expert, as a view with one expert."""
-        scales = None if self.scales is None else self.scales[expert : expert + 1]
-        return replace(self, data=self.data[expert : expert + 1], scales=scales)
+    def of_experts(self, start: int, stop: int) -> "ExpertWeights":
+        """Those of some experts, as a view."""
+        scales = None if self.scales is None else self.scales[start:stop]
+        return replace(self, data=self.data[start:stop], scales=scales)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """`(experts, out_features, in_features)`; multiplied in float32 at least, then rounded to `dtype`."""
@@ -220,59 +220,3 @@ def _check_group(name: str, columns: int, in_features: int, kind: str) -> None:
     if kind != "float8" and (span % columns or (kind == "int4" and in_features % 2)):
         part = "half of the" if kind == "int4" else "the"
         raise ValueError(f"`{name}` must divide {part} {in_features} columns of {kind} weights, got {columns}.")
-
-
-class _DequantizedLinear(torch.autograd.Function):
-    """The backward pass makes the weight plain anew: kept from the forward pass, those of all layers would be many."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-        ctx.weights, ctx.dtype = weights, states.dtype
-        return F.linear(states, weights.dequantize(states.dtype)[0])
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (gradient @ ctx.weights.dequantize(gradient.dtype)[0]).to(ctx.dtype), None
-
-
-def dequantized_linear(states: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    """
-    `states @ weight.T`, with gradients of the states; the weight is made plain for the time of the product.
-
-    Args:
-        states: `(..., in_features)`.
-        weights: Of one expert, `(1, out_features, in_features)`.
-
-    Returns:
-        `(..., out_features)`.
-    """
-    return _DequantizedLinear.apply(states, weights)
-
-
-def experts_one_by_one(
-    hidden_states: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """
-    The formula, `sum over k of weight_k * down_k(silu(gate_k(x)) * up_k(x))`, on any device, with gradients of the
-    states and of the weights of the router. Each expert that is used is made plain for the time of its two products.
-
-    Args:
-        hidden_states: `(tokens, hidden_size)`.
-        gate_up: `(experts, 2 * intermediate_size, hidden_size)`, rows of the gate first.
-        down: `(experts, hidden_size, intermediate_size)`.
-        top_k_index, top_k_weights: `(tokens, top_k)`.
-
-    Returns:
-        `(tokens, hidden_size)`.
-    """
-    output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-    for expert in top_k_index.unique().tolist():
-        token, place = torch.where(top_k_index == expert)
-        gate, up = dequantized_linear(hidden_states[token], gate_up.of_expert(expert)).chunk(2, dim=-1)
-        found = dequantized_linear(F.silu(gate) * up, down.of_expert(expert)) * top_k_weights[token, place, None]
-        output = output.index_add(0, token, found.to(output.dtype))
-    return output.to(hidden_states.dtype)

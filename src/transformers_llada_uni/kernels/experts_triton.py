@@ -15,7 +15,7 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
-from . import DTYPES, IS_INTERPRETED, has_grouped_mm_kernel, has_triton, is_kernel_device
+from . import DTYPES, HAS_TRITON, IS_INTERPRETED, has_grouped_mm_kernel, is_kernel_device
 from .expert_tiles import choose_tiles
 from .expert_weights import ExpertWeights, Kind
 
@@ -26,7 +26,6 @@ from .expert_weights import ExpertWeights, Kind
 # is too much.
 MAX_PAIRS_PER_EXPERT = {"plain": 128, "float8": math.inf}
 MIN_CAPABILITY = {"plain": (8, 0), "float8": (8, 9)}  # of the card: Ampere; Ada, which can convert float8
-HAS_TRITON = has_triton()  # asked here, as a graph that is being compiled cannot ask
 SMALL_SHARED_MEMORY = 99 * 1024  # that a program may have on consumers' cards
 
 

@@ -5,16 +5,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedConfig
 
-from . import DTYPES, IS_INTERPRETED, is_kernel_device
-from .expert_weights import (
-    STORED_DTYPES,
-    ExpertWeights,
-    Kind,
-    dequantized_linear,
-    experts_one_by_one,
-    quantize_experts,
-)
-from .experts_triton import HAS_TRITON, triton_experts
+from . import DTYPES, HAS_TRITON, IS_INTERPRETED, is_kernel_device
+from .expert_weights import STORED_DTYPES, ExpertWeights, Kind, quantize_experts
+from .experts_dequantized import dequantized_linear, experts_one_by_one, experts_together
+from .experts_triton import triton_experts
 
 
 SCALES = "_scales"  # what the name of a weight's scales ends with
@@ -128,8 +122,8 @@ class GroupwiseLinear(GroupwiseWeights, nn.Linear):
 class GroupwiseExperts(GroupwiseWeights, nn.Module):
     """
     The routed experts of a layer. On a GPU without gradients Triton's kernels read their weights as they are stored;
-    elsewhere, and with `experts_implementation="eager"`, each expert that is used is made plain for the time of its
-    products.
+    in training there those of a layer are made plain together for the time of its products; elsewhere, and with
+    `experts_implementation="eager"`, each expert that is used by itself.
 
     Raises:
         ValueError: if the groups do not divide the columns, or the activation is not SiLU.
@@ -172,9 +166,13 @@ class GroupwiseExperts(GroupwiseWeights, nn.Module):
                 "does."
             )
         gate_up, down = self.weights_of("gate_up_proj"), self.weights_of("down_proj")
-        if self.config._experts_implementation != "eager" and self.can_use_kernel(hidden_states):
+        is_eager = self.config._experts_implementation == "eager"
+        if not is_eager and self.can_use_kernel(hidden_states):
             return triton_experts(hidden_states, gate_up, down, top_k_index, top_k_weights, addend=addend)
-        output = experts_one_by_one(hidden_states, gate_up, down, top_k_index, top_k_weights)
+        # In training on a GPU launches would take the time; float64 is nothing for grouped products.
+        is_grouped = torch.is_grad_enabled() and hidden_states.is_cuda and hidden_states.dtype in DTYPES
+        compute = experts_together if is_grouped and not is_eager else experts_one_by_one
+        output = compute(hidden_states, gate_up, down, top_k_index, top_k_weights)
         return output if addend is None else output + addend
 
     def extra_repr(self) -> str:

@@ -59,9 +59,15 @@ KINDS = {
         "generate",
         TEXT | {"input_ids": ids_of(2, 21), "do_sample": True, "top_k": 20, "top_p": 0.9, "generator": generators},
     ),
+    "text whose choice goes by what earlier steps predicted": ("generate", TEXT | {"credit_alpha": 2.0}),
+    "text with re-masking": ("generate", TEXT | {"threshold": 0.3, "remasking_threshold": 0.7}),
     "codes": ("generate_image_codes", {name: CODES[name] for name in ("input_ids", "grid", *SETTINGS)}),
     "guided codes": ("generate_image_codes", CODES),
     "guided codes with re-masking": ("generate_image_codes", CODES | {"remasking_threshold": 0.5}),
+    "guided codes, the first half of them without guidance": (
+        "generate_image_codes",
+        CODES | {"guidance_ramp": (0.5, 0.5)},
+    ),
     "codes guided by text and image": (
         "generate_image_codes",
         CODES | {"negative_image_input_ids": ids_of(1, 30, seed=2), "image_guidance_scale": 1.5},
@@ -88,8 +94,8 @@ def test_recorded_steps_give_the_same_tokens(model, kind):
         num_graphs = TracedProgram.count - count
         assert torch.equal(call(model, kind), wanted)
         assert TracedProgram.count - count == num_graphs
-    # A step, a step that takes a finished block along, and what takes in the prompt
-    assert 1 <= num_graphs <= 3
+    # A step, a step that takes a finished block along, and what takes in the prompt; with and without guidance
+    assert 1 <= num_graphs <= (6 if "guidance_ramp" in KINDS[kind][1] else 3)
 
 
 def test_a_call_makes_no_state_where_it_finds_one(model, monkeypatch):

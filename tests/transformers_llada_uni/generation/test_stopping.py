@@ -44,7 +44,7 @@ class StopsAfter(StoppingCriteria):
         assert scores is None
         self.shown.append(input_ids)
         is_done = any(input_ids[0, -len(ending) :].tolist() == ending for ending in self.endings)
-        return torch.tensor([is_done])
+        return torch.tensor([is_done], device=input_ids.device)
 
 
 class TestCriteria:

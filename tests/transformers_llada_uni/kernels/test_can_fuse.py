@@ -54,4 +54,4 @@ def test_the_process_does(monkeypatch):
         patched.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not can_fuse(STATES)
     monkeypatch.setattr(kernels, "is_kernel_device", lambda device: False)
-    assert can_fuse(STATES) == (kernels.IS_INTERPRETED and kernels.has_triton())
+    assert can_fuse(STATES) == (kernels.IS_INTERPRETED and kernels.HAS_TRITON)

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from transformers_llada_uni.kernels import experts_dequantized
 from transformers_llada_uni.kernels.expert_tiles import FLOAT32_TILES, TILES, Tile, choose_tiles
-from transformers_llada_uni.kernels.expert_weights import ExpertWeights, experts_one_by_one, quantize_experts
+from transformers_llada_uni.kernels.expert_weights import ExpertWeights, quantize_experts
+from transformers_llada_uni.kernels.experts_dequantized import experts_one_by_one, experts_together
 
 
 EXPERTS, OUT_FEATURES, IN_FEATURES, GROUP = 3, 48, 128, 16
@@ -90,7 +92,7 @@ def test_zeros(kind):
 @pytest.mark.parametrize("kind", ["plain", "float8", "int8", "int4"])
 def test_one_expert_of_many(kind):
     weights = quantize_experts(normal(3, 32, 64), kind, group_size=32, block_size=(16, 32), parts=2)
-    found = weights.of_expert(1)
+    found = weights.of_experts(1, 2)
     assert torch.equal(found.dequantize(torch.float32)[0], weights.dequantize(torch.float32)[1])
     assert found.data.data_ptr() == weights.data[1].data_ptr()
 
@@ -103,22 +105,42 @@ def test_bytes():
     assert quantize_experts(plain, "int4", scale_dtype=torch.bfloat16).nbytes == plain.numel() * (1 / 2 + 2 / 64)
 
 
+@pytest.mark.parametrize("experts", [experts_one_by_one, experts_together])
 @pytest.mark.parametrize("kind", ["plain", "float8", "int8", "int4"])
-def test_experts_one_by_one(kind):
+def test_experts(kind, experts, monkeypatch):
+    monkeypatch.setattr(experts_dequantized, "SLICE", 3)
     gate_up = quantize_experts(normal(4, 64, 64), kind, group_size=16, block_size=(16, 16), parts=2)
     down = quantize_experts(normal(4, 64, 32, seed=1), kind, group_size=16, block_size=(16, 16))
-    states = normal(5, 64, seed=2).double().requires_grad_()
+    dtype = torch.float64 if experts is experts_one_by_one else torch.float32  # grouped products know no float64
+    states = normal(5, 64, seed=2).to(dtype).requires_grad_()
     index = torch.tensor([[0, 1], [3, 0], [1, 1], [0, 3], [3, 1]])  # nobody takes 2
-    weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(3)).double().requires_grad_()
-    found = experts_one_by_one(states, gate_up, down, index, weights)
-    gate, up = torch.einsum("th,ekh->tek", states, gate_up.dequantize(torch.float64)).chunk(2, dim=-1)
-    outputs = torch.einsum("tei,ehi->teh", F.silu(gate) * up, down.dequantize(torch.float64))
+    weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    found = experts(states, gate_up, down, index, weights)
+    gate, up = torch.einsum("th,ekh->tek", states, gate_up.dequantize(dtype)).chunk(2, dim=-1)
+    outputs = torch.einsum("tei,ehi->teh", F.silu(gate) * up, down.dequantize(dtype))
     wanted = (outputs[torch.arange(5)[:, None], index] * weights[..., None]).sum(dim=1)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
+    tolerance = {"rtol": 1e-6, "atol": 1e-5} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-3}
+    torch.testing.assert_close(found, wanted, **tolerance)
     found_gradients, wanted_gradients = (
         torch.autograd.grad(output.square().sum(), (states, weights)) for output in (found, wanted)
     )
-    torch.testing.assert_close(found_gradients, wanted_gradients, rtol=1e-5, atol=1e-3)
+    for ours, theirs in zip(found_gradients, wanted_gradients, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_together_under_autocast(kind):
+    gate_up, down = (quantize_experts(normal(4, *sizes), kind, group_size=16) for sizes in ((64, 64), (64, 32)))
+    states = normal(5, 64, seed=2).requires_grad_()
+    index, weights = torch.tensor([[0, 1], [3, 0], [1, 2], [0, 3], [3, 1]]), torch.full((5, 2), 0.5)
+    wanted = experts_together(states, gate_up, down, index, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = experts_together(states, gate_up, down, index, weights)
+    assert found.dtype == torch.float32 and not torch.equal(found, wanted)
+    (gradient,) = torch.autograd.grad(found.sum(), states)
+    (exact,) = torch.autograd.grad(wanted.sum(), states)
+    for ours, theirs in ((found, wanted), (gradient, exact)):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_names_what_does_not_fit():

@@ -8,13 +8,17 @@ from transformers import GptOssConfig
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.utils import is_torch_greater_or_equal
 
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.kernels import experts_fused_gather
 from transformers_llada_uni.kernels.experts_fused_gather import fused_gather_experts_forward, linear_of_expert
 
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU"),
+    pytest.mark.skipif(not is_torch_greater_or_equal("2.13"), reason="needs torch 2.13"),
+]
 NUM_EXPERTS, HIDDEN_SIZE, TOP_K = 8, 24, 3  # 24 is no multiple of a vector's length
 
 

@@ -16,7 +16,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from tests.transformers_llada_uni.kernels.common import DEVICE, DTYPES, IS_INTERPRETED, random
 from transformers_llada_uni import LLaDA2MoeConfig
 from transformers_llada_uni.kernels import experts_triton
-from transformers_llada_uni.kernels.expert_weights import ExpertWeights, experts_one_by_one, quantize_experts
+from transformers_llada_uni.kernels.expert_weights import ExpertWeights, quantize_experts
+from transformers_llada_uni.kernels.experts_dequantized import experts_one_by_one
 from transformers_llada_uni.kernels.experts_kernels import order_pairs, sum_of_experts
 from transformers_llada_uni.kernels.experts_triton import (
     triton_experts,
@@ -293,6 +294,8 @@ def test_leaves_to_grouped_mm_what_is_not_for_it(others_called, monkeypatch, rea
     limit = experts_triton.MAX_PAIRS_PER_EXPERT["plain"] * EXPERTS // TOP_K
     tokens = limit + 1 if reason == "many tokens" else 7
     dtype = torch.float64 if reason == "another type" else torch.float32
+    if reason == "many tokens" and not IS_INTERPRETED:
+        dtype = torch.bfloat16  # torch's kernel on GPUs knows no other
     states, routing = random(tokens, 64, dtype=dtype), route(tokens, dtype=dtype)
     experts = experts.to(dtype)
     if reason == "expert parallelism":
@@ -303,7 +306,7 @@ def test_leaves_to_grouped_mm_what_is_not_for_it(others_called, monkeypatch, rea
         found = triton_experts_forward(experts, states, *routing, addend=states)
     assert others_called == [("batched" if dtype == torch.float64 else "grouped") + "_mm_experts_forward"]
     wanted = Glm4MoeExperts.forward.__wrapped__(experts, states, *routing) + states
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert relative_error(found, wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_leaves_experts_of_another_form_alone(others_called):

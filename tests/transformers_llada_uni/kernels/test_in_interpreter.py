@@ -40,6 +40,7 @@ def test_in_the_interpreter():
     run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton 3.6, which torch for GPUs comes with, interprets less")
 def test_benchmark_in_the_interpreter(tmp_path):
     run("benchmarks/experts_gpu.py", "--tiny", "--output", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
