@@ -36,6 +36,8 @@ class EmojiCodes:
     def __init__(self, contents: dict[str, list[int]], styles: list[dict[str, int]], table: list[Emoji]):
         self.contents, self.styles = contents, styles
         self.by_key = {emoji.key: emoji for emoji in table}
+        of_styles = (code for codes in styles for code in codes.values())
+        self.known = sorted({*of_styles, *(code for codes in contents.values() for code in codes)})
 
     def of(self, key: str, ground: str = "white", size: str = "big") -> Codes:
         """The `grid` and `codes` of an emoji alone."""
