@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.input_checks import check_choice, check_integer, check_number
 
+from .decoder_tiles import DecoderTiles
 from .decoders import DECODERS, DEFAULT_GUIDANCE, DEFAULT_STEPS, loaded
 from .semantic_embedder import LLaDAUniSemanticEmbedder
 from .stepped_decoder import SteppedDecoder
@@ -129,9 +130,11 @@ class CodeDecoder:
         schedulers (`Mapping[str, FlowMatchEulerDiscreteScheduler]`): By the same names. They stay as they are:
             every decoding has copies, so that threads may share a decoder.
         device (`torch.device`, *optional*): Where codes and noise are put; that of the embedder by default.
+        tile_size (`int`, *optional*): Codes, down and across, that a decoder draws at once: a larger image is drawn in
+            [`DecoderTiles`]. Default: any image at once.
 
     Raises:
-        ValueError: if there is no transformer. What else does not fit, [`settle`] refuses.
+        ValueError: if there is no transformer, or for a tile of no code. What else does not fit, [`settle`] refuses.
     """
 
     def __init__(
@@ -141,12 +144,16 @@ class CodeDecoder:
         transformers: Mapping[str, ZImageTransformer2DModel],
         schedulers: Mapping[str, FlowMatchEulerDiscreteScheduler],
         device: torch.device | None = None,
+        tile_size: int | None = None,
     ) -> None:
         if not transformers:
             raise ValueError("No decoder is loaded: there is neither `transformer` nor `transformer_turbo`.")
         self.semantic_embedder, self.vae = semantic_embedder, vae
         self.transformers, self.schedulers = transformers, schedulers
         self.device = semantic_embedder.device if device is None else device
+        if tile_size is not None:
+            check_integer("tile_size", tile_size, 1)
+        self.tile_size = tile_size
 
     # Arguments are checked before any work, also that of what generates the codes.
 
@@ -219,14 +226,15 @@ class CodeDecoder:
     def check_grid(self, grid: Sequence[int], settings: CodeDecodingSettings) -> None:
         """The decoder has rotary positions for so many features, rows and columns; past them is an index error."""
         lengths = self.transformers[settings.decoder].config["axes_lens"]
-        rows, columns = settings.upscale * grid[0], settings.upscale * grid[1]
+        tiles = DecoderTiles.of((grid[0], grid[1]), self.tile_size)
+        rows, columns = settings.upscale * tiles.height, settings.upscale * tiles.width
         # Features take positions 1..padded of the first axis, the latents position padded + 1.
         padded = -(-rows * columns // FEATURE_PADDING) * FEATURE_PADDING
         needed = [padded + 2, rows, columns]
         if any(need > length for need, length in zip(needed, lengths, strict=True)):
             raise ValueError(
-                f"A grid of {grid[0]} x {grid[1]} codes at `upscale` {settings.upscale} needs the decoder positions "
-                f"{needed}, but `axes_lens` in its config is {list(lengths)}."
+                f"A grid of {tiles.height} x {tiles.width} codes at `upscale` {settings.upscale} needs the decoder "
+                f"positions {needed}, but `axes_lens` in its config is {list(lengths)}."
             )
 
     def check_latents(
@@ -253,7 +261,7 @@ class CodeDecoder:
         r"""
         Codes `(batch, H, W)` to images, see [`LLaDAUniPipeline.decode_codes`]. The checks above are the caller's.
 
-        1. Codes to features, one for each patch of the latents.
+        1. Codes to features, one for each patch of the latents, tile by tile.
         2. Initial noise; latents stay in float32 through all steps.
         3. From noise to latents, step by step.
         4. Latents to pixels.
@@ -261,8 +269,11 @@ class CodeDecoder:
         transformer = self.transformers[settings.decoder]
         scheduler = copy.deepcopy(self.schedulers[settings.decoder])  # it keeps the step it is at
 
-        # 1. Codes to features, one for each patch of the latents.
-        image_features = self.semantic_embedder(codes.to(self.device), settings.upscale, return_dict=False)[0]
+        # 1. Codes to features, one for each patch of the latents, tile by tile.
+        grid = codes.shape[1], codes.shape[2]
+        tiles, side = DecoderTiles.of(grid, self.tile_size), self._side_of_code(settings)
+        tile_codes = tiles.split(codes.to(self.device))
+        image_features = self.semantic_embedder(tile_codes, settings.upscale, return_dict=False)[0]
         image_features = image_features.to(transformer.dtype)
 
         # 2. Initial noise; latents stay in float32 through all steps.
@@ -278,7 +289,8 @@ class CodeDecoder:
         decoder, guidance_scale = SteppedDecoder(transformer), settings.guidance_scale
         for step, timestep in enumerate(scheduler.timesteps):
             time = 1 - timestep / scheduler.config["num_train_timesteps"]
-            velocity = decoder_velocity(decoder, latents, time, image_features, guidance_scale)
+            velocity = decoder_velocity(decoder, tiles.split(latents, side), time, image_features, guidance_scale)
+            velocity = tiles.join(velocity, grid, side)
             # The transformer points from noise to data, the scheduler wants the direction from data to noise.
             arguments: Any = {"generator": generator, "return_dict": False}  # it takes lists of generators, too
             latents = scheduler.step(-velocity, timestep, latents, **arguments)[0]  # type: ignore[arg-type]  # any float
@@ -310,6 +322,9 @@ class CodeDecoder:
         self, batch_size: int, grid: Sequence[int], settings: CodeDecodingSettings
     ) -> tuple[int, int, int, int]:
         """One feature belongs to one patch of the latents, so the grid and the patch give the size."""
-        config = self.transformers[settings.decoder].config
-        side = settings.upscale * config["all_patch_size"][0]
-        return batch_size, config["in_channels"], side * grid[0], side * grid[1]
+        side, channels = self._side_of_code(settings), self.transformers[settings.decoder].config["in_channels"]
+        return batch_size, channels, side * grid[0], side * grid[1]
+
+    def _side_of_code(self, settings: CodeDecodingSettings) -> int:
+        """In latents."""
+        return settings.upscale * self.transformers[settings.decoder].config["all_patch_size"][0]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 # DiffusionPipeline.from_pretrained finds the components' classes only in modules that are imported already.
 from transformers_llada_uni.generation.sampling import Generators
 from transformers_llada_uni.hub_card import PushedWithCard
-from transformers_llada_uni.input_checks import check_flag, check_number
+from transformers_llada_uni.input_checks import check_flag, check_integer, check_number
 from transformers_llada_uni.modeling_llada_uni import LLaDAUniForConditionalGeneration
 from transformers_llada_uni.processing_llada_uni import LLaDAUniProcessor
 
@@ -101,9 +101,12 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
         transformer_turbo: ZImageTransformer2DModel | None,
         scheduler_turbo: FlowMatchEulerDiscreteScheduler | None,
         editing_guidance_scale: float = 4.0,
+        decoder_tile_size: int | None = None,
     ) -> None:
         super().__init__()
         check_number("editing_guidance_scale", editing_guidance_scale, 0.0)
+        if decoder_tile_size is not None:
+            check_integer("decoder_tile_size", decoder_tile_size, 1)
         self.register_modules(
             model=model,
             processor=processor,
@@ -114,7 +117,7 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
             transformer_turbo=transformer_turbo,
             scheduler_turbo=scheduler_turbo,
         )
-        self.register_to_config(editing_guidance_scale=editing_guidance_scale)
+        self.register_to_config(editing_guidance_scale=editing_guidance_scale, decoder_tile_size=decoder_tile_size)
         self._decoding = DecodingState()
 
     # The two halves, of the components that are there now
@@ -136,6 +139,7 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
             {name: transformer for name, transformer in transformers.items() if transformer is not None},
             {name: scheduler for name, scheduler in schedulers.items() if scheduler is not None},
             self._execution_device,
+            self.config["decoder_tile_size"],
         )
 
     @property

@@ -45,6 +45,9 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         scheduler_turbo ([`FlowMatchEulerDiscreteScheduler`], *optional*): That of the few-step decoder.
         editing_guidance_scale (`float`, defaults to 4.0): The `guidance_scale` of edits, where none is given; what is
             best is a matter of the model. Saved in `model_index.json`.
+        decoder_tile_size (`int`, *optional*): Codes, down and across, that the decoder draws at once: larger images
+            are drawn in [`DecoderTiles`], each as if it were alone, for decoders that know one size only. Default:
+            any image at once. Saved in `model_index.json`.
     """
 
     @torch.no_grad()
@@ -326,7 +329,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
                 each step; may return tensors under the same names to replace them, and set `pipe._guidance_scale` or
                 `pipe._interrupt`.
             callback_on_step_end_tensor_inputs (`Sequence[str]`): Which tensors the callback gets; of `latents`
-                (float32) and `image_features`.
+                (float32) and `image_features`, those of tiles where images are drawn in tiles.
 
         Returns:
             A list of images, an array `(batch, height, width, 3)` or tensor `(batch, 3, height, width)` in 0..1, or
