@@ -53,9 +53,9 @@ def test_draws_what_is_asked_for(pipe, emoji, decoder):
     prompts = {
         "red apple": "red apple",
         "draw a rocket": "rocket",
-        "show me an emoji of slice of pizza": "slice of pizza",
+        "show me an emoji of pizza": "pizza",
         "a picture of waving hand: dark skin tone": "waving hand: dark skin tone",
-        "please draw norway flag": "norway flag",
+        "please draw the flag of norway": "flag of norway",
     }
     pictures = pipe(list(prompts), decoder=decoder, generator=generator()).images
     assert [picture.size for picture in pictures] == [(64, 64)] * len(prompts)
@@ -63,7 +63,7 @@ def test_draws_what_is_asked_for(pipe, emoji, decoder):
 
 
 def test_judges_its_own_codes(pipe, emoji):
-    names = ["red apple", "rocket", "dog face", "waving hand: dark skin tone", "norway flag"]
+    names = ["red apple", "rocket", "dog face", "waving hand: dark skin tone", "flag of norway"]
     codes = pipe.encode_images([emoji[name] for name in names])
     for number, name in enumerate(names):
         scores = prompt_recall(pipe.model, pipe.processor, [f"please draw {name}"] * len(names), codes)
@@ -71,7 +71,7 @@ def test_judges_its_own_codes(pipe, emoji):
 
 
 def test_the_best_of_four_is_better_than_any_of_four(pipe):
-    prompts = ["a picture of rocket", "norway flag", "draw a waving hand: dark skin tone", "pizza", "dog face"]
+    prompts = ["a picture of rocket", "flag of norway", "draw a waving hand: dark skin tone", "pizza", "dog face"]
     sampled = {"output_type": "codes", "generation_kwargs": {"temperature": 4.0}}
     best = pipe(prompts, num_candidates=4, generator=generator(), **sampled)
     any_of_them = pipe(prompts, num_images_per_prompt=4, generator=generator(), **sampled)
@@ -94,7 +94,7 @@ def test_edits(pipe, emoji):
     edits = [
         ("waving hand", "change the skin tone to dark", "waving hand: dark skin tone"),
         ("waving hand: dark skin tone", "make the skin medium-light", "waving hand: medium-light skin tone"),
-        ("three oclock", "set the clock to nine oclock", "nine oclock"),
+        ("three o'clock", "set the clock to nine o'clock", "nine o'clock"),
         ("new moon", "change it to the full moon", "full moon"),
     ]
     sources, instructions, targets = zip(*edits, strict=True)
@@ -124,7 +124,7 @@ def test_adapter_says_the_category_too(emoji):
     folder = embedded_checkpoint("emoji")
     processor = AutoProcessor.from_pretrained(folder / "processor")
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
-    names = ["waving hand: dark skin tone", "japan flag", "woman police officer: dark skin tone"]
+    names = ["waving hand: dark skin tone", "flag of japan", "woman police officer: dark skin tone"]
     inputs = processor(images=[[emoji[name]] for name in names], text=["what is this?"] * 3, task="understanding")
 
     def answers():
@@ -167,7 +167,7 @@ def test_several_images_of_any_size_are_looked_at(pipe):
     inputs = pipe.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4]] * 3
+    assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4], [8, 12], [12, 4]]
 
 
 def test_the_processor_in_the_root_is_that_of_its_folder():

@@ -75,7 +75,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAUniProcessor:
         min_pixels=SIDE**2,
         max_pixels=LARGEST_SIDE**2,
         max_pixels_several=LARGEST_SIDE**2,
+        max_side=LARGEST_SIDE,
         editing_max_pixels=LARGEST_SIDE**2,
+        editing_max_ratio=3.0,
         editing_upscales=False,
         drawn_patch_size=PATCH_SIZE,
         default_side=SIDE,
@@ -211,6 +213,7 @@ def main() -> None:
         transformer_turbo=None,
         scheduler_turbo=None,
         editing_guidance_scale=1.0,  # unlike the released model, this one edits best without (tried on trained edits)
+        decoder_tile_size=SIDE // PATCH_SIZE,  # of a scene each place is drawn as it is alone
     )
     pipe.save_pretrained(arguments.output_dir)
     text_model = build_text_model(processor.tokenizer)

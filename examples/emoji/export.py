@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import diffusers_llada_uni  # noqa: F401  registers the pipeline
+from transformers_llada_uni.checkpoint_stub import MODULE
 from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
@@ -35,6 +36,16 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def leave_out_stubs(folder: Path) -> None:
+    """What comes with the package is never loaded without it."""
+    for stub in folder.rglob(f"{MODULE}.py"):
+        stub.unlink()
+    for file in folder.rglob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.pop("auto_map", None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -44,6 +55,7 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(torch.float16)
     with folder_at_once(arguments.output_dir, replace=True) as folder:
         pipe.save_pretrained(folder)
+        leave_out_stubs(folder)
         if arguments.adapter is not None:
             export_adapter(arguments.adapter, folder / "adapter")
         for name in CARD:

@@ -21,7 +21,6 @@ PANELS = (
     ("tokenizer", ("contrastive_loss", "reconstruction_loss", "commitment_loss"), True),
     ("tokenizer", ("codebook_usage", "codebook_perplexity"), False),
     ("tokenizer_alignment", ("loss",), True),
-    ("tokenizer_drawings", ("loss",), True),
     ("autoencoder", ("loss",), True),
     ("decoder", ("loss",), True),
     ("distill", ("loss",), True),

@@ -71,7 +71,7 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         "pretraining": stage("sft", "pretraining", "alignment"),
         "sft": stage("sft", "sft", "pretraining"),
         "finishing": stage("sft", "finishing", "sft"),
-        # From codes to pixels, and from what was drawn back to codes.
+        # From codes to pixels, and from pixels to the settled codes.
         "autoencoder": stage("autoencoder", "autoencoder", "build_model"),
         "put_autoencoder": put("autoencoder", "put_tokenizer"),
         "prepare_decoder_data": script(
@@ -79,20 +79,13 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         ),
         "decoder": stage("decoder", "decoder", "prepare_decoder_data"),
         "put_decoder": put("decoder"),
-        "decoder_scenes": stage("decoder", "decoder_scenes", "put_decoder"),
-        "put_decoder_scenes": put("decoder_scenes"),
-        "distill": stage("distill", "distill", "put_decoder_scenes"),
+        "distill": stage("distill", "distill", "put_decoder"),
         "put_distilled": put("distill"),
         "tokenizer_alone": stage("image_tokenizer_alignment", "tokenizer_alone", "prepare_codes"),
         "put_tokenizer_alone": put("tokenizer_alone"),
         "tokenizer_alignment": stage("image_tokenizer_alignment", "tokenizer_alignment", "put_tokenizer_alone"),
         "put_aligned_tokenizer": put("tokenizer_alignment"),
-        "prepare_drawings": script(
-            "prepare_drawings", packages, MODEL, DATA, after=("put_distilled", "put_aligned_tokenizer")
-        ),
-        "tokenizer_drawings": stage("image_tokenizer_alignment", "tokenizer_drawings", "prepare_drawings"),
-        "put_tokenizer_of_drawings": put("tokenizer_drawings"),
-        "put_language_model": put("finishing", "put_tokenizer_of_drawings"),
+        "put_language_model": put("finishing", "put_aligned_tokenizer"),
         "lora": stage("sft", "lora", "put_language_model"),
     }
 

@@ -43,6 +43,8 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
         Largest area of the editing rule's crops.
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
         Largest ratio of the sides of the editing rule's crops.
+    max_side (`int`, *optional*):
+        Longest side of an image that is looked at, in pixels; of a longer one the ends are left out. Default: any.
     editing_upscales (`bool`, *optional*, defaults to `True`):
         Whether the editing rule makes small images as large as its largest crops. Otherwise an image keeps its area,
         rounded to whole units of `size_multiple`, up to `editing_max_pixels`.
@@ -67,6 +69,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     min_pixels: int
     max_pixels: int
     max_pixels_several: int
+    max_side: int | None
     editing_max_pixels: int
     editing_max_ratio: float | int
     editing_upscales: bool
@@ -139,6 +142,7 @@ class LLaDAUniImageProcessor(PilBackend):
     min_pixels = 128 * 128
     max_pixels = 800 * 800
     max_pixels_several = 448 * 448
+    max_side = None
     editing_max_pixels = 512 * 512
     editing_max_ratio = 4.0
     editing_upscales = True
@@ -163,6 +167,8 @@ class LLaDAUniImageProcessor(PilBackend):
                 f"`min_pixels` ({self.min_pixels}) must be positive and at most `max_pixels` ({self.max_pixels}) and "
                 f"`max_pixels_several` ({self.max_pixels_several})."
             )
+        if self.max_side is not None and self.max_side < self.size_multiple:
+            raise ValueError(f"`max_side` must be at least {self.size_multiple}, got {self.max_side}.")
         if self.editing_max_pixels < self.size_multiple**2 or self.editing_max_ratio < 1:
             raise ValueError(
                 f"`editing_max_pixels` must be at least {self.size_multiple**2} and `editing_max_ratio` at least 1, "
@@ -227,6 +233,8 @@ class LLaDAUniImageProcessor(PilBackend):
             rows, columns = crop_height // unit, crop_width // unit
             if rows * columns > largest:
                 rows, columns = min(rows, max(1, largest // columns)), min(columns, max(1, largest // rows))
+            if self.max_side is not None:
+                rows, columns = min(rows, self.max_side // unit), min(columns, self.max_side // unit)
             return scaled, (rows * unit, columns * unit)
         if resize_mode == "editing":
             max_units = self.editing_max_pixels // unit**2

@@ -328,7 +328,7 @@ def test_memory_that_does_not_suffice(run, monkeypatch):
 
 
 def test_an_image_that_is_too_large_is_refused_in_words_of_its_size(run):
-    assert run("draw", "a", "--size", "64x4096", code=2).stderr.endswith("this model draws at most 128 x 128.\n")
+    assert run("draw", "a", "--size", "64x4096", code=2).stderr.endswith("this model draws at most 192 x 192.\n")
 
 
 def test_errors_of_ours_keep_their_traceback(run, monkeypatch):

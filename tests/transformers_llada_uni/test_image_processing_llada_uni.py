@@ -169,6 +169,18 @@ def test_a_code_may_be_drawn_as_it_is_seen():
     assert (loaded.pixels_per_code, default_side(loaded)) == (16, 64)
 
 
+def test_of_what_is_longer_than_a_checkpoint_can_say_the_ends_are_left_out():
+    settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "max_pixels": 192**2}
+    settings |= {"max_pixels_several": 192**2}
+    any_side, to_192 = LLaDAUniImageProcessor(**settings), LLaDAUniImageProcessor(**settings, max_side=192)
+    assert any_side.get_grid(500, 40) == (36, 4) and to_192.get_grid(500, 40) == (12, 4)
+    assert to_192.get_grid(40, 500) == (4, 12) and to_192.get_grid(300, 300) == any_side.get_grid(300, 300)
+    image = Image.fromarray(noise(40, 500))
+    whole, middle = any_side.resize_and_crop(image), to_192.resize_and_crop(image)
+    centre = (whole.height - 192) // 2
+    assert middle == whole.crop((0, centre, 64, centre + 192))
+
+
 def test_the_editing_rule_may_keep_the_area_of_an_image():
     """For a decoder that draws several sizes: what it has drawn has as many codes when it is edited."""
     settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "editing_max_pixels": 192**2}
@@ -270,6 +282,7 @@ def test_bad_arguments_are_refused(processor, kwargs, message):
         ({"editing_max_pixels": 100}, "`editing_max_pixels` must be at least 1024"),
         ({"drawn_patch_size": 24}, r"`drawn_patch_size` must be a multiple of `patch_size` \(16\), got 24"),
         ({"default_side": 100}, "`default_side` must be a multiple of 32, got 100"),
+        ({"max_side": 16}, "`max_side` must be at least 32, got 16"),
         ({"editing_max_ratio": 0.5}, "`editing_max_ratio` at least 1"),
         ({"max_image_pixels": 0}, "`max_image_pixels` must be positive"),
         ({"max_image_bytes": -1}, "`max_image_bytes` must be positive"),

@@ -31,7 +31,7 @@ EMOJI = Examples(
     drawings=("a red apple", "thumbs up with dark skin", "a bicycle", "cherries", "grinning face", "a sunflower"),
     edits=(
         (IMAGES / "waving_hand.png", "change the skin tone to dark"),
-        (IMAGES / "three_oclock.png", "set the clock to seven oclock"),
+        (IMAGES / "three_oclock.png", "set the clock to seven o'clock"),
         (IMAGES / "full_moon.png", "change it to the first quarter moon"),
     ),
     questions=(
@@ -39,7 +39,7 @@ EMOJI = Examples(
         ("is it an animal?", (IMAGES / "spouting_whale.png",)),
         ("which emoji is this?", (IMAGES / "cat_face.png",)),
     ),
-    stories=("a story of 4 moon phases from the new moon", "a story of 3 hours from three oclock"),
+    stories=("a story of 4 moon phases from the new moon", "a story of 3 hours from three o'clock"),
     credit=(
         "This small model knows emoji and little else. It resembles "
         "[Twemoji](https://github.com/jdecked/twemoji) by Twitter and contributors, CC-BY 4.0."

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_llada_uni import LLaDAUniPipeline
 from diffusers_llada_uni.decoders import SCHEDULER_SETTINGS
@@ -10,8 +11,9 @@ from diffusers_llada_uni.training import (
     LLaDAUniDistillationConfig,
     LLaDAUniDistillationTrainer,
 )
-from diffusers_llada_uni.training.distillation_objective import DIFFERENCE, OWN_SHARE
+from diffusers_llada_uni.training.distillation_objective import DIFFERENCE, OWN_SHARE, draw_noise
 from diffusers_llada_uni.training.distillation_trainer import Jumps
+from diffusers_llada_uni.training.flow_matching import noised
 from diffusers_llada_uni.training.twin_decoder import TwinDecoder
 from tests.common import assert_resumed_equals_uninterrupted
 from tests.diffusers_llada_uni.training.decoder_common import (
@@ -201,6 +203,41 @@ def test_one_step_ends_where_many_did(trained_decoder, tmp_path):
     assert distance < 0.75 * (ends(undistilled, "turbo", 1) - wanted).square().mean()
 
 
+def test_a_student_of_guidance_says_in_one_pass_what_the_teacher_says_in_two(trained_decoder, tmp_path):
+    """Most of the way from the unguided teacher to the guided one, sampled as the teacher is."""
+    _, folder = trained_decoder
+    transformer, semantic_embedder = (
+        type(part).from_pretrained(folder / name)
+        for part, name in zip(make_components(), ("transformer", "semantic_embedder"), strict=True)
+    )
+    settings = {"objective": "guidance", "scheduler_shift": 2.0, "teacher_guidance_scale": 2.0}
+    trainer = make_trainer(tmp_path, (transformer, semantic_embedder), **settings)
+    inputs = batch_of(trainer, 64)
+    trainer.model.eval()
+    sigmas, noise = draw_noise(inputs["latents"], step_generators(trainer, 64))
+    trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
+    points = noised(inputs["latents"], noise, sigmas)
+    alone = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(64, dtype=torch.bool))
+    guided = trainer.teacher_velocity(points, sigmas, inputs["codes"])
+    errors = [(v - u).square().mean() for v, u in zip(alone, guided, strict=True)]
+    torch.testing.assert_close(trainer.loss(trainer.model, inputs), torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
+    assert torch.stack(errors).mean() > 1e-3
+
+    trained = {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
+    trainer = make_trainer(tmp_path, (transformer, semantic_embedder), **settings, **trained)
+    trainer.train()
+    trainer.save_model()
+    student = trainer.components()["transformer_turbo"]
+    assert student is not transformer
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler_turbo")
+    assert (scheduler.config["shift"], scheduler.config["stochastic_sampling"]) == (2.0, False)
+    with torch.no_grad():
+        trainer.model.eval()
+        taught = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(64, dtype=torch.bool))
+    left = torch.stack([(v - u).square().mean() for v, u in zip(taught, guided, strict=True)])
+    assert left.mean() < 0.5 * torch.stack(errors).mean()
+
+
 def test_the_result_is_a_part_of_a_pipeline(converted_dir, tmp_path):
     pipe = LLaDAUniPipeline.from_pretrained(converted_dir)
     old = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
@@ -245,6 +282,8 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
     [
         ({"teacher_guidance_scale": -1.0}, "teacher_guidance_scale"),
         ({"num_student_steps": 0}, "num_student_steps"),
+        ({"objective": "consistency"}, "objective"),
+        ({"scheduler_shift": 0.0}, "scheduler_shift"),
         ({"ema_decay": 2.0}, "ema_decay"),
     ],
 )

@@ -109,7 +109,7 @@ def test_answers_come_block_by_block_and_end_when_nobody_listens(demo, pipe):
 
 
 def test_a_story_is_that_of_the_pipeline(demo, pipe):
-    prompt = "a story of 2 hours from three oclock"
+    prompt = "a story of 2 hours from three o'clock"
 
     async def listen() -> list:
         return [part async for part in demo.turns.tell(prompt, 4, 2048, seed=0)]
