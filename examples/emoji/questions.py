@@ -173,11 +173,11 @@ class Questions:
         self.words = {key: {word for word in words if len(word) > 2} for key, words in keywords.of_emoji.items()}
 
     def about(self, emoji: Emoji) -> tuple[str, str]:
-        """Any question about an emoji but its name; more often what has to be learnt of each anew."""
-        kinds = {self.category: 3, self.is_of_kind: 3, self.is_called: 3, self.is_coloured: 1, self.unknown: 0.3}
+        """Any question about an emoji but its name."""
+        kinds = [self.category, self.is_of_kind, self.is_called, self.is_coloured, self.unknown]
         if self.colours[emoji.key] is not None:
-            kinds[self.colour] = 1
-        return self.generator.choices(list(kinds), list(kinds.values()))[0](emoji)
+            kinds.append(self.colour)
+        return self.generator.choice(kinds)(emoji)
 
     def category(self, emoji: Emoji) -> tuple[str, str]:
         return self.generator.choice(CATEGORY), emoji.category

@@ -110,7 +110,7 @@ class TaskRows:
         for emoji in self.trained:
             for _ in range(repeats):
                 row = self._asked([self._seen(emoji)], self.generator.choice(NAMING), emoji.answer_name)
-                for _ in range(self.generator.choice((1, 2, 3))):
+                for _ in range(self.generator.choice((1, 1, 2))):
                     question, answer = self.questions_about.about(emoji)
                     row["messages"] += chat([text(question)], [text(answer)])
                 rows.append(row)
