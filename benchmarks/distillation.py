@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, Image
-from diffusers import DiffusionPipeline, ZImageTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from transformers import PrinterCallback
 
 from diffusers_llada_uni import embedded_checkpoint
+from diffusers_llada_uni.decoders import SCHEDULER_SETTINGS
 from diffusers_llada_uni.training import (
     LLaDAUniDistillationConfig,
     LLaDAUniDistillationTrainer,
@@ -73,6 +74,7 @@ class Drawings:
     def __init__(self, pipe: DiffusionPipeline, table: list[Emoji], subjects: list[tuple[Emoji, dict[str, Any]]]):
         self.pipe, self.nearest, self.subjects = pipe, NearestEmoji(table), subjects
         self.numbers = {emoji.key: number for number, emoji in enumerate(table)}
+        self.pixels = torch.stack([self.nearest._small(emoji.picture) for emoji in table])
 
     def __call__(self, decoder: str, num_inference_steps: int) -> str:
         """Share and error of drawings."""
@@ -85,7 +87,7 @@ class Drawings:
                 images = self.pipe.decode_codes(codes, decoder, num_inference_steps, generator=generator)
             right += sum(one.key in found for one, found in zip(emoji, self.nearest(images), strict=True))
             drawn = torch.stack([self.nearest._small(image) for image in images])
-            wanted = self.nearest.pixels[[self.numbers[one.key] for one in emoji]]
+            wanted = self.pixels[[self.numbers[one.key] for one in emoji]]
             error += (drawn - wanted).square().mean(dim=1).sum().item()
         return f"{100 * right / len(self.subjects):.1f}% / {(error / len(self.subjects)) ** 0.5:.4f}"
 
@@ -134,13 +136,16 @@ def main() -> None:
     print(f"| student | passes | seconds | {' | '.join(f'steps: {steps}' for steps in STEPS)} |")
     print("|---" * (3 + len(STEPS)) + "|")
 
-    def add(name: str, passes: str, seconds: str, student: ZImageTransformer2DModel) -> None:
-        pipe.register_modules(transformer_turbo=student)
+    jumping = FlowMatchEulerDiscreteScheduler(**SCHEDULER_SETTINGS["turbo"])
+
+    def add(name: str, passes: str, seconds: str, student: ZImageTransformer2DModel, scheduler: Any = jumping) -> None:
+        pipe.register_modules(transformer_turbo=student, scheduler_turbo=scheduler)
         cells = [name, passes, seconds, *(drawings("turbo", steps) for steps in STEPS)]
         print(f"| {' | '.join(cells)} |", flush=True)
 
     add("none: the teacher, sampled so", "", "", pipe.transformer)
-    add("the shipped one", "", "", load_pipeline(model=None, processor=None).transformer_turbo)
+    shipped = load_pipeline(model=None, processor=None)
+    add("the shipped one", "", "", shipped.transformer_turbo, shipped.scheduler_turbo)
     if arguments.max_steps:
         student, passes, seconds = distil(arguments.max_steps, dataset, arguments.seed)
         add("a new one", f"{passes:,}", f"{seconds:.0f}", student)

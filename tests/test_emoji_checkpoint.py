@@ -170,6 +170,12 @@ def test_several_images_of_any_size_are_looked_at(pipe):
     assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4], [8, 12], [12, 4]]
 
 
+def test_images_of_any_shape_are_edited(pipe):
+    images = [[Image.new("RGB", size, "red")] for size in ((1920, 1080), (40, 500), (300, 300))]
+    codes = pipe(["make it green"] * 3, image=images, output_type="codes").codes
+    assert [tuple(grid.shape) for grid in codes] == [(8, 12), (12, 4), (12, 12)]
+
+
 def test_the_processor_in_the_root_is_that_of_its_folder():
     """transformers' Auto classes read the one, the pipeline the other."""
     root = embedded_checkpoint("emoji")

@@ -1,6 +1,6 @@
 """
 One image of what the emoji model does: prompts that people typed with what was drawn, scenes, riddles, edits before
-and after, a story. Nothing is picked: all is drawn at random by the seed, failures stay.
+and after, a story. Nothing is picked: all but the story is drawn at random by the seed, failures stay.
 
     python examples/emoji/picture_sheet.py packages sheet.png
 """

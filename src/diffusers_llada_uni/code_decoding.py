@@ -131,7 +131,7 @@ class CodeDecoder:
             every decoding has copies, so that threads may share a decoder.
         device (`torch.device`, *optional*): Where codes and noise are put; that of the embedder by default.
         tile_size (`int`, *optional*): Codes, down and across, that a decoder draws at once: a larger image is drawn in
-            [`DecoderTiles`]. Default: any image at once.
+            tiles. Default: any image at once.
 
     Raises:
         ValueError: if there is no transformer, or for a tile of no code. What else does not fit, [`settle`] refuses.

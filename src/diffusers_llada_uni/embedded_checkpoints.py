@@ -11,8 +11,8 @@ def embedded_checkpoint(name: str = "emoji") -> Path:
     The pipeline folder of a checkpoint that comes with the package.
 
     Args:
-        name (`str`, defaults to `"emoji"`): `"emoji"` is a LLaDA-Uni of 19 million parameters that draws, names and
-            edits emoji of 64 x 64 pixels; see its `README.md`.
+        name (`str`, defaults to `"emoji"`): `"emoji"` is a LLaDA-Uni of 22 million parameters that draws, names and
+            edits emoji of 64 x 64 pixels, and scenes of up to nine; see its `README.md`.
 
     Raises:
         ValueError: if there is no such checkpoint.

@@ -46,7 +46,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         editing_guidance_scale (`float`, defaults to 4.0): The `guidance_scale` of edits, where none is given; what is
             best is a matter of the model. Saved in `model_index.json`.
         decoder_tile_size (`int`, *optional*): Codes, down and across, that the decoder draws at once: larger images
-            are drawn in [`DecoderTiles`], each as if it were alone, for decoders that know one size only. Default:
+            are drawn in tiles, each as if it were alone, for decoders that know one size only. Default:
             any image at once. Saved in `model_index.json`.
     """
 

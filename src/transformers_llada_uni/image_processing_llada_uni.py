@@ -44,7 +44,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
         Largest ratio of the sides of the editing rule's crops.
     max_side (`int`, *optional*):
-        Longest side of an image that is looked at, in pixels; of a longer one the ends are left out. Default: any.
+        Longest side by either rule, in pixels; of a longer image the ends are left out. Default: any.
     editing_upscales (`bool`, *optional*, defaults to `True`):
         Whether the editing rule makes small images as large as its largest crops. Otherwise an image keeps its area,
         rounded to whole units of `size_multiple`, up to `editing_max_pixels`.
@@ -241,6 +241,9 @@ class LLaDAUniImageProcessor(PilBackend):
             if not self.editing_upscales:
                 max_units = min(max_units, max(1, round(height * width / unit**2)))
             crops = _editing_crops(max_units, float(self.editing_max_ratio))
+            if self.max_side is not None:
+                most = self.max_side // unit
+                crops = tuple((min(width, most), min(height, most)) for width, height in crops)
 
             def likeness(crop: tuple[int, int]) -> tuple[float, int, int]:
                 across, down = crop[0] * unit / width, crop[1] * unit / height

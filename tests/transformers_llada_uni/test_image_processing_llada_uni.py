@@ -171,10 +171,12 @@ def test_a_code_may_be_drawn_as_it_is_seen():
 
 def test_of_what_is_longer_than_a_checkpoint_can_say_the_ends_are_left_out():
     settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "max_pixels": 192**2}
-    settings |= {"max_pixels_several": 192**2}
+    settings |= {"max_pixels_several": 192**2, "editing_max_pixels": 192**2, "editing_upscales": False}
     any_side, to_192 = LLaDAUniImageProcessor(**settings), LLaDAUniImageProcessor(**settings, max_side=192)
     assert any_side.get_grid(500, 40) == (36, 4) and to_192.get_grid(500, 40) == (12, 4)
     assert to_192.get_grid(40, 500) == (4, 12) and to_192.get_grid(300, 300) == any_side.get_grid(300, 300)
+    assert any_side.get_grid(1080, 1920, "editing") == (8, 16) and to_192.get_grid(1080, 1920, "editing") == (8, 12)
+    assert max(max(to_192.get_grid(64, side, "editing")) for side in range(1, 2000, 13)) == 12
     image = Image.fromarray(noise(40, 500))
     whole, middle = any_side.resize_and_crop(image), to_192.resize_and_crop(image)
     centre = (whole.height - 192) // 2

@@ -26,7 +26,7 @@ class LLaDAUniDistillationConfig(ComponentTrainingArguments):
             teacher's.
         teacher_guidance_scale (`float`, defaults to 1.0): Guidance that the student takes over; 0 for none.
         num_student_steps (`int`, defaults to 4): Steps of the sampler from whose noise levels the student learns to
-            draw; those of 4 steps hold those of 1 and 2.
+            draw; those of 4 steps hold those of 1 and 2. Only of TwinFlow.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that.
 
     > [!NOTE]
