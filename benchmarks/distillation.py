@@ -73,8 +73,6 @@ class Drawings:
 
     def __init__(self, pipe: DiffusionPipeline, table: list[Emoji], subjects: list[tuple[Emoji, dict[str, Any]]]):
         self.pipe, self.nearest, self.subjects = pipe, NearestEmoji(table), subjects
-        self.numbers = {emoji.key: number for number, emoji in enumerate(table)}
-        self.pixels = torch.stack([self.nearest._small(emoji.picture) for emoji in table])
 
     def __call__(self, decoder: str, num_inference_steps: int) -> str:
         """Share and error of drawings."""
@@ -87,7 +85,7 @@ class Drawings:
                 images = self.pipe.decode_codes(codes, decoder, num_inference_steps, generator=generator)
             right += sum(one.key in found for one, found in zip(emoji, self.nearest(images), strict=True))
             drawn = torch.stack([self.nearest._small(image) for image in images])
-            wanted = self.pixels[[self.numbers[one.key] for one in emoji]]
+            wanted = torch.stack([self.nearest._small(one.picture) for one in emoji])
             error += (drawn - wanted).square().mean(dim=1).sum().item()
         return f"{100 * right / len(self.subjects):.1f}% / {(error / len(self.subjects)) ** 0.5:.4f}"
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from diffusers_llada_uni import LLaDAUniPipeline, LLaDAUniSemanticEmbedder
+from diffusers_llada_uni import LLaDAUniPipeline
 from diffusers_llada_uni.decoder_tiles import DecoderTiles
+from tests.diffusers_llada_uni.training.decoder_common import CODES, make_components
 
 
 SIDE = 4  # latents of a code, at the `upscale` of 2
@@ -13,24 +14,14 @@ SIDE = 4  # latents of a code, at the `upscale` of 2
 
 @pytest.fixture(scope="module")
 def components():
-    torch.manual_seed(0)
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=48,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=32,
-        axes_dims=[8, 8, 8],
-        axes_lens=[100, 16, 16],
-    )
+    transformer, semantic_embedder = make_components()
+    transformer.register_to_config(axes_lens=[100, 16, 16])
     for parameter in transformer.parameters():  # pads are zero, and norms one, at first
         torch.nn.init.normal_(parameter, std=0.3)
     return {
         "model": None,
         "processor": None,
-        "semantic_embedder": LLaDAUniSemanticEmbedder(codebook_size=16, embedding_dim=32),
+        "semantic_embedder": semantic_embedder,
         "vae": AutoencoderKL(latent_channels=4, block_out_channels=[8], norm_num_groups=4),
         "transformer": transformer.eval(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
@@ -47,7 +38,7 @@ def pipe_of(components, tile_size):
 
 def inputs(height, width, batch_size=2):
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(16, (batch_size, height, width), generator=generator)
+    codes = torch.randint(CODES, (batch_size, height, width), generator=generator)
     return codes, torch.randn(batch_size, 4, SIDE * height, SIDE * width, generator=generator)
 
 
