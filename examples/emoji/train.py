@@ -85,7 +85,13 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         "put_tokenizer_alone": put("tokenizer_alone"),
         "tokenizer_alignment": stage("image_tokenizer_alignment", "tokenizer_alignment", "put_tokenizer_alone"),
         "put_aligned_tokenizer": put("tokenizer_alignment"),
-        "put_language_model": put("finishing", "put_aligned_tokenizer"),
+        # What was drawn is read as what it was drawn from.
+        "prepare_drawings": script(
+            "prepare_drawings", packages, MODEL, DATA, after=("put_distilled", "put_aligned_tokenizer")
+        ),
+        "tokenizer_drawings": stage("image_tokenizer_alignment", "tokenizer_drawings", "prepare_drawings"),
+        "put_tokenizer_of_drawings": put("tokenizer_drawings"),
+        "put_language_model": put("finishing", "put_tokenizer_of_drawings"),
         "lora": stage("sft", "lora", "put_language_model"),
     }
 

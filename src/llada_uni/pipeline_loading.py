@@ -1,11 +1,13 @@
 """The pipeline that a name means, loaded for this machine."""
 
-import json
 import runpy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .adapters import CONFIG, base_of_adapter, is_adapter, merge_into_pipeline, merged
+from .json_files import read_object
 
 
 if TYPE_CHECKING:
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
     from .answers import ChatModel
 
-ADAPTER_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of peft, of diffusers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,11 +25,12 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
     A folder or a repository of the Hub.
 
     Args:
-        name: A folder, a repository, or the name of a checkpoint that comes with the package (`emoji`).
+        name: A folder, a repository, or the name of a checkpoint that comes with the package (`emoji`). It may be a
+            LoRA adapter's.
         takes_models: Whether it may also be the folder of a language model alone, which can talk and not draw.
 
     Raises:
-        ValueError: if it is a path to nothing, or a folder without a pipeline.
+        ValueError: if it is a path to nothing, a folder without a pipeline, or an adapter upon such.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -37,11 +39,9 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
             if kind != "LLaDAUniPipeline":
                 raise ValueError(f"`model` {name!r} is a pipeline of another kind: {kind}.")
             return str(path)
-        if any((path / file).is_file() for file in ADAPTER_FILES):
-            raise ValueError(
-                f"`model` {name!r} is an adapter (LoRA), which stands upon a model: make one model of the two, as "
-                "docs/own-images.md shows in 'Keep it as a model', and name that."
-            )
+        if is_adapter(path):
+            _resolve_base(name, path, takes_models)
+            return str(path)
         is_model = (path / "config.json").is_file()
         if is_model and takes_models:
             return str(path)
@@ -71,6 +71,55 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
             f"{', '.join(names)}.{meant}"
         )
     return name
+
+
+def _resolve_base(name: str, adapter: Path, takes_models: bool) -> str:
+    base = base_of_adapter(name, adapter)
+    if is_adapter(Path(base).expanduser()):
+        raise ValueError(f"`model` {name!r} is an adapter (LoRA) upon {base!r}, which is an adapter as well.")
+    try:
+        return resolve_model(base, takes_models)
+    except ValueError as error:
+        raise ValueError(f"`model` {name!r} is an adapter (LoRA) upon {base!r}: {error}") from error
+
+
+class Located(NamedTuple):
+    """
+    Args:
+        path: The folder or repository of a model.
+        is_pipeline: Whether it is a pipeline, not a language model alone.
+        adapter: The folder or repository of an adapter that is to be added to it.
+    """
+
+    path: str
+    is_pipeline: bool
+    adapter: str | None = None
+
+
+def locate(name: str, takes_models: bool = False) -> Located:
+    """
+    What a name means, a repository of the Hub asked for what it holds.
+
+    Args and errors: as [`resolve_model`]; also ValueError, if the Hub cannot be asked.
+    """
+    path = resolve_model(name, takes_models)
+    adapter = _adapter_config(path)
+    if adapter is None:
+        return Located(path, _is_pipeline(name, path))
+    base = _resolve_base(name, adapter, takes_models)
+    return Located(base, _is_pipeline(base, base), path)
+
+
+def _adapter_config(path: str) -> Path | None:
+    """The folder with the configuration of an adapter; of a repository it is fetched."""
+    if Path(path).is_dir():
+        return Path(path) if is_adapter(Path(path)) else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, CONFIG)).parent
+    except Exception:  # who looks for the model next tells what is wrong with the repository, or the network
+        return None
 
 
 def _is_pipeline(name: str, path: str) -> bool:
@@ -110,23 +159,6 @@ def configurations_of(name: str) -> str:
         raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """
-    What a JSON file holds.
-
-    Raises:
-        ValueError: naming the file, if it is no JSON, or no object.
-        OSError: if it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, got a {type(content).__name__}.")
-    return content
-
-
 def best_device() -> str:
     """`cuda` where there is one, then `mps`, else `cpu`."""
     import torch
@@ -159,8 +191,12 @@ def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> 
     Raises:
         ValueError: if there is no such pipeline or device, or the pipeline cannot be loaded.
     """
-    path = resolve_model(name)
-    if not _is_pipeline(name, path):  # of the Hub; folders have been looked into
+    return _load_pipeline(name, locate(name), device, dtype)
+
+
+def _load_pipeline(name: str, located: Located, device: str | None, dtype: str) -> "LLaDAUniPipeline":
+    path, is_pipeline, adapter = located
+    if not is_pipeline:  # of the Hub; folders have been looked into
         raise ValueError(
             f"`model` {name!r} is no pipeline: it holds no `model_index.json`. With a language model alone `ask` and "
             "`chat` can talk, but images need a decoder; `llada-uni convert` makes a pipeline of the released "
@@ -176,7 +212,10 @@ def load_pipeline(name: str, device: str | None = None, dtype: str = "auto") -> 
     from diffusers_llada_uni import LLaDAUniPipeline
 
     try:
-        return LLaDAUniPipeline.from_pretrained(path, dtype=torch_dtype).to(device)
+        pipe = LLaDAUniPipeline.from_pretrained(path, dtype=torch_dtype).to(device)
+        if adapter is not None:
+            merge_into_pipeline(pipe, adapter)
+        return pipe
     except Exception as error:
         if should_reduce_batch_size(error):  # out of memory
             raise
@@ -200,9 +239,10 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto") -
 
     Args and errors: as [`load_pipeline`].
     """
-    path = resolve_model(name, takes_models=True)
-    if _is_pipeline(name, path):
-        return load_pipeline(name, device, dtype).code_generator
+    located = locate(name, takes_models=True)
+    path, is_pipeline, adapter = located
+    if is_pipeline:
+        return _load_pipeline(name, located, device, dtype).code_generator
     device = best_device() if device is None else device
     _check_device(device)
     from accelerate.utils.memory import should_reduce_batch_size
@@ -212,6 +252,8 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto") -
 
     try:
         model: Any = load_model(path, dtype=dtype_of(dtype, device)).eval()
+        if adapter is not None:
+            model = merged(model, adapter)
         processor: Any = load_processor(path)
         model.to(device)
     except Exception as error:

@@ -1,11 +1,34 @@
 """What a name means, and what is told of one that means nothing."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from diffusers_llada_uni import embedded_checkpoint
-from llada_uni.pipeline_loading import configurations_of, load_pipeline, resolve_model
+from llada_uni.commands.info import describe_folder
+from llada_uni.pipeline_loading import configurations_of, load_chat_model, load_pipeline, resolve_model
+from transformers_llada_uni.loading.model_loading import load_model
+
+
+def save_adapter(model, folder: Path, base: str | None) -> torch.Tensor:
+    """A LoRA adapter that changes the first attention's outputs; returns what it adds to their weights."""
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["dense"]))
+    parameters = dict(adapted.named_parameters())
+    down, up = ([v for k, v in parameters.items() if name in k][0] for name in ("lora_A", "lora_B"))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(up)
+    adapted.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return 2.0 * (up @ down).detach()
+
+
+def first_outputs(model) -> torch.Tensor:
+    return next(v for k, v in model.state_dict().items() if k.endswith("layers.0.attention.dense.weight"))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
@@ -48,3 +71,49 @@ def test_a_folder_that_is_damaged_is_told_of_in_a_line(tmp_path, file, content, 
         (folder / file).write_text(content)
     with pytest.raises(ValueError, match=words):
         load_pipeline(str(folder), "cpu")
+
+
+def test_an_adapter_in_the_place_of_its_model(tmp_path):
+    """It is added to the weights of the pipeline whose language model it was trained upon."""
+    emoji = embedded_checkpoint("emoji")
+    model = load_model(str(emoji), dtype=torch.float32)
+    before = first_outputs(model).clone()
+    added = save_adapter(model, tmp_path / "adapter", str(emoji / "model"))
+    pipe = load_pipeline(str(tmp_path / "adapter"), "cpu")
+    assert added.abs().max() > 0.1
+    torch.testing.assert_close(first_outputs(pipe.model), before + added)
+    assert pipe.loaded_decoders and not pipe.get_list_adapters()
+    described = describe_folder(configurations_of(str(tmp_path / "adapter")))
+    assert described["components"]["adapter"]["parameters"] > 0 and "vae" in described["components"]
+
+
+def test_an_adapter_of_a_language_model_alone(tmp_path, text_only):
+    model = load_model(str(text_only), dtype=torch.float32)
+    before = first_outputs(model).clone()
+    added = save_adapter(model, tmp_path / "adapter", str(text_only))
+    talking = load_chat_model(str(tmp_path / "adapter"), "cpu", "float32")
+    torch.testing.assert_close(first_outputs(talking.model), before + added)
+    with pytest.raises(ValueError, match="is an adapter .* is a language model alone"):
+        load_pipeline(str(tmp_path / "adapter"), "cpu")
+
+
+def test_the_adapter_that_comes_along_stands_upon_the_pipeline_that_it_lies_in():
+    adapter = embedded_checkpoint("emoji") / "adapter"
+    assert not torch.equal(
+        first_outputs(load_pipeline(str(adapter), "cpu").model), first_outputs(load_pipeline("emoji", "cpu").model)
+    )
+
+
+@pytest.mark.parametrize(
+    "base, words",
+    [
+        (None, "does not say upon which"),
+        ("nowhere", "upon 'nowhere': `model` 'nowhere' is no folder"),
+        (".", "adapter as well"),
+    ],
+)
+def test_an_adapter_upon_nothing(tmp_path, monkeypatch, base, words):
+    monkeypatch.chdir(tmp_path)
+    Path("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=words):
+        resolve_model(".")

@@ -170,15 +170,15 @@ def tasks_of_lm_eval(
     Tasks are of text alone. `python -m transformers_llada_uni.evaluation run --model llada-uni ...` has all options of
     lm-eval.
     """
-    from ..pipeline_loading import best_device, dtype_of, resolve_model
+    from ..pipeline_loading import best_device, dtype_of, locate
 
-    path = resolve_model(model)  # before torch is imported
+    located = locate(model)  # before torch is imported
     from .evaluate_runs import evaluate_tasks
 
     device = device or best_device()
     name = str(dtype_of(dtype, device)).removeprefix("torch.")
     plan: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "num_samples": num_samples, "seed": seed}
-    results = evaluate_tasks(path, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
+    results = evaluate_tasks(located, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
     _report(results, output, as_json, task="lm-eval", model=model, **plan)
 
 

@@ -17,6 +17,7 @@ from transformers_llada_uni.fingerprints import fingerprint
 from transformers_llada_uni.optional_dependencies import require_extra
 
 from ..image_files import SUFFIXES, open_image
+from ..pipeline_loading import Located
 from .user_functions import user_function
 
 
@@ -245,7 +246,7 @@ def _completions(input_ids: list[int], labels: list[int]) -> list[tuple[list[int
 
 
 def evaluate_tasks(
-    model: str,
+    model: Located,
     device: str,
     dtype: str,
     tasks: list[str],
@@ -261,7 +262,7 @@ def evaluate_tasks(
     Tasks of lm-eval: by task what lm-eval computes.
 
     Args:
-        model: A folder or a repository of the Hub.
+        model: Where it is.
         device, dtype: Of the model.
         tasks: Names.
         output: The folder for results; answers are kept in it as they come.
@@ -287,7 +288,7 @@ def evaluate_tasks(
         raise ValueError(f"`tasks`: lm-eval knows no {', '.join(unknown)}.")
     Manifest(output)  # a folder that can be written
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
-    harness = LLaDAUniLM(model, device=device, dtype=dtype, batch_size=batch_size, **settings)
+    harness = LLaDAUniLM(model.path, peft=model.adapter, device=device, dtype=dtype, batch_size=batch_size, **settings)
     answers = output / f"answers-{fingerprint([harness.model, settings, num_fewshot], 64)[:12]}"
     results = lm_eval.simple_evaluate(
         model=harness,

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError, safe_open
 
-from ..pipeline_loading import configurations_of, read_object
+from ..adapters import base_of_adapter, is_adapter
+from ..json_files import read_object
+from ..pipeline_loading import configurations_of
 
 
 GIB = 2**30
@@ -54,7 +56,8 @@ def info(
 
 def describe_folder(path: str) -> dict[str, Any]:
     """
-    Of a pipeline's folder, a released checkpoint's, or a model's: its components, with class, parameters and bytes.
+    Of a pipeline's folder, a released checkpoint's, a model's, or an adapter's with what it stands upon: the
+    components, with class, parameters and bytes.
     Where there is a configuration but no weights (`is_complete` is false then), parameters are those it asks for.
 
     Raises:
@@ -63,6 +66,10 @@ def describe_folder(path: str) -> dict[str, Any]:
     folder = Path(path)
     index, config = folder / "model_index.json", folder / "config.json"
     is_released = False
+    if is_adapter(folder):
+        described = describe_folder(configurations_of(base_of_adapter(path, folder)))
+        described["components"]["adapter"] = {"class": "LoRA", **_weights(folder)}
+        return described | {"path": path}
     if index.is_file():
         entries = read_object(index)
         # `[null, null]` is a component that is left out; what is no list is a setting.

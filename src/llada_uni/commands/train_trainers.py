@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from trl import (
 from trl.data_utils import get_dataset_column_names
 from trl.scripts.grpo import GRPOScriptArguments
 
+from diffusers_llada_uni.embedded_checkpoints import embedded_checkpoint, names_of_embedded_checkpoints
 from diffusers_llada_uni.semantic_embedder import LLaDAUniSemanticEmbedder
 from diffusers_llada_uni.training.autoencoder_config import LLaDAUniAutoencoderConfig
 from diffusers_llada_uni.training.autoencoder_trainer import LLaDAUniAutoencoderTrainer
@@ -107,9 +109,12 @@ def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
 
 
 def _path(model_args: ModelConfig) -> str:
-    if model_args.model_name_or_path is None:
+    name = model_args.model_name_or_path
+    if name is None:
         raise ValueError("Give `model_name_or_path`.")
-    return model_args.model_name_or_path
+    if name in names_of_embedded_checkpoints() and not Path(name).exists():
+        return str(embedded_checkpoint(name))
+    return name
 
 
 def reward_functions(script_args: GRPOScriptArguments) -> list[Reward]:
