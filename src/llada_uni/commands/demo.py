@@ -13,21 +13,41 @@ from .options import Device, Dtype, Host, Model
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
 
+USER = "llada-uni"
+
 
 def demo(
     model: Model = "emoji",
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 7860,
     share: Annotated[bool, typer.Option(help="Let all the world in, through a server of Gradio's.")] = False,
+    password: Annotated[
+        str | None,
+        typer.Option(envvar="LLADA_UNI_PASSWORD", help=f"What visitors must type, as the user {USER}. Default: none."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Show the model on a web page: draw, edit, chat, stories."""
-    run_demo(lambda: load(model, device, dtype), host, port, share, lambda url: typer.echo(f"The page is at {url}"))
+    if password == "":
+        raise ValueError("`password` must not be empty.")
+    run_demo(
+        lambda: load(model, device, dtype),
+        host,
+        port,
+        share,
+        password,
+        lambda url: typer.echo(f"The page is at {url}"),
+    )
 
 
 def run_demo(
-    load: Callable[[], "LLaDAUniPipeline"], host: str, port: int, share: bool, tell: Callable[[str], None]
+    load: Callable[[], "LLaDAUniPipeline"],
+    host: str,
+    port: int,
+    share: bool,
+    password: str | None,
+    tell: Callable[[str], None],
 ) -> None:
     """
     Serves the page until Ctrl-C.
@@ -36,6 +56,7 @@ def run_demo(
         load: Loads the pipeline, once it is known that there is what shows it.
         host, port: Where to listen.
         share: Whether to let all the world in, through a server of Gradio's.
+        password: What visitors must type, as the user `USER`; `None` lets in whoever reaches the page.
         tell: Called with the page's address.
 
     Raises:
@@ -50,7 +71,8 @@ def run_demo(
 
     demo = Demo(load())
     try:
-        tell(demo.launch(host, port, share=share, quiet=True, prevent_thread_lock=True))
+        auth = None if password is None else (USER, password)
+        tell(demo.launch(host, port, share=share, auth=auth, quiet=True, prevent_thread_lock=True))
         demo.page.block_thread()
     finally:
         demo.close()

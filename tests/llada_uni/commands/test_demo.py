@@ -3,7 +3,8 @@ import socket
 import pytest
 
 from llada_uni.cli import main
-from llada_uni.commands.demo import run_demo
+from llada_uni.commands.demo import USER, run_demo
+from llada_uni.pipeline_loading import load_pipeline
 
 
 def never() -> None:
@@ -13,7 +14,7 @@ def never() -> None:
 def test_what_is_missing_is_told_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("transformers_llada_uni.optional_dependencies.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "llada-uni\[demo\]"'):
-        run_demo(never, "127.0.0.1", 7860, False, print)
+        run_demo(never, "127.0.0.1", 7860, False, None, print)
 
 
 def test_a_port_that_is_taken_is_told_in_a_line(monkeypatch, capsys):
@@ -56,3 +57,30 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
     assert end.value.code == 130 and launched["is_closed"]
     assert launched["pipe"] == "the pipeline" and launched["host"] == "127.0.0.1" and launched["share"] is False
     assert f"The page is at http://127.0.0.1:{port}/\n" in capsys.readouterr().out
+
+
+def test_a_password():
+    pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
+    seen = []
+
+    def visit(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as visitor:
+            seen.append(visitor.get("/config").status_code)
+            for password in ("wrong", "secret"):
+                answer = visitor.post("/login", data={"username": USER, "password": password})
+                seen.append(answer.status_code)
+            seen.append(visitor.get("/config").status_code)
+        raise KeyboardInterrupt
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(lambda: load_pipeline("emoji", "cpu"), "127.0.0.1", port, False, "secret", visit)
+    assert seen == [401, 400, 200, 200]
+
+
+def test_an_empty_password_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--password", ""])
+    assert end.value.code == 2 and "`password` must not be empty" in capsys.readouterr().err
