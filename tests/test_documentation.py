@@ -27,7 +27,6 @@ from PIL import Image
 from diffusers_llada_uni import embedded_checkpoint
 from diffusers_llada_uni.pipeline_card import make_pipeline_card
 from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_released
-from transformers_llada_uni.training.data.dataset_loading import load_training_dataset
 
 from .documentation import blocks_of, runnable_blocks, sections_of
 from .text_only import write_ling, write_text_only
@@ -39,7 +38,6 @@ PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md", "comfyui/**/*.md", "src/*/
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for place in PLACES for path in ROOT.glob(place))
 CONVERTED_CARD = "the card of a converted checkpoint"
 MOST_NOT_RUN = 12
-TEXT_CAPTIONS = ["0.png", "1.PNG", "2.jpg", "3.JPG", "a cat.JPEG", "5.webp"]
 RELEASED = "path/to/LLaDA2.0-Uni"
 RELATIVES = {"path/to/LLaDA2.1-mini": write_text_only, "path/to/Ling-mini-2.0": write_ling}
 SERVER = "http://127.0.0.1:8000"
@@ -84,10 +82,6 @@ def write_data(folder: Path) -> None:
     write_images(folder / "images", [None] * 4)
     write_images(folder / "codes", [None] * 4)
     write_images(folder / "captions", ["red", "green", "blue", "yellow"])
-    (folder / "text-captions").mkdir()
-    for name in TEXT_CAPTIONS:
-        Image.new("RGB", (90, 40), "red").save(folder / "text-captions" / name)
-        (folder / "text-captions" / name).with_suffix(".txt").write_text("ein Stück\n", encoding="utf-8")
 
 
 def write_working_directory(folder: Path, files: Path, environment: Path, makes_checkpoint: bool) -> None:
@@ -245,25 +239,6 @@ assert "left" not in globals() and not os.path.exists("left.txt")
         run_as_printed("some.md", text, reader, tmp_path)
     assert "`size` must be WIDTHxHEIGHT" in str(failure.value) and "under 'Two'" in str(failure.value)
     assert "under 'One'" not in str(failure.value) and "under 'Three'" not in str(failure.value)
-
-
-def test_captions_in_text_files_are_those_of_all_images(tmp_path, monkeypatch, capsys):
-    (block,) = [
-        block for block in runnable_blocks(text_of("docs/own-images.md")) if block.section == "Captions in text files"
-    ]
-    write_data(tmp_path / "path" / "to")
-    monkeypatch.chdir(tmp_path)
-    exec(block.code, {})
-    assert capsys.readouterr().out == f"{len(TEXT_CAPTIONS)} images with captions\n"
-    (rows,) = load_training_dataset("./my-captions").values()
-    assert len(rows) == len(TEXT_CAPTIONS)
-    assert {(row["image"].size, row["caption"]) for row in rows} == {((90, 40), "ein Stück")}
-
-    Path("my-captions").rename("earlier")
-    Path("path/to/text-captions/0.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="0.txt"):
-        exec(block.code, {})
-    assert not Path("my-captions").exists()
 
 
 def test_photo_and_mask_are_those_that_tasks_makes(tmp_path):

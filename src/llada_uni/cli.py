@@ -18,7 +18,7 @@ import typer
 import typer.core
 
 from .commands import evaluate
-from .commands.checkpoints import consolidate, convert, merge
+from .commands.checkpoints import assemble, consolidate, convert, merge
 from .commands.codes import decode, encode
 from .commands.demo import demo
 from .commands.images import draw, edit, fill
@@ -150,7 +150,8 @@ def _common(
     """LLaDA2.0-Uni: draw, edit, ask and tell, with one masked-diffusion model."""
 
 
-for command in (draw, edit, fill, ask, chat, story, encode, decode, info, serve, demo, convert, consolidate, merge):
+IMAGES_AND_TEXT = (draw, edit, fill, ask, chat, story, encode, decode)
+for command in (*IMAGES_AND_TEXT, info, serve, demo, convert, consolidate, merge, assemble):
     app.command(cls=Command)(command)
 
 evaluation = typer.Typer(

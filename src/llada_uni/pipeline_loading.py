@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .adapters import CONFIG, base_of_adapter, is_adapter, merge_into_pipeline, merged
 from .json_files import read_object
+from .trained_parts import CONFIG, base_of_adapter, is_adapter, merge_into_pipeline, merged, parts_in
 
 
 if TYPE_CHECKING:
@@ -42,21 +42,9 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
         if is_adapter(path):
             _resolve_base(name, path, takes_models)
             return str(path)
-        is_model = (path / "config.json").is_file()
-        if is_model and takes_models:
+        if (path / "config.json").is_file() and takes_models:
             return str(path)
-        kind = read_object(path / "config.json").get("model_type") if is_model else None
-        if kind == "llada2_moe" and not any(path.glob("*/config.json")):  # of a released checkpoint's other parts
-            raise ValueError(
-                f"`model` {name!r} is a language model alone, with which `ask` and `chat` can talk; it has no image "
-                "tokenizer and no decoder. For images name a pipeline, such as `emoji`, or what `llada-uni convert` "
-                "makes of LLaDA2.0-Uni."
-            )
-        alone = "it is a model alone, with which `ask` and `chat` can talk"
-        hint = alone if is_model else "it holds no `model_index.json`"
-        raise ValueError(
-            f"`model` {name!r} is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
-        )
+        raise ValueError(f"`model` {name!r} {_why_no_pipeline(path)}")
     # The module without its package, whose import takes seconds of torch.
     package = find_spec("diffusers_llada_uni")
     assert package is not None and package.origin is not None
@@ -71,6 +59,27 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
             f"{', '.join(names)}.{meant}"
         )
     return name
+
+
+def _why_no_pipeline(folder: Path) -> str:
+    """Of a folder without `model_index.json`: what it is, and what makes a pipeline of it."""
+    kind = read_object(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    if kind == "llada_uni" or (kind is None and parts_in(folder)):
+        return (
+            "is a part of a pipeline, as training has written it: `llada-uni assemble FOLDER --into PIPELINE --output "
+            "NEW` makes a pipeline of it and of the one that it was trained from, such as `emoji`."
+        )
+    if kind == "llada2_moe" and not any(folder.glob("*/config.json")):  # of a released checkpoint's other parts
+        return (
+            "is a language model alone, with which `ask` and `chat` can talk; it has no image tokenizer and no "
+            "decoder. For images name a pipeline, such as `emoji`, or what `llada-uni convert` makes of LLaDA2.0-Uni."
+        )
+    hint = (
+        "it holds no `model_index.json`"
+        if kind is None
+        else "it is a model alone, with which `ask` and `chat` can talk"
+    )
+    return f"is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
 
 
 def _resolve_base(name: str, adapter: Path, takes_models: bool) -> str:
@@ -136,7 +145,7 @@ def _is_pipeline(name: str, path: str) -> bool:
     except Exception as error:  # of the Hub, or of the network
         if isinstance(try_to_load_from_cache(path, "config.json"), str):  # a model alone, which was fetched before
             return False
-        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
+        raise ValueError(f"`model` {name!r} is no folder here, and cannot be fetched from the Hub: {error}") from error
 
 
 def configurations_of(name: str) -> str:
@@ -156,7 +165,7 @@ def configurations_of(name: str) -> str:
     try:
         return snapshot_download(path, allow_patterns=["*.json"])
     except Exception as error:  # of the Hub, or of the network
-        raise ValueError(f"`model` {name!r} cannot be fetched: {error}") from error
+        raise ValueError(f"`model` {name!r} is no folder here, and cannot be fetched from the Hub: {error}") from error
 
 
 def best_device() -> str:
@@ -215,6 +224,7 @@ def _load_pipeline(name: str, located: Located, device: str | None, dtype: str) 
         pipe = LLaDAUniPipeline.from_pretrained(path, dtype=torch_dtype).to(device)
         if adapter is not None:
             merge_into_pipeline(pipe, adapter)
+            pipe.register_to_config(_name_or_path=adapter)  # as manifests name it
         return pipe
     except Exception as error:
         if should_reduce_batch_size(error):  # out of memory

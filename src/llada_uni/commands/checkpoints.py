@@ -1,4 +1,4 @@
-"""`convert`, `consolidate` and `merge`: a folder of weights made of others."""
+"""`convert`, `consolidate`, `merge` and `assemble`: a folder of weights made of others."""
 
 import signal
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .loading import hide_progress_bars
 
 
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write; must not exist.")]
@@ -65,3 +67,17 @@ def merge(
         checkpoints = best_checkpoints(checkpoints[0], best, metric, greater_is_better)
     merge_checkpoints(checkpoints, output)
     typer.echo(f"{output}: the mean of {', '.join(checkpoint.name for checkpoint in checkpoints)}")
+
+
+def assemble(
+    trained: Annotated[list[Path], typer.Argument(help="What training has written: models, adapters, decoders, ...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; must not exist.")],
+    into: Annotated[
+        str | None, typer.Option(help="The pipeline with all other parts. Default: what an adapter was trained upon.")
+    ] = None,
+) -> None:
+    """Make a pipeline of another one and what training has written."""
+    from ..pipeline_assembly import assemble
+
+    hide_progress_bars()
+    typer.echo(f"{output}: with {', '.join(assemble(trained, into, output))}")

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError, safe_open
 
-from ..adapters import base_of_adapter, is_adapter
 from ..json_files import read_object
-from ..pipeline_loading import configurations_of
+from ..pipeline_loading import configurations_of, locate
+from ..trained_parts import is_adapter
 
 
 GIB = 2**30
@@ -67,7 +67,7 @@ def describe_folder(path: str) -> dict[str, Any]:
     index, config = folder / "model_index.json", folder / "config.json"
     is_released = False
     if is_adapter(folder):
-        described = describe_folder(configurations_of(base_of_adapter(path, folder)))
+        described = describe_folder(configurations_of(locate(path, takes_models=True).path))
         described["components"]["adapter"] = {"class": "LoRA", **_weights(folder)}
         return described | {"path": path}
     if index.is_file():

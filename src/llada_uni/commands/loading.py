@@ -15,7 +15,7 @@ def load(model: str, device: str | None, dtype: str) -> "LLaDAUniPipeline":
     from ..pipeline_loading import load_pipeline, resolve_model
 
     resolve_model(model)  # before torch is imported
-    _hide_progress_bars()
+    hide_progress_bars()
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe
@@ -26,11 +26,11 @@ def load_to_talk(model: str, device: str | None, dtype: str) -> "ChatModel":
     from ..pipeline_loading import load_chat_model, resolve_model
 
     resolve_model(model, takes_models=True)  # before torch is imported
-    _hide_progress_bars()
+    hide_progress_bars()
     return load_chat_model(model, device, dtype)
 
 
-def _hide_progress_bars() -> None:
+def hide_progress_bars() -> None:
     """Of what is loaded, where nobody looks."""
     if not sys.stderr.isatty():
         import diffusers

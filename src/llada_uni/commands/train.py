@@ -30,8 +30,10 @@ def prepare(stage: str, options: Sequence[str]) -> Callable[[], None]:
 
     require_extra("train", "datasets", "peft", "trl")
     from .train_options import StageParser
-    from .train_trainers import finish, stages
+    from .train_trainers import check_run, finish, stages
 
     classes, build = stages()[stage]
-    trainer, script_args = build(*StageParser(stage, classes).parse(options))
+    parsed = StageParser(stage, classes).parse(options)
+    check_run(*parsed)
+    trainer, script_args = build(*parsed)
     return lambda: finish(trainer, script_args)

@@ -6,6 +6,7 @@ that makes its trainer of their instances. [`finish`] trains, saves, and writes 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from transformers_llada_uni.loading.model_loading import load_model, load_proces
 from transformers_llada_uni.training.base_trainer import BaseTrainer
 from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
 
+from ..trained_parts import is_adapter
 from .user_functions import user_function
 
 
@@ -62,6 +64,42 @@ class ImageTokenizerArguments:
     text_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The encoder of the captions; of a model of both, its text tower."}
     )
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """trl's options of the model."""
+
+    # peft cannot drop out what goes into routed experts, which adapters reach by default.
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout of what adapters see; 0 where they reach routed experts."}
+    )
+
+
+def check_run(script_args: ScriptArguments, *other_args: Any) -> None:
+    """
+    Args: what a stage's options have been parsed to.
+
+    Raises:
+        ValueError: for settings that would be told once all is loaded, or never.
+    """
+    args = next(args for args in other_args if isinstance(args, TrainingArguments))
+    resume, output_dir = args.resume_from_checkpoint, args.output_dir
+    if resume is not None and _resumed(resume) not in (True, None) and not Path(str(resume)).is_dir():
+        raise ValueError(f"`resume_from_checkpoint` must be true, false or a checkpoint's folder, got {resume!r}.")
+    data = script_args.dataset_name
+    if data is not None and Path(data).is_dir() and Path(data).resolve() == Path(str(output_dir)).resolve():
+        raise ValueError(f"`output_dir` is the folder of the data, {data!r}: what is trained must lie elsewhere.")
+
+
+def check_trains_all_weights(model_args: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: for options that only the stages of the language model have.
+    """
+    for name in ("use_peft", "load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise ValueError(f"`{name}` is for sft, dpo and grpo; this stage trains all weights.")
 
 
 def load_data(
@@ -89,6 +127,8 @@ def load_language_model(
     """The language model of `model_name_or_path` and its processor, as the options say."""
     path, revision = _path(model_args), model_args.model_revision
     settings: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError("`load_in_4bit` and `load_in_8bit` need bitsandbytes: pip install bitsandbytes")
     quantization_config = get_quantization_config(model_args)
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
@@ -104,14 +144,29 @@ def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
     if not model_args.use_peft:
         return None
     if model_args.lora_target_modules or model_args.lora_target_parameters:
-        return get_peft_config(model_args)
-    return training.lora_config(r=model_args.lora_r, lora_alpha=model_args.lora_alpha)
+        config = get_peft_config(model_args)
+        assert config is not None  # as `use_peft` says
+        config.task_type = None  # of a causal language model, peft would look for one's way to generate
+        return config
+    return training.lora_config(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        modules_to_save=model_args.lora_modules_to_save,
+    )
 
 
 def _path(model_args: ModelConfig) -> str:
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("Give `model_name_or_path`.")
+    if is_adapter(Path(name).expanduser()):
+        raise ValueError(
+            f"`model_name_or_path` {name!r} is an adapter. To go on with its run: its options, with "
+            "`--resume_from_checkpoint true`. To train upon it: `llada-uni assemble ADAPTER --output FOLDER` first."
+        )
     if name in names_of_embedded_checkpoints() and not Path(name).exists():
         return str(embedded_checkpoint(name))
     return name
@@ -149,11 +204,15 @@ def image_decoder(
     return lambda grids: [pipe.decode_codes(codes[None].to(device))[0] for codes in grids]
 
 
+def _resumed(value: bool | str | None) -> bool | str | None:
+    """The option, which is a text, as transformers takes it."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
 def finish(trainer: BaseTrainer, script_args: ScriptArguments) -> None:
     """Trains (or goes on), saves, writes the card, and pushes if that was asked for."""
     args = trainer.args
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
+    trainer.train(resume_from_checkpoint=_resumed(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     trainer.accelerator.print(f"Saved to {args.output_dir}.")
@@ -200,6 +259,7 @@ def image_tokenizer_trainer(
     training_args: training.LLaDAUniImageTokenizerConfig,
     model_args: ModelConfig,
 ) -> Built:
+    check_trains_all_weights(model_args)
     if tokenizer_args.text_model_name_or_path is None:
         raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
     train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
@@ -223,6 +283,7 @@ def image_tokenizer_alignment_trainer(
     training_args: training.LLaDAUniImageTokenizerAlignmentConfig,
     model_args: ModelConfig,
 ) -> Built:
+    check_trains_all_weights(model_args)
     train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
     model, processor = load_language_model(model_args, training_args)
     trainer = training.LLaDAUniImageTokenizerAlignmentTrainer(
@@ -254,6 +315,7 @@ def _decoder_data(
 def autoencoder_trainer(
     script_args: ScriptArguments, training_args: LLaDAUniAutoencoderConfig, model_args: ModelConfig
 ) -> Built:
+    check_trains_all_weights(model_args)
     train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
     trainer = LLaDAUniAutoencoderTrainer(
         _component(AutoencoderKL, "vae", model_args),
@@ -268,6 +330,7 @@ def autoencoder_trainer(
 def decoder_trainer(
     script_args: ScriptArguments, training_args: LLaDAUniDecoderConfig, model_args: ModelConfig
 ) -> Built:
+    check_trains_all_weights(model_args)
     data = _decoder_data(script_args, training_args, model_args)
     transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
     semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
@@ -277,6 +340,7 @@ def decoder_trainer(
 def distillation_trainer(
     script_args: ScriptArguments, training_args: LLaDAUniDistillationConfig, model_args: ModelConfig
 ) -> Built:
+    check_trains_all_weights(model_args)
     data = _decoder_data(script_args, training_args, model_args)
     transformer = _component(ZImageTransformer2DModel, "transformer", model_args)
     semantic_embedder = _component(LLaDAUniSemanticEmbedder, "semantic_embedder", model_args)
@@ -291,15 +355,15 @@ def stages() -> dict[str, tuple[tuple[type, ...], Callable[..., Built]]]:
     )
     image_tokenizer = (ImageTokenizerArguments, training.LLaDAUniImageTokenizerConfig)
     return {
-        "sft": ((ScriptArguments, training.LLaDAUniSFTConfig, ModelConfig, DatasetMixtureConfig), sft),
-        "dpo": ((ScriptArguments, training.LLaDAUniDPOConfig, ModelConfig, DatasetMixtureConfig), dpo),
-        "grpo": ((GRPOScriptArguments, training.LLaDAUniGRPOConfig, ModelConfig, DatasetMixtureConfig), grpo),
-        "image_tokenizer": ((ScriptArguments, *image_tokenizer, ModelConfig), image_tokenizer_trainer),
+        "sft": ((ScriptArguments, training.LLaDAUniSFTConfig, ModelArguments, DatasetMixtureConfig), sft),
+        "dpo": ((ScriptArguments, training.LLaDAUniDPOConfig, ModelArguments, DatasetMixtureConfig), dpo),
+        "grpo": ((GRPOScriptArguments, training.LLaDAUniGRPOConfig, ModelArguments, DatasetMixtureConfig), grpo),
+        "image_tokenizer": ((ScriptArguments, *image_tokenizer, ModelArguments), image_tokenizer_trainer),
         "image_tokenizer_alignment": (
-            (ScriptArguments, training.LLaDAUniImageTokenizerAlignmentConfig, ModelConfig),
+            (ScriptArguments, training.LLaDAUniImageTokenizerAlignmentConfig, ModelArguments),
             image_tokenizer_alignment_trainer,
         ),
-        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelConfig), autoencoder_trainer),
-        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelConfig), decoder_trainer),
-        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelConfig), distillation_trainer),
+        "autoencoder": ((ScriptArguments, LLaDAUniAutoencoderConfig, ModelArguments), autoencoder_trainer),
+        "decoder": ((ScriptArguments, LLaDAUniDecoderConfig, ModelArguments), decoder_trainer),
+        "distill": ((ScriptArguments, LLaDAUniDistillationConfig, ModelArguments), distillation_trainer),
     }

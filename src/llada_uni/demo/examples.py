@@ -5,6 +5,8 @@ from pathlib import Path
 
 from diffusers_llada_uni import embedded_checkpoint
 
+from ..trained_parts import base_of_adapter, is_adapter
+
 
 IMAGES = Path(__file__).with_name("example_images")
 
@@ -64,6 +66,7 @@ GENERAL = Examples(
 def examples_of(model: str) -> Examples:
     """
     Args:
-        model: The folder or repository that the model is from.
+        model: The folder or repository that the model is from, or an adapter of it.
     """
-    return EMOJI if model == str(embedded_checkpoint("emoji")) else GENERAL
+    base = base_of_adapter(model, Path(model)) if is_adapter(Path(model)) else model
+    return EMOJI if base in ("emoji", str(embedded_checkpoint("emoji"))) else GENERAL

@@ -97,7 +97,7 @@ def _places_of(folder: Path) -> dict[str, Path]:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"`checkpoints`: {str(folder)!r} is an adapter; the mean of its factors is not the mean of what they do. "
-            "Merge each into its model first (`merge_and_unload`)."
+            "Merge each into its model first (`llada-uni assemble ADAPTER --output FOLDER`, or `merge_and_unload`)."
         )
     file = folder / SAFE_WEIGHTS_NAME
     if not file.is_file():

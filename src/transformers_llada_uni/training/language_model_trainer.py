@@ -94,9 +94,10 @@ class LanguageModelTrainer(BaseTrainer):
         base = unwrap(model)
         base.generation_config.block_length = self.block_length  # type: ignore[union-attr, attr-defined]  # a field of ours
         name = Path(str(base.name_or_path))
-        if (name / "model_index.json").is_file():
-            # An adapter says by this name what it belongs to.
-            base.name_or_path = base.config.name_or_path = str(name / "model")
+        if name.is_dir():
+            # An adapter says by this name what it belongs to, wherever it is used.
+            part = name / "model" if (name / "model_index.json").is_file() else name
+            base.name_or_path = base.config.name_or_path = str(part.absolute())
         self.noise = dataclasses.replace(args.make_noise(), image_token_offset=config.image_token_offset)
         if self.noise.image_noise != "linear" and config.image_token_offset is None:
             raise ValueError(f"`image_noise` is {self.noise.image_noise!r}, but the model has no image codes.")

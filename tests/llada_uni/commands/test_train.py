@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 
 from diffusers_llada_uni import LLaDAUniPipeline
 from llada_uni.cli import main
-from llada_uni.commands.train_trainers import finish
+from llada_uni.commands import train_trainers
+from llada_uni.commands.train_trainers import adapter_of, finish, stages
+from llada_uni.pipeline_loading import load_pipeline
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer, lora_config
 
@@ -148,9 +150,23 @@ def refused(capsys, *arguments):
         ({"block_lenght": 8}, "block_lenght"),
         ({"stage": "rlhf"}, "rlhf"),
         ({"noise_range": [0.5, 0.1]}, "`noise_range`"),
+        ({"resume_from_checkpoint": "yes"}, "`resume_from_checkpoint` must be true, false or a checkpoint's folder"),
+        ({"dataset_name": "data", "output_dir": "data"}, "`output_dir` is the folder of the data"),
+        ({"dataset_name": "DATA", "model_name_or_path": "adapter"}, "`model_name_or_path` 'adapter' is an adapter"),
+        ({"dataset_name": "DATA", "model_name_or_path": "emoji", "load_in_4bit": True}, "need bitsandbytes"),
+        (
+            {"dataset_name": "DATA", "model_name_or_path": "emoji", "use_peft": True, "lora_dropout": 0.5},
+            "`lora_dropout` must be 0",
+        ),
     ],
 )
-def test_mistakes_are_told_in_a_line(settings, message, tmp_path, capsys):
+def test_mistakes_are_told_in_a_line(settings, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    find_spec = train_trainers.find_spec
+    monkeypatch.setattr(train_trainers, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    for folder in ("data", "adapter"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     data = as_file(tmp_path, [{"text": "a"}])
     settings = {name: data if value == "DATA" else value for name, value in settings.items()}
     config = tmp_path / "config.yaml"
@@ -172,6 +188,47 @@ def test_mistakes_are_told_in_a_line(settings, message, tmp_path, capsys):
 def test_wrong_commands_are_told_in_a_line(arguments, message, capsys):
     said = refused(capsys, *arguments)
     assert message in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_options_of_adapters_are_taken():
+    model_arguments = stages()["sft"][0][2]
+    config = adapter_of(model_arguments(use_peft=True))
+    assert (config.use_dora, config.use_rslora, config.modules_to_save, config.lora_dropout) == (False, False, None, 0)
+    assert config.target_parameters == lora_config().target_parameters
+    given = {"use_dora": True, "use_rslora": True, "lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.25}
+    config = adapter_of(model_arguments(use_peft=True, lora_target_modules=["dense", "up_proj"], **given))
+    found = (config.use_dora, config.use_rslora, config.r, config.lora_alpha, config.lora_dropout)
+    assert found == (True, True, 3, 5, 0.25) and config.target_modules == {"dense", "up_proj"}
+    config = adapter_of(model_arguments(use_peft=True, use_rslora=True, lora_modules_to_save=["lm_head"]))
+    assert config.use_rslora and config.modules_to_save == ["lm_head"]
+    assert adapter_of(model_arguments(lora_r=3)) is None
+
+
+def test_an_adapter_of_named_layers_is_found_from_everywhere(converted_dir, tmp_path, monkeypatch):
+    """It remembers its pipeline by the whole path, however that was named."""
+    monkeypatch.chdir(converted_dir.parent)
+    output = run(
+        "sft",
+        tmp_path,
+        model_name_or_path=converted_dir.name,
+        dataset_name=as_file(tmp_path, [{"messages": CHAT}] * 4),
+        use_peft=True,
+        lora_target_modules=[r".*attention\.dense"],  # of one, trl makes a pattern
+        use_dora=True,
+        learning_rate=1e-2,
+    )
+    monkeypatch.chdir(tmp_path)
+    assert json.loads((output / "adapter_config.json").read_text())["use_dora"]
+    weights, before = (load_pipeline(str(name), "cpu").model.state_dict() for name in (output, converted_dir))
+    assert {name for name in weights if not torch.equal(weights[name], before[name])} == {
+        name for name in weights if name.endswith("attention.dense.weight")
+    }
+
+
+def test_stages_that_train_all_weights_refuse_adapters(tmp_path, capsys):
+    arguments = ["--dataset_name", "x", "--output_dir", str(tmp_path / "out"), "--use_peft", "true"]
+    for stage in ("decoder", "autoencoder", "distill", "image_tokenizer", "image_tokenizer_alignment"):
+        assert "`use_peft` is for sft, dpo and grpo" in refused(capsys, "train", stage, *arguments)
 
 
 def test_data_of_the_decoder_need_images(tmp_path, capsys):

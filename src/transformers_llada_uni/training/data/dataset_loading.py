@@ -8,6 +8,7 @@ from typing import TypeAlias
 from datasets import (
     Dataset,
     DatasetDict,
+    Image,
     IterableDataset,
     IterableDatasetDict,
     load_dataset,
@@ -32,8 +33,9 @@ def load_training_dataset(
 
     Args:
         name_or_path (`str`): A file (JSON lines, parquet, CSV and what else `datasets.load_dataset` reads, also
-            compressed), a pattern of files (`data/*.jsonl`, `data/**/*.parquet`), a folder of files, a folder written
-            by `save_to_disk`, or the name of a dataset on the Hub. Files and one saved `Dataset` are a split "train".
+            compressed), a pattern of files (`data/*.jsonl`, `data/**/*.parquet`), a folder of files, of images with a
+            text file of the same name beside each (columns image, caption), a folder written by `save_to_disk`, or
+            the name of a dataset on the Hub. Files and one saved `Dataset` are a split "train".
         config_name (`str`, *optional*): Of a dataset with several configurations.
         streaming (`bool`, defaults to `False`): Read rows when they are needed. Not for what `save_to_disk` wrote.
 
@@ -42,7 +44,7 @@ def load_training_dataset(
 
     Raises:
         FileNotFoundError: if `name_or_path` looks like a file, pattern or folder, and there is none.
-        ValueError: if the files are not what their names say; in what place.
+        ValueError: if the files are not what their names say; in what place. For an image without its text, too.
     """
     path = Path(name_or_path).expanduser()
     if any((path / marker).is_file() for marker in SAVED_TO_DISK):
@@ -51,6 +53,10 @@ def load_training_dataset(
         if streaming:
             raise ValueError(f"`streaming`: {name_or_path!r} was written by `save_to_disk`, and is not a stream.")
         return saved
+    if texts := _texts_of_images(path):
+        captioned = _captioned(texts)
+        split = captioned.to_iterable_dataset() if streaming else captioned
+        return IterableDatasetDict(train=split) if isinstance(split, IterableDataset) else DatasetDict(train=split)
     folder, pattern = _folder_and_pattern(path)
     source = name_or_path if not path.is_dir() else str(path)
     if pattern is not None:
@@ -67,6 +73,28 @@ def load_training_dataset(
         raise ValueError(f"`dataset_name`: {name_or_path!r} has no rows.") from error
     except DatasetGenerationError as error:
         raise ValueError(f"`dataset_name`: {name_or_path!r} cannot be read: {error.__cause__ or error}") from error
+
+
+def _texts_of_images(folder: Path) -> dict[Path, Path]:
+    """
+    Of each image in a folder the text file of its name, where at least one is there, and no file of metadata. By
+    itself `datasets` would take either the images or the texts, whichever are more.
+    """
+    files = sorted(folder.rglob("*")) if folder.is_dir() else []
+    if any(file.name in ImageFolder.METADATA_FILENAMES for file in files):
+        return {}
+    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
+    texts = {image: image.with_suffix(".txt") for image in images}
+    return texts if any(map(Path.is_file, texts.values())) else {}
+
+
+def _captioned(texts: dict[Path, Path]) -> Dataset:
+    if missing := [image for image, text in texts.items() if not text.is_file()]:
+        raise ValueError(
+            f"`dataset_name`: {str(missing[0])!r} has no {missing[0].with_suffix('.txt').name} beside it."
+        )
+    captions = [text.read_text(encoding="utf-8").strip() for text in texts.values()]
+    return Dataset.from_dict({"image": list(map(str, texts)), "caption": captions}).cast_column("image", Image())
 
 
 def _is_folder_of_images(folder: Path) -> bool:

@@ -111,3 +111,22 @@ def test_a_split_by_name():
     assert split_of(data, "valid", "dataset_test_split") is data["valid"]
     with pytest.raises(ValueError, match="`dataset_test_split`: the data has no split 'test', only 'train', 'valid'"):
         split_of(data, "test", "dataset_test_split")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_with_texts_beside_them(tmp_path, streaming):
+    names = ["0.png", "1.PNG", "2.jpg", "deep/a cat.JPEG", "5.webp"]
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(names):
+        Image.new("RGB", (90, 40 + number), "red").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"ein Stück {number}\n", encoding="utf-8")
+    (rows,) = load_training_dataset(str(tmp_path), streaming=streaming).values()
+    found = {(row["image"].size[1] - 40, row["caption"]) for row in rows}
+    assert found == {(number, f"ein Stück {number}") for number in range(len(names))}
+
+    (tmp_path / "2.txt").unlink()
+    with pytest.raises(ValueError, match=r"`dataset_name`: .*2\.jpg' has no 2\.txt beside it"):
+        load_training_dataset(str(tmp_path))
+    lines = [json.dumps({"file_name": name, "caption": "one"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert set(load_training_dataset(str(tmp_path))["train"]["caption"]) == {"one"}

@@ -1,4 +1,7 @@
-"""A LoRA adapter that is named in the place of a model: the model that it was trained upon, and the two made one."""
+"""
+Folders that training has written: parts of a pipeline, and LoRA adapters, which may be named in the place of a model;
+the model that one was trained upon, and the two made one.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +14,24 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"  # peft's
 OF_A_DECODER = "pytorch_lora_weights.safetensors"  # diffusers', which does not say upon what it stands
+PARTS = ("vae", "semantic_embedder", "transformer", "scheduler", "transformer_turbo", "scheduler_turbo")
+IMAGE_TOKENIZER = Path("image_tokenizer", "image_tokenizer.safetensors")
 
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / OF_A_DECODER).is_file()
+
+
+def parts_in(folder: Path) -> list[str]:
+    """What training has written into a folder."""
+    found = [name for name in PARTS if (folder / name).is_dir()]
+    if (folder / IMAGE_TOKENIZER).is_file():
+        found.append("image_tokenizer")
+    if is_adapter(folder):
+        found.append("adapter")
+    elif (folder / "config.json").is_file():
+        found.append("model")
+    return [] if (folder / "model_index.json").is_file() else found
 
 
 def base_of_adapter(name: str, folder: Path) -> str:
@@ -33,11 +50,16 @@ def base_of_adapter(name: str, folder: Path) -> str:
         base = str(folder.resolve().parent)
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"`model` {name!r} is an adapter (LoRA) that does not say upon which model it stands: make one model of "
-            "the two, as docs/own-images.md shows in 'Keep it as a model', and name that."
+            f"`model` {name!r} is an adapter (LoRA) that does not say upon which model it stands: write the model's "
+            f"folder or repository into its {CONFIG}, as `base_model_name_or_path`."
         )
     path = Path(base).expanduser()
-    return str(path.parent) if _is_pipeline(path.parent) else base
+    if path.name == "model" and (_is_pipeline(path.parent) or not path.exists()):
+        path = path.parent
+        base = str(path)
+    # What comes along may lie elsewhere than on the machine of the training.
+    is_embedded = path.parts[-3:-1] == ("diffusers_llada_uni", "checkpoints")
+    return path.name if is_embedded and not path.exists() else base
 
 
 def merge_into_pipeline(pipe: "LLaDAUniPipeline", adapter: str) -> None:
