@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,8 +71,10 @@ def run_demo(
 
     demo = Demo(load())
     try:
-        auth = None if password is None else (USER, password)
-        tell(demo.launch(host, port, share=share, auth=auth, quiet=True, prevent_thread_lock=True))
+        settings: dict[str, Any] = {"share": share, "quiet": True, "prevent_thread_lock": True}
+        if password is not None:
+            settings |= {"auth": (USER, password), "auth_message": f"The user is {USER}."}
+        tell(demo.launch(host, port, **settings))
         demo.page.block_thread()
     finally:
         demo.close()

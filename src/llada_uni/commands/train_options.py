@@ -1,6 +1,7 @@
 """The options of a training stage: of the command line and of a configuration file, the project's own ones first."""
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class StageParser(TrlParser):
         self._recipe: str | None = None
         self._has_recipes = LLaDAUniSFTConfig in dataclasses
         # Read before the others: it sets their defaults.
-        self._first = argparse.ArgumentParser(prog=f"llada-uni train {stage}", add_help=False)
+        self._first = argparse.ArgumentParser(prog=f"llada-uni train {stage}", add_help=False, allow_abbrev=False)
         if self._has_recipes:
             published = f"Published settings in the place of defaults: {', '.join(RECIPES)}; see docs/training.md."
             self._first.add_argument("--recipe", choices=list(RECIPES), default=argparse.SUPPRESS, help=published)
@@ -49,6 +50,7 @@ class StageParser(TrlParser):
             dataclasses,  # type: ignore[arg-type]  # trl's name for classes of dataclasses
             prog=self._first.prog,
             parents=[self._first],
+            allow_abbrev=False,  # a typing error in the last letters is one, too
             usage="%(prog)s [--config FILE.yaml] [--option value ...]",
             description="Options are read from a YAML file and from the command line, which has the last word.",
         )
@@ -91,4 +93,11 @@ class StageParser(TrlParser):
             typed, words = self._first.parse_known_args(words)
             self._recipe = getattr(typed, "recipe", None)
             self.set_defaults_with_config()
-        return self.parse_args_and_config(words, fail_with_unknown_args=True)
+        *parsed, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
+        if unknown:
+            name = unknown[0].partition("=")[0].lstrip("-")
+            options = [option.lstrip("-") for option in self._option_string_actions]
+            alike = difflib.get_close_matches(name, options, n=1) or [o for o in options if o.startswith(name)][:1]
+            meant = f" Did you mean `{alike[0]}`?" if alike else ""
+            raise ValueError(f"`{name}` is no option of `{self.prog}`.{meant}")
+        return tuple(parsed)

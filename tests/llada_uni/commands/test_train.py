@@ -147,7 +147,7 @@ def refused(capsys, *arguments):
         ({"dataset_name": "DATA", "dataset_train_split": "dev", "model_name_or_path": "x"}, "no split 'dev'"),
         ({"dataset_name": "no/such/file.jsonl", "model_name_or_path": "x"}, "no/such/file.jsonl"),
         ({"dataset_name": "DATA", "model_name_or_path": "/no/such/model"}, "/no/such/model"),
-        ({"block_lenght": 8}, "block_lenght"),
+        ({"block_lenght": 8}, "`block_lenght` is no option of `llada-uni train sft`. Did you mean `block_length`?"),
         ({"stage": "rlhf"}, "rlhf"),
         ({"noise_range": [0.5, 0.1]}, "`noise_range`"),
         ({"resume_from_checkpoint": "yes"}, "`resume_from_checkpoint` must be true, false or a checkpoint's folder"),
@@ -182,6 +182,8 @@ def test_mistakes_are_told_in_a_line(settings, message, tmp_path, capsys, monkey
         (["train", "sft", "--config"], "argument --config: expected a file"),
         (["train", "sft", "--config", "no-such.yaml"], "no-such.yaml"),
         (["train", "sft", "--output_dir", "x", "--max_steps", "two"], "invalid int value: 'two'"),
+        (["train", "dpo", "--output_dir", "x", "--learning_rat", "1"], "Did you mean `learning_rate`?"),
+        (["train", "sft", "--model=emoji"], "`model` is no option of `llada-uni train sft`. Did you mean `model_"),
         (["consolidate", "nowhere", "out"], "`checkpoint`"),
     ],
 )

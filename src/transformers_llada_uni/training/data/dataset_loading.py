@@ -63,7 +63,9 @@ def load_training_dataset(
         if not glob.glob(str(path), recursive=True):
             raise FileNotFoundError(f"`dataset_name`: there is no file {name_or_path!r}.")
         source = folder
-    elif not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
+    elif not path.is_dir() and (
+        path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.endswith("/") or len(path.parts) > 2
+    ):
         raise FileNotFoundError(f"`dataset_name`: there is no folder {name_or_path!r}, and the Hub has no such names.")
     try:
         if pattern is None and _is_folder_of_images(path):
