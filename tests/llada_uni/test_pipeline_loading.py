@@ -117,3 +117,10 @@ def test_an_adapter_upon_nothing(tmp_path, monkeypatch, base, words):
     Path("adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     with pytest.raises(ValueError, match=words):
         resolve_model(".")
+
+
+def test_the_folder_of_several_is_told_of_the_first(tmp_path):
+    (tmp_path / "runs" / "animals").mkdir(parents=True)
+    (tmp_path / "runs" / "animals" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Did you mean `.*animals`?"):
+        resolve_model(str(tmp_path / "runs"))
