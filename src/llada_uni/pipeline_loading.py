@@ -74,11 +74,11 @@ def _why_no_pipeline(folder: Path) -> str:
             "is a language model alone, with which `ask` and `chat` can talk; it has no image tokenizer and no "
             "decoder. For images name a pipeline, such as `emoji`, or what `llada-uni convert` makes of LLaDA2.0-Uni."
         )
-    hint = (
-        "it holds no `model_index.json`"
-        if kind is None
-        else "it is a model alone, with which `ask` and `chat` can talk"
-    )
+    for child in sorted(folder.iterdir()):
+        if (child / "model_index.json").is_file() or is_adapter(child):
+            return f"is no pipeline: it holds no `model_index.json`. Did you mean `{child}`?"
+    alone = "it is a model alone, with which `ask` and `chat` can talk"
+    hint = "it holds no `model_index.json`" if kind is None else alone
     return f"is no pipeline: {hint}. `llada-uni convert` makes one of the released checkpoint."
 
 
