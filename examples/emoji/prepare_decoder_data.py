@@ -24,7 +24,6 @@ from diffusers_llada_uni.training.decoder_data import FEATURES
 
 BATCH = 32
 NUM_OF_CONTENT = 12
-REPEATS = 4
 
 
 @torch.no_grad()
@@ -39,20 +38,13 @@ def rows_of(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
 
 
 def some_of_each_content(codes: list[list[int]]) -> list[int]:
-    """
-    At most so many rows with the same content: people have thirty-six, for their skin tones. Content that is one code
-    away from another is there several times: what differs then is small, as the hands of a clock, and learnt last.
-    """
+    """At most so many rows with the same content: people have thirty-six, for their skin tones."""
     of_content: dict[tuple[int, ...], list[int]] = {}
     for row, own in enumerate(codes):
         of_content.setdefault(tuple(own[NUM_STYLES:]), []).append(row)
-    contents = torch.tensor(list(of_content))
-    nearly_alike = ((contents[:, None] != contents).sum(dim=-1) == 1).any(dim=1).tolist()
     generator = random.Random(0)
     return sorted(
-        row
-        for rows, is_repeated in zip(of_content.values(), nearly_alike, strict=True)
-        for row in generator.sample(rows, min(NUM_OF_CONTENT, len(rows))) * (REPEATS if is_repeated else 1)
+        row for rows in of_content.values() for row in generator.sample(rows, min(NUM_OF_CONTENT, len(rows)))
     )
 
 
