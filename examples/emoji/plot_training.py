@@ -24,6 +24,7 @@ PANELS = (
     ("autoencoder", ("loss",), True),
     ("decoder", ("loss",), True),
     ("distill", ("loss",), True),
+    ("tokenizer_drawings", ("code_accuracy",), False),
     ("pretraining", ("image_loss", "text_loss"), True),
     ("pretraining", ("max_load_violation",), False),
     ("sft", ("image_loss", "text_loss"), True),
