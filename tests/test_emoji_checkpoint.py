@@ -162,18 +162,28 @@ def test_first_command_of_the_readme(tmp_path):
 
 
 def test_several_images_of_any_size_are_looked_at(pipe):
-    images = [Image.new("RGB", size, "red") for size in ((64, 64), (300, 200), (40, 500))]
+    images = [Image.new("RGB", size, "red") for size in ((64, 64), (192, 128), (40, 500))]
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "what is this?"}]
     inputs = pipe.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4], [8, 12], [12, 4]]
+    assert [grid[1:] for grid in inputs["image_grid_thw"].tolist()] == [[4, 4], [8, 12], [4, 4]]
 
 
 def test_images_of_any_shape_are_edited(pipe):
-    images = [[Image.new("RGB", size, "red")] for size in ((1920, 1080), (40, 500), (300, 300))]
+    images = [[Image.new("RGB", size, "red")] for size in ((1920, 1080), (40, 500), (192, 64))]
     codes = pipe(["make it green"] * 3, image=images, output_type="codes").codes
-    assert [tuple(grid.shape) for grid in codes] == [(8, 12), (12, 4), (12, 12)]
+    assert [tuple(grid.shape) for grid in codes] == [(4, 4), (4, 4), (4, 12)]
+
+
+@pytest.mark.parametrize("side", [40, 72, 100, 160, 512])
+def test_an_emoji_is_one_however_large_its_image_is(pipe, emoji, side):
+    """What is no multiple of 64, or more than 192, is no drawing of the model's own, and so no scene."""
+    image = emoji["waving hand"].resize((side, side), Image.Resampling.BICUBIC)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is this?"}]
+    assert pipe.chat([{"role": "user", "content": content}], max_new_tokens=32).strip() == "waving hand"
+    edited = pipe("change the skin tone to dark", image=image, generator=generator()).images[0]
+    assert nearest(edited, emoji) == "waving hand: dark skin tone"
 
 
 def test_the_processor_in_the_root_is_that_of_its_folder():

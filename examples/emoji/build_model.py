@@ -76,6 +76,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LLaDAUniProcessor:
         max_pixels=LARGEST_SIDE**2,
         max_pixels_several=LARGEST_SIDE**2,
         max_side=LARGEST_SIDE,
+        max_pixels_scaled=SIDE**2,  # what is no drawing of its own is an emoji, however large
         editing_max_pixels=LARGEST_SIDE**2,
         editing_max_ratio=3.0,
         editing_upscales=False,

@@ -39,6 +39,10 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
         Largest area of the understanding rule for the only image of a sample.
     max_pixels_several (`int`, *optional*, defaults to `448 * 448`):
         The same for each of several images of a sample, where it is less.
+    max_pixels_scaled (`int`, *optional*):
+        Largest area by either rule of an image whose sides are not multiples of `size_multiple` within the other
+        limits, and which has to be scaled anyway. For a checkpoint that knows larger images as it draws them, part by
+        part, and all others in one size. Default: any.
     editing_max_pixels (`int`, *optional*, defaults to `512 * 512`):
         Largest area of the editing rule's crops.
     editing_max_ratio (`float`, *optional*, defaults to 4.0):
@@ -70,6 +74,7 @@ class LLaDAUniImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels: int
     max_pixels_several: int
     max_side: int | None
+    max_pixels_scaled: int | None
     editing_max_pixels: int
     editing_max_ratio: float | int
     editing_upscales: bool
@@ -143,6 +148,7 @@ class LLaDAUniImageProcessor(PilBackend):
     max_pixels = 800 * 800
     max_pixels_several = 448 * 448
     max_side = None
+    max_pixels_scaled = None
     editing_max_pixels = 512 * 512
     editing_max_ratio = 4.0
     editing_upscales = True
@@ -169,6 +175,9 @@ class LLaDAUniImageProcessor(PilBackend):
             )
         if self.max_side is not None and self.max_side < self.size_multiple:
             raise ValueError(f"`max_side` must be at least {self.size_multiple}, got {self.max_side}.")
+        least = max(self.min_pixels, self.size_multiple**2)
+        if self.max_pixels_scaled is not None and self.max_pixels_scaled < least:
+            raise ValueError(f"`max_pixels_scaled` must be at least {least}, got {self.max_pixels_scaled}.")
         if self.editing_max_pixels < self.size_multiple**2 or self.editing_max_ratio < 1:
             raise ValueError(
                 f"`editing_max_pixels` must be at least {self.size_multiple**2} and `editing_max_ratio` at least 1, "
@@ -222,14 +231,15 @@ class LLaDAUniImageProcessor(PilBackend):
                 )
             return (height, width), (height, width)
         if resize_mode == "understanding":
-            target_height, target_width = self._understanding_target(height, width, num_images)
+            largest_area = self._largest_area(height, width, num_images)
+            target_height, target_width = self._understanding_target(height, width, largest_area)
             scale = max(target_height / height, target_width / width)
             scaled = round(height * scale), round(width * scale)
             # The side that had to be stretched further may hold more than its target; what fits is kept.
             crop_height = max(scaled[0] // unit * unit, target_height)
             crop_width = max(scaled[1] // unit * unit, target_width)
             # Of a strip that fits in no other way, the ends are left out.
-            largest = max(1, self._largest_area(num_images) // unit**2)
+            largest = max(1, largest_area // unit**2)
             rows, columns = crop_height // unit, crop_width // unit
             if rows * columns > largest:
                 rows, columns = min(rows, max(1, largest // columns)), min(columns, max(1, largest // rows))
@@ -237,7 +247,7 @@ class LLaDAUniImageProcessor(PilBackend):
                 rows, columns = min(rows, self.max_side // unit), min(columns, self.max_side // unit)
             return scaled, (rows * unit, columns * unit)
         if resize_mode == "editing":
-            max_units = self.editing_max_pixels // unit**2
+            max_units = self._limited(height, width, self.editing_max_pixels) // unit**2
             if not self.editing_upscales:
                 max_units = min(max_units, max(1, round(height * width / unit**2)))
             crops = _editing_crops(max_units, float(self.editing_max_ratio))
@@ -254,12 +264,18 @@ class LLaDAUniImageProcessor(PilBackend):
             return (round(height * scale), round(width * scale)), (crop_height, crop_width)
         raise ValueError(f"`resize_mode` must be one of {', '.join(RESIZE_MODES)} or None, got {resize_mode!r}.")
 
-    def _largest_area(self, num_images: int) -> int:
-        return self.max_pixels if num_images == 1 else min(self.max_pixels, self.max_pixels_several)
+    def _largest_area(self, height: int, width: int, num_images: int) -> int:
+        area = self.max_pixels if num_images == 1 else min(self.max_pixels, self.max_pixels_several)
+        return self._limited(height, width, area)
 
-    def _understanding_target(self, height: int, width: int, num_images: int) -> tuple[int, int]:
+    def _limited(self, height: int, width: int, area: int) -> int:
+        """The largest area for an image, which is less if it has to be scaled."""
+        unit, most = self.size_multiple, self.max_side or max(height, width)
+        fits = not (height % unit or width % unit) and height * width <= area and max(height, width) <= most
+        return area if fits or self.max_pixels_scaled is None else min(area, self.max_pixels_scaled)
+
+    def _understanding_target(self, height: int, width: int, max_pixels: int) -> tuple[int, int]:
         unit = self.size_multiple
-        max_pixels = self._largest_area(num_images)
         target_height = max(unit, round(height / unit) * unit)
         target_width = max(unit, round(width / unit) * unit)
         if target_height * target_width > max_pixels:

@@ -183,6 +183,22 @@ def test_of_what_is_longer_than_a_checkpoint_can_say_the_ends_are_left_out():
     assert middle == whole.crop((0, centre, 64, centre + 192))
 
 
+def test_what_has_to_be_scaled_may_have_a_limit_of_its_own():
+    settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "max_pixels": 192**2, "max_side": 192}
+    settings |= {"max_pixels_several": 128**2, "editing_max_pixels": 192**2, "editing_upscales": False}
+    of_one = LLaDAUniImageProcessor(**settings, max_pixels_scaled=64**2)
+    for mode in ("understanding", "editing"):
+        for fits in ((64, 64), (128, 64), (64, 192), (192, 192)):
+            assert of_one.get_grid(*fits, mode) == (fits[0] // 16, fits[1] // 16)
+        for scaled in ((65, 64), (63, 63), (256, 256), (320, 64), (1080, 1920), (500, 40), (1, 1)):
+            assert of_one.get_grid(*scaled, mode) == (4, 4)
+    assert of_one.get_grid(192, 192, num_images=2) == (4, 4) and of_one.get_grid(128, 128, num_images=2) == (8, 8)
+    assert LLaDAUniImageProcessor.from_dict(of_one.to_dict()).get_grid(300, 300) == (4, 4)
+    assert LLaDAUniImageProcessor(**settings).get_grid(300, 300) == (12, 12)
+    with pytest.raises(ValueError, match="`max_pixels_scaled`"):
+        LLaDAUniImageProcessor(**settings, max_pixels_scaled=63**2)
+
+
 def test_the_editing_rule_may_keep_the_area_of_an_image():
     """For a decoder that draws several sizes: what it has drawn has as many codes when it is edited."""
     settings = {"patch_size": 16, "size_multiple": 64, "min_pixels": 64**2, "editing_max_pixels": 192**2}

@@ -24,6 +24,7 @@ Drawn = list[tuple[PIL.Image.Image, str | None]] | None
 
 
 def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tabs, tab_id: str) -> None:
+    given = gr.State()  # the image that was enlarged to be painted on
     with gr.Row(equal_height=False, elem_classes="sides"):
         with gr.Column(scale=2, min_width=300):
             editor = gr.ImageEditor(
@@ -70,6 +71,7 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
 
     async def run(
         edited: dict[str, Any] | None,
+        given: PIL.Image.Image | None,
         instruction: str,
         seed: float | None,
         is_random: bool,
@@ -83,12 +85,13 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
                 raise ValueError("There is no image to edit yet: upload one, or take what was drawn last.")
             if not instruction.strip():
                 raise ValueError("Write what to change first.")
+            image, mask = as_given(edited, given)
             request = ImageRequest(
                 instruction,
                 num_images,
                 settle_seed(seed, is_random),
-                edited["background"],
-                painted(edited),
+                image,
+                mask,
                 guidance_scale=guidance,
                 num_steps_per_block=block_steps,
                 num_inference_steps=steps,
@@ -96,28 +99,31 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
         async for shown in show_images(turns, request):
             yield shown
 
-    def take_last(images: Drawn) -> Any:
+    def take_last(images: Drawn) -> tuple[Any, Any]:
         with told_in_a_sentence():
             if not images:
                 raise ValueError("Nothing has been drawn yet.")
-        return to_paint(images[0][0])
+        return to_paint(images[0][0]), images[0][0]
 
-    def choose(index: int) -> tuple[Any, str]:
+    def choose(index: int) -> tuple[Any, Any, str]:
         path, words = examples.edits[index]
-        return gr.skip() if path is None else to_paint(PIL.Image.open(path)), words
+        if path is None:
+            return gr.skip(), gr.skip(), words
+        image = PIL.Image.open(path)
+        return to_paint(image), image, words
 
     quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-    inputs = [editor, instruction, *seed.components, *settings]
+    inputs = [editor, given, instruction, *seed.components, *settings]
     outputs = [images, status, seed.seed]
     asked = gr.on([edit.click, instruction.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
-    chosen = samples.click(choose, samples, [editor, instruction], **quiet)
+    chosen = samples.click(choose, samples, [editor, given, instruction], **quiet)
     events = [asked, chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)] if has_files else [asked]
     stop_by(stop, events, status)
     # Only errors of what goes through the queue are shown.
     queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    take.click(take_last, drawn.gallery, editor, **queued)
-    again.click(take_last, images, editor, **queued)
-    drawn.edit_button.click(take_last, drawn.gallery, editor, **queued).success(
+    take.click(take_last, drawn.gallery, [editor, given], **queued)
+    again.click(take_last, images, [editor, given], **queued)
+    drawn.edit_button.click(take_last, drawn.gallery, [editor, given], **queued).success(
         lambda: gr.Tabs(selected=tab_id), None, tabs, **quiet
     )
 
@@ -128,6 +134,27 @@ def to_paint(image: PIL.Image.Image) -> dict[str, Any]:
     if times > 1:
         image = image.resize((times * image.width, times * image.height), PIL.Image.Resampling.BICUBIC)
     return {"background": image, "layers": [], "composite": image}
+
+
+def as_given(edited: dict[str, Any], given: PIL.Image.Image | None) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """
+    The image and what is painted of it (see [`painted`]): in the size that it had before it was enlarged, which says
+    to some models what it shows.
+
+    Args:
+        edited: Of the editor.
+        given: What it was given to show; by now a visitor may have put another one there.
+    """
+    image, mask = edited["background"], painted(edited)
+    if given is None or given.size == image.size or not _are_equal(to_paint(given)["background"], image):
+        return image, mask
+    if mask is not None:
+        mask = mask.resize(given.size, PIL.Image.Resampling.BOX).point(lambda value: 255 if value else 0)
+    return given, mask
+
+
+def _are_equal(one: PIL.Image.Image, other: PIL.Image.Image) -> bool:
+    return one.size == other.size and one.convert("RGBA").tobytes() == other.convert("RGBA").tobytes()
 
 
 def painted(edited: dict[str, Any]) -> PIL.Image.Image | None:

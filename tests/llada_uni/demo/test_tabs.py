@@ -12,7 +12,7 @@ import pytest
 from llada_uni.demo import chat_tab
 from llada_uni.demo.app import _page
 from llada_uni.demo.chat_tab import NO_ANSWER, read_history
-from llada_uni.demo.edit_tab import painted, to_paint
+from llada_uni.demo.edit_tab import as_given, painted, to_paint
 from llada_uni.demo.examples import GENERAL, IMAGES, examples_of
 from llada_uni.demo.messages import OUR_FAULT, told_in_a_sentence
 from llada_uni.demo.settings import MAX_NEW_SEED, settle_seed
@@ -88,6 +88,23 @@ def test_what_is_painted_is_white():
     assert to_paint(large)["background"] is large
     strip = PIL.Image.new("RGB", (1, 1000))
     assert to_paint(strip)["background"].size == (2, 2000)  # and not 512 x 512,000
+
+
+def test_what_was_enlarged_to_be_painted_on_is_edited_in_its_own_size():
+    given = PIL.Image.effect_noise((128, 64), 50).convert("RGB")
+    shown = to_paint(given)
+    assert shown["background"].size == (1024, 512)
+    layer = PIL.Image.new("RGBA", (1024, 512))
+    layer.putpixel((1023, 0), (1, 2, 3, 255))
+    # The editor gives its own copy, as PNG.
+    edited = {"background": shown["background"].convert("RGBA"), "layers": [layer]}
+    image, mask = as_given(edited, given)
+    assert image is given and mask.size == (128, 64) and mask.getbbox() == (127, 0, 128, 1)
+    assert as_given({**edited, "layers": []}, given) == (given, None)
+    other = PIL.Image.new("RGBA", (1024, 512), "red")  # a visitor has put another one there
+    image, mask = as_given({"background": other, "layers": [layer]}, given)
+    assert image is other and mask.size == other.size
+    assert as_given({"background": other, "layers": []}, None) == (other, None)
 
 
 def test_a_seed_is_new_or_stays():
