@@ -16,22 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import diffusers_llada_uni  # noqa: F401  registers the models
+from llada_uni.pipeline_assembly import is_of_image_tokenizer, put_image_tokenizer
+from llada_uni.trained_parts import IMAGE_TOKENIZER, PARTS
 from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
-PARTS = ("vae", "semantic_embedder", "transformer", "scheduler", "transformer_turbo", "scheduler_turbo")
-
-
-def put_image_tokenizer(weights: Path, pipeline: Path) -> None:
+def put_new_image_tokenizer(weights: Path, pipeline: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(pipeline / "model")
-    missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    own = [name for name in missing if is_of_image_tokenizer(name)]
-    if own or unexpected:
-        raise ValueError(f"`{weights}` does not fit the model: missing {own}, unknown {list(unexpected)}.")
+    put_image_tokenizer(weights, model)
     embed_codes_by_likeness(model)
     put_model(model, pipeline)
 
@@ -42,10 +37,6 @@ def put_language_model(trained: Path, pipeline: Path) -> None:
     own = {name: weight for name, weight in other.state_dict().items() if is_of_image_tokenizer(name)}
     model.load_state_dict(own, strict=False)
     put_model(model, pipeline)
-
-
-def is_of_image_tokenizer(name: str) -> bool:
-    return ".visual." in name or ".vqmodel." in name
 
 
 @torch.no_grad()
@@ -86,9 +77,9 @@ def main() -> None:
     found = [name for name in PARTS if (arguments.trained / name).is_dir()]
     for name in found:
         put_folder(arguments.trained / name, arguments.pipeline)
-    tokenizer = arguments.trained / "image_tokenizer" / "image_tokenizer.safetensors"
+    tokenizer = arguments.trained / IMAGE_TOKENIZER
     if tokenizer.exists():
-        put_image_tokenizer(tokenizer, arguments.pipeline)
+        put_new_image_tokenizer(tokenizer, arguments.pipeline)
         found.append("image_tokenizer")
     if (arguments.trained / "model.safetensors").exists():
         put_language_model(arguments.trained, arguments.pipeline)

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .json_files import read_object
-from .trained_parts import CONFIG, base_of_adapter, is_adapter, merge_into_pipeline, merged, parts_in
+from .trained_parts import (
+    CONFIG,
+    base_of_adapter,
+    is_adapter,
+    is_pipeline_folder,
+    merge_into_pipeline,
+    merged,
+    parts_in,
+)
 
 
 if TYPE_CHECKING:
@@ -62,7 +70,9 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
 
 
 def _why_no_pipeline(folder: Path) -> str:
-    """Of a folder without `model_index.json`: what it is, and what makes a pipeline of it."""
+    """Of what is there, without `model_index.json`: what it is, and what makes a pipeline of it."""
+    if not folder.is_dir():
+        return "is a file, and no folder."
     kind = read_object(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
     if kind == "llada_uni" or (kind is None and parts_in(folder)):
         return (
@@ -75,7 +85,7 @@ def _why_no_pipeline(folder: Path) -> str:
             "decoder. For images name a pipeline, such as `emoji`, or what `llada-uni convert` makes of LLaDA2.0-Uni."
         )
     for child in sorted(folder.iterdir()):
-        if (child / "model_index.json").is_file() or is_adapter(child):
+        if is_pipeline_folder(child) or is_adapter(child):
             return f"is no pipeline: it holds no `model_index.json`. Did you mean `{child}`?"
     alone = "it is a model alone, with which `ask` and `chat` can talk"
     hint = "it holds no `model_index.json`" if kind is None else alone
@@ -112,29 +122,35 @@ def locate(name: str, takes_models: bool = False) -> Located:
     Args and errors: as [`resolve_model`]; also ValueError, if the Hub cannot be asked.
     """
     path = resolve_model(name, takes_models)
-    adapter = _adapter_config(path)
+    if Path(path).is_dir():
+        is_pipeline = is_pipeline_folder(Path(path))
+        adapter = Path(path) if is_adapter(Path(path)) else None
+    else:
+        is_pipeline = _is_pipeline(name, path)
+        adapter = None if is_pipeline else _fetched_adapter(name, path)
     if adapter is None:
-        return Located(path, _is_pipeline(name, path))
+        return Located(path, is_pipeline)
     base = _resolve_base(name, adapter, takes_models)
     return Located(base, _is_pipeline(base, base), path)
 
 
-def _adapter_config(path: str) -> Path | None:
-    """The folder with the configuration of an adapter; of a repository it is fetched."""
-    if Path(path).is_dir():
-        return Path(path) if is_adapter(Path(path)) else None
+def _fetched_adapter(name: str, repository: str) -> Path | None:
+    """The folder with the configuration of an adapter; `None` if the repository holds none."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(path, CONFIG)).parent
-    except Exception:  # who looks for the model next tells what is wrong with the repository, or the network
+        return Path(hf_hub_download(repository, CONFIG)).parent
+    except EntryNotFoundError:  # also what was not fetched before, where the Hub cannot be asked
         return None
+    except Exception as error:  # of the Hub, or of the network
+        raise ValueError(f"`model` {name!r} cannot be fetched from the Hub: {error}") from error
 
 
 def _is_pipeline(name: str, path: str) -> bool:
     """Whether a folder or repository is one. Raises ValueError, if neither the Hub nor what was fetched says it."""
     if Path(path).is_dir():
-        return (Path(path) / "model_index.json").is_file()
+        return is_pipeline_folder(Path(path))
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -143,7 +159,8 @@ def _is_pipeline(name: str, path: str) -> bool:
     except RemoteEntryNotFoundError:
         return False
     except Exception as error:  # of the Hub, or of the network
-        if isinstance(try_to_load_from_cache(path, "config.json"), str):  # a model alone, which was fetched before
+        # A model alone, or an adapter, which was fetched before
+        if any(isinstance(try_to_load_from_cache(path, file), str) for file in ("config.json", CONFIG)):
             return False
         raise ValueError(f"`model` {name!r} is no folder here, and cannot be fetched from the Hub: {error}") from error
 

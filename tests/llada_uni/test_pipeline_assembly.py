@@ -41,7 +41,7 @@ def test_parts_of_several_stages(base, converted_dir, tmp_path):
     decoder = changed(getattr(LLaDAUniPipeline.from_pretrained(converted_dir), name))
     decoder.save_pretrained(tmp_path / "distill" / "transformer_turbo")
     FlowMatchEulerDiscreteScheduler(shift=2.5).save_pretrained(tmp_path / "distill" / "scheduler_turbo")
-    new = assemble([tmp_path / "sft", tmp_path / "distill"], str(converted_dir), tmp_path / "new")
+    new = assemble([tmp_path / "distill", tmp_path / "sft"], str(converted_dir), tmp_path / "new")
     assert sorted(new) == ["model", "scheduler_turbo", "transformer_turbo"]
     pipe = LLaDAUniPipeline.from_pretrained(tmp_path / "new")
     assert are_equal(pipe.model, trained) and not are_equal(pipe.model, base.model)
@@ -58,6 +58,29 @@ def test_an_image_tokenizer_leaves_the_language_model_as_it_was(base, converted_
     pipe = LLaDAUniPipeline.from_pretrained(tmp_path / "new")
     assert are_equal(pipe.model.model.visual, visual)
     assert are_equal(pipe.model.model.language_model, base.model.model.language_model)
+
+
+def test_a_model_does_not_undo_what_is_put_into_it(converted_dir, tmp_path):
+    other = LLaDAUniPipeline.from_pretrained(converted_dir)
+    visual, vqmodel = changed(other.model.model.visual), other.model.model.vqmodel
+    save_image_tokenizer(tmp_path / "both", visual, vqmodel, other.processor.image_processor)
+    LLaDAUniPipeline.from_pretrained(converted_dir).model.save_pretrained(tmp_path / "both")
+    new = assemble([tmp_path / "both"], str(converted_dir), tmp_path / "new")
+    assert sorted(new) == ["image_tokenizer", "model"]
+    assert are_equal(LLaDAUniPipeline.from_pretrained(tmp_path / "new").model.model.visual, visual)
+
+
+def test_each_part_keeps_the_type_of_its_numbers(converted_dir, tmp_path):
+    pipe = LLaDAUniPipeline.from_pretrained(converted_dir)
+    pipe.model.to(torch.float16)
+    pipe.save_pretrained(tmp_path / "base")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "trained" / "scheduler_turbo")
+    assemble([tmp_path / "trained"], str(tmp_path / "base"), tmp_path / "new")
+    for name, dtype in (("model", torch.float16), ("vae", torch.float32)):
+        files = (next((tmp_path / folder / name).glob("*.safetensors")) for folder in ("base", "new"))
+        of_base, of_new = ({key: weight.dtype for key, weight in load_file(file).items()} for file in files)
+        changed_by_loading = {key for key in of_new if of_new[key] != of_base[key]}  # routers' biases
+        assert all(key.endswith("expert_bias") for key in changed_by_loading) and dtype in of_new.values()
 
 
 def test_an_adapter_knows_its_pipeline(base, converted_dir, tmp_path, capsys):

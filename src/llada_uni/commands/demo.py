@@ -1,5 +1,6 @@
 """`demo`: the web page, until it is stopped."""
 
+import os
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from .options import Device, Dtype, Host, Model
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
 
-USER = "llada-uni"
+USER, PASSWORD = "llada-uni", "LLADA_UNI_PASSWORD"
 
 
 def demo(
@@ -23,13 +24,13 @@ def demo(
     share: Annotated[bool, typer.Option(help="Let all the world in, through a server of Gradio's.")] = False,
     password: Annotated[
         str | None,
-        typer.Option(envvar="LLADA_UNI_PASSWORD", help=f"What visitors must type, as the user {USER}. Default: none."),
+        typer.Option(envvar=PASSWORD, help=f"What visitors must type, as the user {USER}. Default: none."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Show the model on a web page: draw, edit, chat, stories."""
-    if password == "":
+    if password == "" or os.environ.get(PASSWORD) == "":  # of the latter typer makes None
         raise ValueError("`password` must not be empty.")
     run_demo(
         lambda: load(model, device, dtype),

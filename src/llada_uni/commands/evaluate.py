@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .loading import load
+from .loading import load, load_to_talk
 from .options import (
     BatchSize,
     BlockSteps,
@@ -177,8 +177,9 @@ def tasks_of_lm_eval(
 
     device = device or best_device()
     name = str(dtype_of(dtype, device)).removeprefix("torch.")
+    pretrained = located.path if located.adapter is None else load_to_talk(model, device, dtype)
     plan: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "num_samples": num_samples, "seed": seed}
-    results = evaluate_tasks(located, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
+    results = evaluate_tasks(pretrained, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
     _report(results, output, as_json, task="lm-eval", model=model, **plan)
 
 

@@ -17,12 +17,13 @@ from transformers_llada_uni.fingerprints import fingerprint
 from transformers_llada_uni.optional_dependencies import require_extra
 
 from ..image_files import SUFFIXES, open_image
-from ..pipeline_loading import Located
 from .user_functions import user_function
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
+
+    from ..answers import ChatModel
 
 
 class ReferenceImages(Sequence[PIL.Image.Image]):
@@ -246,7 +247,7 @@ def _completions(input_ids: list[int], labels: list[int]) -> list[tuple[list[int
 
 
 def evaluate_tasks(
-    model: Located,
+    model: "str | ChatModel",
     device: str,
     dtype: str,
     tasks: list[str],
@@ -262,7 +263,7 @@ def evaluate_tasks(
     Tasks of lm-eval: by task what lm-eval computes.
 
     Args:
-        model: Where it is.
+        model: A folder or a repository of the Hub, or what was loaded.
         device, dtype: Of the model.
         tasks: Names.
         output: The folder for results; answers are kept in it as they come.
@@ -288,7 +289,10 @@ def evaluate_tasks(
         raise ValueError(f"`tasks`: lm-eval knows no {', '.join(unknown)}.")
     Manifest(output)  # a folder that can be written
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
-    harness = LLaDAUniLM(model.path, peft=model.adapter, device=device, dtype=dtype, batch_size=batch_size, **settings)
+    given: dict[str, Any] = {"pretrained": model}
+    if not isinstance(model, str):
+        given = {"pretrained": model.model, "tokenizer": model.processor}
+    harness = LLaDAUniLM(**given, device=device, dtype=dtype, batch_size=batch_size, **settings)
     answers = output / f"answers-{fingerprint([harness.model, settings, num_fewshot], 64)[:12]}"
     results = lm_eval.simple_evaluate(
         model=harness,

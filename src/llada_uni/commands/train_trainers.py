@@ -143,6 +143,8 @@ def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
     """With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss."""
     if not model_args.use_peft:
         return None
+    if model_args.lora_task_type != ModelConfig.lora_task_type:
+        raise ValueError("`lora_task_type` cannot be chosen: adapters here are of no task of peft's.")
     if model_args.lora_target_modules or model_args.lora_target_parameters:
         config = get_peft_config(model_args)
         assert config is not None  # as `use_peft` says
@@ -237,6 +239,7 @@ def language_model_trainer(
         further["reward_funcs"] = reward_functions(script_args)
     train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
     assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
+    adapter = adapter_of(model_args)
     model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up
     if "reward_funcs" in further and "grid" in get_dataset_column_names(train_dataset):
@@ -247,7 +250,7 @@ def language_model_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        peft_config=adapter_of(model_args),
+        peft_config=adapter,
         **further,
     )
     return trainer, script_args

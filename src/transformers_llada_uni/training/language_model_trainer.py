@@ -94,7 +94,7 @@ class LanguageModelTrainer(BaseTrainer):
         base = unwrap(model)
         base.generation_config.block_length = self.block_length  # type: ignore[union-attr, attr-defined]  # a field of ours
         name = Path(str(base.name_or_path))
-        if name.is_dir():
+        if base.name_or_path and name.is_dir():
             # An adapter says by this name what it belongs to, wherever it is used.
             part = name / "model" if (name / "model_index.json").is_file() else name
             base.name_or_path = base.config.name_or_path = str(part.absolute())

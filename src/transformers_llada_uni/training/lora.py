@@ -51,7 +51,7 @@ def lora_config(
             drop out the input of a tensor.
 
     Raises:
-        ValueError: if nothing is adapted, or for `lora_dropout` with `experts`.
+        ValueError: if nothing is adapted, or for `lora_dropout` or `use_dora` with `experts`.
     """
     require_extra("train", "peft")
     from peft import LoraConfig
@@ -62,6 +62,8 @@ def lora_config(
         raise ValueError("`attention`, `mlps` and `experts` are all False: there is nothing to adapt.")
     if experts and kwargs.get("lora_dropout"):
         raise ValueError(f"`lora_dropout` must be 0 with `experts=True`, got {kwargs['lora_dropout']!r}.")
+    if experts and kwargs.get("use_dora"):
+        raise ValueError("`use_dora` is not for routed experts: give `experts=False`, or name `target_modules`.")
     layers = "|".join((*ATTENTION * attention, *MLPS * mlps))
     settings: dict[str, Any] = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": 0.0}
     settings["target_modules"] = rf".*layers\.\d+\.(attention|mlp|mlp\.shared_experts)\.({layers})" if layers else []

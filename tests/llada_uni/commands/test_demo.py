@@ -80,7 +80,10 @@ def test_a_password():
     assert seen == [401, 400, 200, 200]
 
 
-def test_an_empty_password_is_refused(capsys):
+@pytest.mark.parametrize("arguments, environment", [(["--password", ""], None), ([], "")])
+def test_an_empty_password_is_refused(capsys, monkeypatch, arguments, environment):
+    if environment is not None:
+        monkeypatch.setenv("LLADA_UNI_PASSWORD", environment)
     with pytest.raises(SystemExit) as end:
-        main(["demo", "--password", ""])
+        main(["demo", *arguments])
     assert end.value.code == 2 and "`password` must not be empty" in capsys.readouterr().err

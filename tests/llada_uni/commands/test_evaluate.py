@@ -145,6 +145,10 @@ def test_tasks_of_lm_eval(run, tmp_path, monkeypatch):
     table = run("evaluate", "lm-eval", *arguments).stdout
     results = results_of(tmp_path / "out")["results"]
     assert results["colours"]["acc,none"] in (0.0, 1.0) and "colours acc,none" in table
+    adapter = str(embedded_checkpoint("emoji") / "adapter")
+    found = json.loads(run("evaluate", "lm-eval", *arguments, "-m", adapter, "--json").stdout)
+    assert found["model"] == adapter and found["results"]["colours"]["acc,none"] in (0.0, 1.0)
+    run("evaluate", "lm-eval", *arguments)
     from transformers_llada_uni.evaluation.lm_eval_model import LLaDAUniLM
 
     monkeypatch.setattr(LLaDAUniLM, "_likelihoods", None)  # goes on: nothing is scored again

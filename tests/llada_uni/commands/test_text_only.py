@@ -77,7 +77,7 @@ def test_one_that_was_fetched_before_needs_no_hub(tmp_path, text_only, monkeypat
 def test_a_hub_that_cannot_be_reached_says_nothing_of_the_model(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for load in (load_pipeline, load_chat_model):
-        with pytest.raises(ValueError, match="`model` 'owner/nothing' cannot be fetched"):
+        with pytest.raises(ValueError, match="`model` 'owner/nothing' is no folder here, and cannot be fetched"):
             load("owner/nothing", "cpu")
 
 

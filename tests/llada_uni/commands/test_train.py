@@ -158,6 +158,10 @@ def refused(capsys, *arguments):
             {"dataset_name": "DATA", "model_name_or_path": "emoji", "use_peft": True, "lora_dropout": 0.5},
             "`lora_dropout` must be 0",
         ),
+        (
+            {"dataset_name": "DATA", "model_name_or_path": "x", "use_peft": True, "use_dora": True},
+            "`use_dora` is not for",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line(settings, message, tmp_path, capsys, monkeypatch):

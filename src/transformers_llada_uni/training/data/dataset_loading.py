@@ -19,6 +19,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".txt")
+SPLITS = ("train", "validation", "test")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -54,9 +55,8 @@ def load_training_dataset(
             raise ValueError(f"`streaming`: {name_or_path!r} was written by `save_to_disk`, and is not a stream.")
         return saved
     if texts := _texts_of_images(path):
-        captioned = _captioned(texts)
-        split = captioned.to_iterable_dataset() if streaming else captioned
-        return IterableDatasetDict(train=split) if isinstance(split, IterableDataset) else DatasetDict(train=split)
+        splits = _captioned(path, texts)
+        return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
     folder, pattern = _folder_and_pattern(path)
     source = name_or_path if not path.is_dir() else str(path)
     if pattern is not None:
@@ -82,7 +82,8 @@ def _texts_of_images(folder: Path) -> dict[Path, Path]:
     Of each image in a folder the text file of its name, where at least one is there, and no file of metadata. By
     itself `datasets` would take either the images or the texts, whichever are more.
     """
-    files = sorted(folder.rglob("*")) if folder.is_dir() else []
+    every = sorted(folder.rglob("*")) if folder.is_dir() else []
+    files = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if any(file.name in ImageFolder.METADATA_FILENAMES for file in files):
         return {}
     images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
@@ -90,13 +91,21 @@ def _texts_of_images(folder: Path) -> dict[Path, Path]:
     return texts if any(map(Path.is_file, texts.values())) else {}
 
 
-def _captioned(texts: dict[Path, Path]) -> Dataset:
-    if missing := [image for image, text in texts.items() if not text.is_file()]:
-        raise ValueError(
-            f"`dataset_name`: {str(missing[0])!r} has no {missing[0].with_suffix('.txt').name} beside it."
-        )
-    captions = [text.read_text(encoding="utf-8").strip() for text in texts.values()]
-    return Dataset.from_dict({"image": list(map(str, texts)), "caption": captions}).cast_column("image", Image())
+def _captioned(folder: Path, texts: dict[Path, Path]) -> DatasetDict:
+    """What lies in folders of these names is split by them, as `datasets` splits images."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for image, text in texts.items():
+        if not text.is_file():
+            raise ValueError(f"`dataset_name`: {str(image)!r} has no {text.name} beside it.")
+        try:
+            caption = text.read_text(encoding="utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`dataset_name`: {str(text)!r} is no text in UTF-8: {error}") from error
+        first = image.relative_to(folder).parts[0]
+        split = rows.setdefault(first if first in SPLITS else "train", {"image": [], "caption": []})
+        split["image"].append(str(image))
+        split["caption"].append(caption)
+    return DatasetDict({name: Dataset.from_dict(own).cast_column("image", Image()) for name, own in rows.items()})
 
 
 def _is_folder_of_images(folder: Path) -> bool:

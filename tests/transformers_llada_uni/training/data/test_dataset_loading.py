@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -124,9 +125,23 @@ def test_images_with_texts_beside_them(tmp_path, streaming):
     found = {(row["image"].size[1] - 40, row["caption"]) for row in rows}
     assert found == {(number, f"ein Stück {number}") for number in range(len(names))}
 
+    (tmp_path / ".hidden.png").write_bytes(b"of a program")
+    (tmp_path / "0.txt").write_text("ein Stück 0", encoding="utf-8-sig")
+    (tmp_path / "test").mkdir()
+    for suffix in (".png", ".txt"):
+        (tmp_path / f"0{suffix}").rename(tmp_path / "test" / f"0{suffix}")
+    splits = load_training_dataset(str(tmp_path), streaming=streaming)
+    assert {name: len(list(rows)) for name, rows in splits.items()} == {"train": 4, "test": 1}
+    assert next(iter(splits["test"]))["caption"] == "ein Stück 0"
+
+    (tmp_path / "1.txt").write_bytes("Stück".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"`dataset_name`: .*1\.txt' is no text in UTF-8"):
+        load_training_dataset(str(tmp_path))
+    (tmp_path / "1.txt").write_text("one")
     (tmp_path / "2.txt").unlink()
     with pytest.raises(ValueError, match=r"`dataset_name`: .*2\.jpg' has no 2\.txt beside it"):
         load_training_dataset(str(tmp_path))
-    lines = [json.dumps({"file_name": name, "caption": "one"}) for name in names]
+    shutil.rmtree(tmp_path / "test")
+    lines = [json.dumps({"file_name": name, "caption": "one"}) for name in names[1:]]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert set(load_training_dataset(str(tmp_path))["train"]["caption"]) == {"one"}
