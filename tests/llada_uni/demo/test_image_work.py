@@ -61,7 +61,7 @@ def test_a_preview_shows_what_is_there_and_hides_what_is_not(pipe):
     is_hidden = [len(np.unique(tile.reshape(-1, 3), axis=0)) == 2 for tile in tiles]  # a colour and a line around it
     assert is_hidden == [number >= shown.num_done for number in range(16)]
     seen = np.repeat(np.repeat(~np.array(is_hidden).reshape(4, 4), 16, axis=0), 16, axis=1)
-    assert np.abs(preview - image)[seen].mean() < 40  # of 255; it is 100 for another emoji
+    assert np.abs(preview - image)[seen].mean() < 50  # of 255; it is 100 for another emoji
 
 
 @pytest.mark.parametrize("last", [1, 2, 4], ids=["in a block", "after a part", "in the decoder"])

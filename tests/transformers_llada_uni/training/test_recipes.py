@@ -60,7 +60,7 @@ def test_what_is_published(tmp_path):
     )
 
 
-@pytest.mark.parametrize("place", ["--recipe", "--recip", "in the file"])
+@pytest.mark.parametrize("place", ["--recipe", "in the file"])
 def test_the_command_takes_a_recipe_and_all_else_goes_before_it(tmp_path, place):
     file = tmp_path / "config.yaml"
     file.write_text("weight_decay: 0.5\n" + ("recipe: dfactory\n" if place == "in the file" else "recipe: clipped\n"))
