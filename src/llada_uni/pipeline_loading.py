@@ -42,7 +42,7 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
     """
     path = Path(name).expanduser()
     if path.exists():
-        if (path / "model_index.json").is_file():
+        if is_pipeline_folder(path):
             kind = read_object(path / "model_index.json").get("_class_name")
             if kind != "LLaDAUniPipeline":
                 raise ValueError(f"`model` {name!r} is a pipeline of another kind: {kind}.")
@@ -122,25 +122,23 @@ def locate(name: str, takes_models: bool = False) -> Located:
     Args and errors: as [`resolve_model`]; also ValueError, if the Hub cannot be asked.
     """
     path = resolve_model(name, takes_models)
-    if Path(path).is_dir():
-        is_pipeline = is_pipeline_folder(Path(path))
-        adapter = Path(path) if is_adapter(Path(path)) else None
-    else:
-        is_pipeline = _is_pipeline(name, path)
-        adapter = None if is_pipeline else _fetched_adapter(name, path)
+    is_pipeline = _is_pipeline(name, path)
+    adapter = None if is_pipeline else _adapter_in(name, path)
     if adapter is None:
         return Located(path, is_pipeline)
     base = _resolve_base(name, adapter, takes_models)
     return Located(base, _is_pipeline(base, base), path)
 
 
-def _fetched_adapter(name: str, repository: str) -> Path | None:
-    """The folder with the configuration of an adapter; `None` if the repository holds none."""
+def _adapter_in(name: str, path: str) -> Path | None:
+    """The folder with the configuration of an adapter; `None` if the folder or repository holds none."""
+    if Path(path).is_dir():
+        return Path(path) if is_adapter(Path(path)) else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, CONFIG)).parent
+        return Path(hf_hub_download(path, CONFIG)).parent
     except EntryNotFoundError:  # also what was not fetched before, where the Hub cannot be asked
         return None
     except Exception as error:  # of the Hub, or of the network
