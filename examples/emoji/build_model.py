@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.models import AutoencoderKL, ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ModernBertConfig, ModernBertModel, PreTrainedTokenizerFast
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
@@ -185,7 +186,7 @@ def build_text_model(tokenizer: PreTrainedTokenizerFast) -> ModernBertModel:
         intermediate_size=384,
         num_hidden_layers=2,
         num_attention_heads=4,
-        global_attn_every_n_layers=1,
+        layer_types=["full_attention"] * 2,
         max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -58,5 +58,5 @@ def shares_of_colours(emoji: Emoji) -> dict[str, float]:
 def clear_colour(emoji: Emoji) -> str | None:
     """The one that most of it has, if there is one."""
     shares = shares_of_colours(emoji)
-    colour = max(shares, key=shares.get, default=None)
+    colour = max(shares, key=lambda name: shares[name], default=None)
     return colour if colour is not None and shares[colour] >= CLEAR else None

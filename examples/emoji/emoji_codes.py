@@ -53,7 +53,8 @@ class EmojiCodes:
         return {"grid": [rows * SIDE, columns * SIDE], "codes": by_line.flatten().tolist()}
 
     def _place(self, placed: Placed | None, ground: str) -> list[int]:
-        tones, content, size = (), NOTHING, "big"
+        tones: tuple[str, ...] = ()
+        content, size = NOTHING, "big"
         if placed is not None:
             emoji, size = self.by_key[placed.key], placed.size
             tones, content = emoji.tones, emoji.base
@@ -87,16 +88,16 @@ class EmojiCodes:
             table: All emoji.
         """
         votes: dict[Any, list[Counter[int]]] = defaultdict(lambda: [Counter() for _ in range(SIDE**2 - NUM_STYLES)])
-        style_votes = [defaultdict(Counter) for _ in range(NUM_STYLES)]
+        style_votes: list[dict[str, Counter[int]]] = [defaultdict(Counter) for _ in range(NUM_STYLES)]
         for row in rows:
             for number, (name, code) in enumerate(zip(row["style"], row["codes"], strict=False)):
                 style_votes[number][name][code] += 1
-            for counts, code in zip(votes[row["content"]], row["codes"][NUM_STYLES:], strict=True):
-                counts[code] += 1
+            for of_place, code in zip(votes[row["content"]], row["codes"][NUM_STYLES:], strict=True):
+                of_place[code] += 1
         directions = F.normalize(codebook.float(), dim=-1)
         neighbours = (directions @ directions.T).argsort(dim=-1, descending=True).tolist()
         styles = [
-            _distinct({name: counts.most_common(1)[0][0] for name, counts in of.items()}, neighbours)
+            _distinct({name: count.most_common(1)[0][0] for name, count in of.items()}, neighbours)
             for of in style_votes
         ]
         twins = {emoji.base: min(emoji.names) for emoji in table if not emoji.tones}

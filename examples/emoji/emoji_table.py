@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grounds import on_ground
-from packages import EMOJIBASE, PICTURES, check, read_json, without_selectors
+from packages import EMOJIBASE, PICTURES, check, content_of, read_json, without_selectors
 from PIL import Image
 
 
@@ -103,9 +103,9 @@ def load_emoji(packages: Path) -> list[Emoji]:
         for member in archive:
             path = Path(member.name)
             if path.parts[-3:-1] == ("twitter", "64") and path.suffix == ".png":
-                pictures[path.name] = archive.extractfile(member).read()
+                pictures[path.name] = content_of(archive, member)
             elif path.name == "emoji.json":
-                entries = json.load(archive.extractfile(member))
+                entries = json.loads(content_of(archive, member))
     table: list[Emoji] = []
     for entry in sorted(entries, key=lambda entry: entry["sort_order"]):
         base = _base_name(label_of.get(without_selectors(entry["unified"]), entry["name"]))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from emoji_table import Emoji, load_emoji
 from grounds import CELL
 from keywords import Keywords
@@ -32,7 +31,7 @@ from tasks import Edit, EmojiTasks, Story, shown_to_adapter
 from tqdm import tqdm
 from wishes import BEFORE, HELD_OUT_BEFORE
 
-from diffusers_llada_uni import embedded_checkpoint
+from diffusers_llada_uni import LLaDAUniPipeline, embedded_checkpoint
 
 
 TABLE_BEGIN, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
@@ -49,8 +48,9 @@ class Evaluation:
         seed: Of all noise; each batch has a generator of its own.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, table: list[Emoji], seed: int):
-        self.pipe, self.seed = pipe, seed
+    def __init__(self, pipe: LLaDAUniPipeline, table: list[Emoji], seed: int):
+        self.pipe: Any = pipe  # all its parts are there, its images are of PIL
+        self.seed = seed
         self.tasks = EmojiTasks(table)
         self.nearest = NearestEmoji(table)
         pipe.set_progress_bar_config(disable=True)
@@ -124,7 +124,8 @@ class Evaluation:
 
     def variety(self, rows: list[tuple[str, set[str]]]) -> tuple[float, float]:
         """Of wordings drawn by four seeds, sampled: the share that is right, and of those with several images."""
-        right, pictures_of = [], [set() for _ in rows]
+        right: list[bool] = []
+        pictures_of: list[set[bytes]] = [set() for _ in rows]
         for seed in range(SEEDS):
             start = 0
             for batch, generator in self._batches("seeds", rows):
@@ -239,7 +240,7 @@ class Evaluation:
 
     def codebook_usage(self, rows: list[Emoji]) -> float:
         """The share of codes that some image has."""
-        used = set()
+        used: set[int] = set()
         for batch, _ in self._batches("encoding", rows):
             used.update(*self._codes(batch))
         return len(used) / self.pipe.model.config.vq_config.num_embeddings
@@ -261,7 +262,7 @@ def typed_prompts(table: list[Emoji]) -> list[tuple[str, set[str]]]:
 
 
 def evaluate(
-    pipe: DiffusionPipeline, adapter: Path, packages: Path, share: float, seed: int
+    pipe: LLaDAUniPipeline, adapter: Path, packages: Path, share: float, seed: int
 ) -> list[tuple[str, str, str]]:
     """Rows of the table: what, the goal, what was found."""
     table = load_emoji(packages)
@@ -360,7 +361,7 @@ def evaluate(
     rows.append(("exact decoding against SPRINT", "<= 3 points", found))
     add("codes used", ">= 80%", evaluation.codebook_usage(trained), len(trained))
     if adapter.is_dir():
-        pipe.model.load_adapter(str(adapter))
+        evaluation.pipe.model.load_adapter(str(adapter))
         shown = {emoji.key for emoji in shown_to_adapter(trained)}
         others = some([emoji for emoji in trained if emoji.key not in shown], most=500)
         measure("name and category, emoji the adapter was not shown", "", evaluation.naming, others, SENTENCE)
@@ -378,7 +379,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder = arguments.model or embedded_checkpoint()
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = LLaDAUniPipeline.from_pretrained(folder, dtype=torch.float32)
     start = time.perf_counter()
     rows = evaluate(pipe, folder / "adapter", arguments.packages, arguments.share, arguments.seed)
     lines = ["| measure | goal | found |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]

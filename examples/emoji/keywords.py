@@ -1,7 +1,7 @@
 """What people call the emoji: keywords of public sources, which emoji they mean, and those kept for the test."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from demonyms import DEMONYMS
@@ -39,7 +39,7 @@ class Keywords:
     def __init__(self, table: list[Emoji], packages: Path):
         self.order = {emoji.key: number for number, emoji in enumerate(table)}
         self._bases = {without_selectors(emoji.key): emoji for emoji in table if not emoji.tones}
-        self.of_emoji: dict[str, Counter[str]] = defaultdict(Counter)
+        self.of_emoji: dict[str, dict[str, float]] = defaultdict(dict)
         for emoji in self._bases.values():
             self._add(emoji.key, emoji.base, NAME)
             for word in emoji.keywords:
@@ -49,7 +49,7 @@ class Keywords:
         self._read_gemoji(packages / GEMOJI)
         self._add_demonyms()
         self._add_everyday()
-        self.emoji_of: dict[str, Counter[str]] = defaultdict(Counter)
+        self.emoji_of: dict[str, dict[str, float]] = defaultdict(dict)
         for key, words in self.of_emoji.items():
             for word, weight in words.items():
                 self.emoji_of[word][key] = weight
@@ -58,7 +58,8 @@ class Keywords:
     def _add(self, code: str, word: str, weight: float) -> None:
         emoji, word = self._bases.get(without_selectors(code)), plain(word)
         if emoji is not None and word:
-            self.of_emoji[emoji.key][word] += weight
+            own = self.of_emoji[emoji.key]
+            own[word] = own.get(word, 0.0) + weight
 
     def _read_emojibase(self, archive: Path) -> None:
         entries, *shortcodes = read_json(
@@ -110,12 +111,14 @@ class Keywords:
                 self._add(by_name[name].key, word, weight)
 
     def _read_emojilib(self, archive: Path) -> dict[str, set[str]]:
-        words = defaultdict(set)
+        words: dict[str, set[str]] = defaultdict(set)
         for character, names in read_json(archive, "dist/emoji-en-US.json")[0].items():
             emoji = self._bases.get(code_points(character))
-            for name in names if emoji is not None else []:
-                if re.search("[a-z]", plain(name)):
-                    words[plain(name)].add(emoji.key)
+            if emoji is None:
+                continue
+            for name in map(plain, names):
+                if re.search("[a-z]", name):
+                    words[name].add(emoji.key)
         return dict(words)
 
     def meant(self, *words: str) -> list[tuple[str, float]]:
@@ -134,7 +137,8 @@ class Keywords:
         weight = 1 / (1 + 0.1 * emoji.version)
         if emoji.base.startswith(("man ", "woman ", "men ", "women ", "person ", "family")):
             weight *= 0.6  # who wants a fire truck does not mean the fireman
-        named = max(self.of_emoji[key], key=self.of_emoji[key].get).split()
+        own = self.of_emoji[key]
+        named = max(own, key=lambda word: own[word]).split()
         for word in words:
             weight *= self.emoji_of[word][key]
             parts = word.split()

@@ -33,13 +33,21 @@ def check(packages: Path) -> None:
 def read_json(archive: Path, *members: str) -> list[Any]:
     """The contents of files of an archive, given below `package/`."""
     with tarfile.open(archive) as opened:
-        return [json.load(opened.extractfile(f"package/{member}")) for member in members]
+        return [json.loads(content_of(opened, f"package/{member}")) for member in members]
+
+
+def content_of(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    """Raises KeyError if there is no such file in it."""
+    file = archive.extractfile(member)
+    if file is None:
+        raise KeyError(f"{member!r} of `archive` is no file.")
+    return file.read()
 
 
 def read_gemoji(archive: Path) -> list[dict[str, Any]]:
     """Its list is JavaScript: quotes are single, names of fields have none."""
     with tarfile.open(archive) as opened:
-        text = opened.extractfile("package/index.js").read().decode()
+        text = content_of(opened, "package/index.js").decode()
     text = text[text.index("gemoji = [") + len("gemoji = ") :].split("\n]\n")[0] + "\n]"
     strings = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
     kept: list[str] = []

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from emoji_table import load_emoji
 from evaluate import typed_prompts
 from grounds import CELL as PLACE
@@ -23,7 +22,7 @@ from riddles import Riddles
 from scenes import Scene, Scenes, drawn
 from tasks import EmojiTasks
 
-from diffusers_llada_uni import embedded_checkpoint
+from diffusers_llada_uni import LLaDAUniPipeline, embedded_checkpoint
 
 
 COLUMNS, WIDTH, HEIGHT, CAPTION = 8, 148, 132, 40
@@ -51,8 +50,9 @@ def cell(images: list[Image.Image], words: str) -> Image.Image:
 class Sheet:
     """What is on it, all by one seed."""
 
-    def __init__(self, pipe: DiffusionPipeline, packages: Path, seed: int):
-        self.pipe, self.seed, self.chosen = pipe, seed, random.Random(seed)
+    def __init__(self, pipe: LLaDAUniPipeline, packages: Path, seed: int):
+        self.pipe: Any = pipe  # its images are of PIL
+        self.seed, self.chosen = seed, random.Random(seed)
         self.table = load_emoji(packages)
         self.tasks, self.scenes = EmojiTasks(self.table), Scenes(self.table, self.chosen)
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="A pipeline folder; default: the shipped one.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    pipe = DiffusionPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=torch.float32)
+    pipe = LLaDAUniPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     cells = list(Sheet(pipe, arguments.packages, arguments.seed).cells())
     rows = -(-len(cells) // COLUMNS)

@@ -29,6 +29,7 @@ PANELS = (
     ("pretraining", ("max_load_violation",), False),
     ("sft", ("image_loss", "text_loss"), True),
     ("finishing", ("image_loss", "text_loss"), True),
+    ("words", ("image_loss", "text_loss"), True),
 )
 
 

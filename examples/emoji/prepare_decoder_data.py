@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL
 from emoji_codes import NUM_STYLES
 
 from diffusers_llada_uni.training.decoder_data import FEATURES
@@ -32,7 +32,7 @@ def rows_of(views: Dataset, vae: AutoencoderKL) -> Iterator[dict[str, Any]]:
     for start in range(0, len(views), BATCH):
         batch = views[start : start + BATCH]
         encoded = vae.encode(pixels_of.preprocess(batch["image"])).latent_dist.mode()
-        encoded = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        encoded = (encoded - vae.config["shift_factor"]) * vae.config["scaling_factor"]
         for (own,), latents in zip(batch["image_codes"], encoded, strict=True):
             yield {**own, "latents": latents.flatten().numpy()}
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from diffusers import DiffusionPipeline
 from emoji_codes import Codes, EmojiCodes
 from emoji_table import load_emoji
 from grounds import GROUNDS, SIZES
@@ -23,14 +22,14 @@ from prepare_codes import FEATURES
 from scenes import Scenes
 from tqdm import tqdm
 
-import diffusers_llada_uni  # noqa: F401  registers the pipeline
+from diffusers_llada_uni import LLaDAUniPipeline
 
 
 NUM_SCENES = 400
 BATCH = 64
 
 
-def drawings(pipe: DiffusionPipeline, rows: list[Codes], seed: int) -> Iterator[dict[str, Any]]:
+def drawings(pipe: LLaDAUniPipeline, rows: list[Codes], seed: int) -> Iterator[dict[str, Any]]:
     """What the few-step decoder draws of codes, grid by grid."""
     by_grid: dict[tuple[int, ...], list[Codes]] = {}
     for row in rows:
@@ -55,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table, generator = load_emoji(arguments.packages), random.Random(arguments.seed)
     codes = EmojiCodes.load(arguments.data / "codes.json", table)
-    pipe = DiffusionPipeline.from_pretrained(arguments.model, model=None)
+    pipe = LLaDAUniPipeline.from_pretrained(arguments.model, model=None)
     pipe.set_progress_bar_config(disable=True)
 
     rows = []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from diffusers import ZImageTransformer2DModel
+from diffusers.models import ZImageTransformer2DModel
 from emoji_codes import NUM_STYLES
 from tqdm import tqdm
 
@@ -63,11 +63,12 @@ def main() -> None:
     for row, codes in enumerate(data["codes"]):
         of_style.setdefault(tuple(codes[2:NUM_STYLES]), []).append(row)
     times = torch.ones(len(data), dtype=torch.long)
+    channels = decoder.transformer.config["in_channels"]
     for rows in tqdm(of_style.values(), unit="style"):
         own = data.select(rows).with_format("torch")
         grid = own[0]["grid"].tolist()
         codes = torch.stack(list(own["codes"])).view(-1, *grid)
-        drawn = torch.cat([drawn_at_once(decoder, part, generator) for part in codes.split(BATCH)])
+        drawn = torch.cat([drawn_at_once(decoder, part, channels, generator) for part in codes.split(BATCH)])
         latents = torch.stack(list(own["latents"])).view_as(drawn)
         times[rows] = (4 * doubts_of(drawn, latents).square()).round().clamp(1, MOST).long()
     repeated: list[Dataset] = [data.select((times > number).nonzero().flatten().tolist()) for number in range(MOST)]

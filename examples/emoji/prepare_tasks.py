@@ -3,8 +3,8 @@ All tasks on the emoji as token ids, for a model whose codes are settled.
 
     python examples/emoji/prepare_tasks.py packages runs/emoji/model runs/emoji/data/codes.json runs/emoji/tasks
 
-Writes `text/`, `alignment/` (drawing and naming), `pretraining/`, `sft/` and `finishing/` (all tasks, in other shares)
-and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
+Writes `text/`, `alignment/` (drawing and naming), `pretraining/`, `sft/`, `finishing/` and `words/` (all tasks, in
+other shares) and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
 """
 
 import argparse
@@ -42,7 +42,29 @@ PRETRAINING = {
 FINE_TUNING = {**PRETRAINING, "conversations": 3, "naming_of_pairs": 8, "toning": 4_000}
 # What is hardest last: names of two people with a tone each, drawing by any words
 FINISHING = {**FINE_TUNING, "drawing": 16, "naming": 12, "naming_of_pairs": 40, "unknown": 500}
-STAGES = {"pretraining": PRETRAINING, "sft": FINE_TUNING, "finishing": FINISHING}
+# What is many and was seldom seen: every word for every emoji, every question about it; of the rest a little.
+WORDS = {
+    "wordings": 12,
+    "many_questions": 10,
+    "many_scene_questions": 9_000,
+    "drawing": 3,
+    "drawing_by_name": 1,
+    "naming": 2,
+    "naming_of_pairs": 5,
+    "describing": 1,
+    "comparing": 1_000,
+    "unknown": 100,
+    "thinking": 1,
+    "editing": 2_500,
+    "toning": 800,
+    "placing": 600,
+    "stories": 2,
+    "growing_stories": 200,
+    "scenes": 6_000,
+    "scene_edits": 4_000,
+    "riddles": 2_000,
+}
+STAGES = {"pretraining": PRETRAINING, "sft": FINE_TUNING, "finishing": FINISHING, "words": WORDS}
 MAX_LENGTH = 384  # an edit of nine emoji: twice 144 codes, and the words
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ def put_language_model(trained: Path, pipeline: Path) -> None:
 
 
 @torch.no_grad()
-def embed_codes_by_likeness(model: PreTrainedModel) -> None:
+def embed_codes_by_likeness(model: Any) -> None:
     """Codes that look alike begin with embeddings that are alike: half of each is the same for its neighbours."""
     codes = F.normalize(model.model.vqmodel.quantize.embedding.weight, dim=-1)
     embeddings = model.get_input_embeddings().weight

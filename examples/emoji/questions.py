@@ -183,8 +183,11 @@ class Questions:
         return self.generator.choice(CATEGORY), emoji.category
 
     def colour(self, emoji: Emoji) -> tuple[str, str]:
-        """Of an emoji that has a clear one."""
-        return self.generator.choice(COLOUR), self.colours[emoji.key]
+        """Of an emoji that has a clear one; raises ValueError if it has none."""
+        colour = self.colours[emoji.key]
+        if colour is None:
+            raise ValueError(f"`emoji`: {emoji.name} has no clear colour.")
+        return self.generator.choice(COLOUR), colour
 
     def is_of_kind(self, emoji: Emoji) -> tuple[str, str]:
         own = [kind for kind, members in KINDS.items() if emoji.subcategory in members]

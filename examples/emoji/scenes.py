@@ -56,6 +56,13 @@ class Scene:
     def keys(self) -> list[str]:
         return [placed.key for placed in self.places if placed is not None]
 
+    def placed_at(self, index: int) -> Placed:
+        """Raises ValueError if nothing stands there."""
+        placed = self.places[index]
+        if placed is None:
+            raise ValueError(f"`index`: nothing stands at {index}.")
+        return placed
+
     def with_place(self, index: int, placed: Placed | None) -> "Scene":
         return replace(self, places=(*self.places[:index], placed, *self.places[index + 1 :]))
 
@@ -180,6 +187,8 @@ class Scenes:
 
     def _relation(self, scene: Scene) -> str:
         first, second = (self._called(placed) for placed in scene.places if placed is not None)
+        forward: tuple[str, ...]
+        backward: tuple[str, ...]
         if scene.shape == (1, 2):
             forward = ("{} left of {}", "{} to the left of {}", "{} and {}", "{} next to {}", "{} beside {}", "{}, {}")
             backward = ("{} right of {}", "{} to the right of {}")
@@ -274,7 +283,7 @@ class Scenes:
         if len(scene.keys) < 2 or not (only := self._only(scene)):
             return None
         index = self.generator.choice(only)
-        name, place = self.name(scene.places[index].key), PLACES[scene.shape][index]
+        name, place = self.name(scene.placed_at(index).key), PLACES[scene.shape][index]
         forms = (f"remove the {name}", f"take away the {name}", f"delete the {name}", f"remove what is {place}")
         return self.generator.choice(forms), scene.with_place(index, None)
 
@@ -284,7 +293,7 @@ class Scenes:
             return None
         start, end = self.generator.choice(only), self.generator.choice(free)
         form = self.generator.choice(("move the {} to the {}", "put the {} {}", "the {} goes to the {}"))
-        words = form.format(self.name(scene.places[start].key), PLACES[scene.shape][end])
+        words = form.format(self.name(scene.placed_at(start).key), PLACES[scene.shape][end])
         return words, scene.with_place(end, scene.places[start]).with_place(start, None)
 
     def _replace(self, scene: Scene) -> tuple[str, Scene] | None:
@@ -294,8 +303,8 @@ class Scenes:
         form = self.generator.choice(
             ("replace the {} with {}", "change the {} into {}", "turn the {} into {}", "make the {} {}")
         )
-        words = form.format(self.name(scene.places[index].key), with_article(self.name(key)))
-        return words, scene.with_place(index, replace(scene.places[index], key=key))
+        words = form.format(self.name(scene.placed_at(index).key), with_article(self.name(key)))
+        return words, scene.with_place(index, replace(scene.placed_at(index), key=key))
 
     def _recolour(self, scene: Scene) -> tuple[str, Scene] | None:
         ground = self.generator.choice([ground for ground in GROUNDS if ground != scene.ground])
@@ -309,6 +318,6 @@ class Scenes:
         if len(only) < 2:
             return None
         one, other = self.generator.sample(only, 2)
-        first, second = scene.places[one], scene.places[other]
+        first, second = scene.placed_at(one), scene.placed_at(other)
         words = f"swap the {self.name(first.key)} and the {self.name(second.key)}"
         return words, scene.with_place(one, second).with_place(other, first)

@@ -17,6 +17,7 @@ from wishes import Wishes
 
 
 Row = dict[str, Any]
+QUESTIONS = 6  # about one image, where they are many
 SENTENCE = "{} from {}"  # how the adapter answers
 # Of an image that is seen this share of its codes is another one: what a tokenizer misreads shall not matter.
 MISREAD = {0.0: 0.4, 0.03: 0.25, 0.08: 0.2, 0.15: 0.15}
@@ -57,6 +58,11 @@ class TaskRows:
 
     def drawing_by_name(self, repeats: int) -> list[Row]:
         return [self._wish(self.wishes.by_name(emoji)) for emoji in self.trained for _ in range(repeats)]
+
+    def wordings(self, repeats: int) -> list[Row]:
+        """Whatever any emoji is called, alike often, with the emoji that is meant most likely."""
+        words = sorted(self.wishes.keywords.emoji_of)
+        return [self._wish(self.wishes.for_wording(word)) for word in words for _ in range(repeats)]
 
     def _wish(self, wish: Any) -> Row:
         return {"caption": wish.words, "image_codes": [self.codes.of(wish.key, wish.ground, wish.size)]}
@@ -109,12 +115,19 @@ class TaskRows:
         rows = []
         for emoji in self.trained:
             for _ in range(repeats):
-                row = self._asked([self._seen(emoji)], self.generator.choice(NAMING), emoji.answer_name)
-                for _ in range(self.generator.choice((1, 1, 2))):
-                    question, answer = self.questions_about.about(emoji)
-                    row["messages"] += chat([text(question)], [text(answer)])
-                rows.append(row)
+                pairs = [self.questions_about.about(emoji) for _ in range(self.generator.choice((1, 1, 2)))]
+                name = self.generator.choice(NAMING), emoji.answer_name
+                rows.append(self._asked_in_turn(self._seen(emoji), [name, *pairs]))
         return rows
+
+    def many_questions(self, repeats: int) -> list[Row]:
+        """Several about each image: its codes are read once for all of them."""
+        return [
+            self._asked_in_turn(self._seen(emoji), [self.questions_about.about(emoji) for _ in range(QUESTIONS)])
+            for emoji in self.trained
+            if not emoji.tones
+            for _ in range(repeats)
+        ]
 
     def sentences(self) -> list[Row]:
         """Name and category at once, for the adapter."""
@@ -191,10 +204,20 @@ class TaskRows:
                 pairs = [(self.generator.choice((*DESCRIBING, *NAMING)), self.scenes_drawn.described(scene))]
             else:
                 pairs = [self.scenes_drawn.questions(scene) for _ in range(self.generator.choice((1, 2, 3)))]
-            row = self._asked([self.codes.of_scene(scene)], *pairs[0])
-            for question, answer in pairs[1:]:
-                row["messages"] += chat([text(question)], [text(answer)])
-            rows.append(row)
+            rows.append(self._asked_in_turn(self.codes.of_scene(scene), pairs))
+        return rows
+
+    def many_scene_questions(self, count: int) -> list[Row]:
+        """Several about each scene, every other one what has to be counted."""
+        rows = []
+        for _ in range(count):
+            scene = self.scenes_drawn.any_scene()
+            pairs = [
+                (self.scenes_drawn.questions if number % 2 else self.scenes_drawn.count)(scene)
+                for number in range(QUESTIONS)
+            ]
+            self.generator.shuffle(pairs)
+            rows.append(self._asked_in_turn(self.codes.of_scene(scene), pairs))
         return rows
 
     def scene_edits(self, count: int) -> list[Row]:
@@ -261,6 +284,12 @@ class TaskRows:
     def _asked(self, images: list[dict[str, list[int]]], question: str, answer: str) -> Row:
         content = [*({"type": "image"} for _ in images), text(question)]
         return {"messages": chat(content, [text(answer)]), "image_codes": [self._as_read(image) for image in images]}
+
+    def _asked_in_turn(self, image: dict[str, list[int]], pairs: list[tuple[str, str]]) -> Row:
+        row = self._asked([image], *pairs[0])
+        for question, answer in pairs[1:]:
+            row["messages"] += chat([text(question)], [text(answer)])
+        return row
 
     def _edit(self, source: dict[str, list[int]], words: str, target: dict[str, list[int]]) -> Row:
         return {"instruction": words, "image_codes": [self._as_read(source), target]}

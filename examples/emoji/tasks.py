@@ -76,7 +76,7 @@ class EmojiTasks:
     def __init__(self, table: list[Emoji]):
         self.table = table
         self.by_key = {emoji.key: emoji for emoji in table}
-        self.by_base = {}
+        self.by_base: dict[str, dict[tuple[str, ...], Emoji]] = {}
         for emoji in table:
             self.by_base.setdefault(emoji.base, {})[emoji.tones] = emoji
 
@@ -99,7 +99,7 @@ class EmojiTasks:
     def _people(self) -> Iterator[Edit]:
         """Gender and hair, the tone kept."""
         for base, variants in self.by_base.items():
-            others = []
+            others: list[tuple[str, tuple[str, ...], str, str]] = []
             for old, new in (("woman", "man"), ("man", "woman"), ("person", "woman"), ("person", "man")):
                 words = base.split(" ")
                 if words[0].rstrip(":") == old:

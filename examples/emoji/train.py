@@ -71,6 +71,7 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         "pretraining": stage("sft", "pretraining", "alignment"),
         "sft": stage("sft", "sft", "pretraining"),
         "finishing": stage("sft", "finishing", "sft"),
+        "words": stage("sft", "words", "finishing"),
         # From codes to pixels, and from pixels to the settled codes.
         "autoencoder": stage("autoencoder", "autoencoder", "build_model"),
         "put_autoencoder": put("autoencoder", "put_tokenizer"),
@@ -94,7 +95,7 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         ),
         "tokenizer_drawings": stage("image_tokenizer_alignment", "tokenizer_drawings", "prepare_drawings"),
         "put_tokenizer_of_drawings": put("tokenizer_drawings"),
-        "put_language_model": put("finishing", "put_tokenizer_of_drawings"),
+        "put_language_model": put("words", "put_tokenizer_of_drawings"),
         "lora": stage("sft", "lora", "put_language_model"),
     }
 

@@ -149,6 +149,13 @@ class Wishes:
         """Its own name, with the tone: no other is meant."""
         return self.dressed(self._toned(emoji.base, emoji.tones) if emoji.tones else emoji.base, emoji)
 
+    def for_wording(self, word: str) -> Wish:
+        """What an emoji is called, half of the time alone, now and then as others write it."""
+        emoji = self.by_key[self.keywords.meant(word)[0][0]]
+        if self._by_chance(0.2):
+            word = _otherwise(word, self.generator)
+        return self.dressed(word, emoji) if self._by_chance(0.5) else Wish(word, emoji.key)
+
     def dressed(self, words: str, emoji: Emoji) -> Wish:
         """With a ground or a size, an article, and a sentence around it."""
         ground = size = None
@@ -238,6 +245,12 @@ class Wishes:
 def _by_weight(words: Iterable[tuple[str, float]]) -> tuple[list[str], list[float]]:
     ordered = sorted(words)
     return [word for word, _ in ordered], [weight**0.5 for _, weight in ordered]
+
+
+def _otherwise(word: str, generator: random.Random) -> str:
+    """Another form of it, its plural, without its apostrophe, in one word."""
+    forms = [_other_form(word, generator), plural(word), word.replace("'", " "), word.replace(" ", "")]
+    return generator.choice([form for form in forms if form != word] or [word])
 
 
 def _other_form(word: str, generator: random.Random) -> str:

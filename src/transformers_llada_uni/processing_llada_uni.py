@@ -240,7 +240,7 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | None = None,
+        images: ImageInput | list[list[Any]] | None = None,
         text: str | list[str] | None = None,
         task: str | None = None,
         height: int | None = None,
