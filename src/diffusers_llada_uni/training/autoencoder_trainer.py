@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 
 from transformers_llada_uni import LLaDAUniImageProcessor
-from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
+from transformers_llada_uni.training.base_trainer import check_class, check_settings
 from transformers_llada_uni.training.data.dataset_formats import stored_image
 from transformers_llada_uni.training.objective.noise import step_generators
 
@@ -70,6 +70,7 @@ class LLaDAUniAutoencoderTrainer(ComponentTrainer[_Autoencoder]):
     """
 
     _stage = "training of the autoencoder"
+    _columns = ("image",)
     args: LLaDAUniAutoencoderConfig
 
     def __init__(
@@ -85,7 +86,7 @@ class LLaDAUniAutoencoderTrainer(ComponentTrainer[_Autoencoder]):
         args = check_settings(args, LLaDAUniAutoencoderConfig, "llada-uni-autoencoder")
         check_class("vae", vae, AutoencoderKL)
         check_class("image_processor", image_processor, LLaDAUniImageProcessor)
-        check_datasets(train_dataset, eval_dataset, ("image",))
+        self._check_datasets(train_dataset, eval_dataset)
         super().__init__(
             _Autoencoder(vae.requires_grad_(True)),
             args,

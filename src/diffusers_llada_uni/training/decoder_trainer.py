@@ -9,7 +9,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniProcessor
-from transformers_llada_uni.training.base_trainer import check_datasets, check_settings
+from transformers_llada_uni.training.base_trainer import check_settings
+from transformers_llada_uni.training.data.dataset_loading import AnyDataset
 from transformers_llada_uni.training.objective.noise import step_generators
 from transformers_llada_uni.training.stages import freeze_all_but
 
@@ -48,6 +49,10 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
     _stage = "training of the decoder"
     args: LLaDAUniDecoderConfig
 
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        is_prepared(argument, dataset)
+
     def __init__(
         self,
         transformer: ZImageTransformer2DModel,
@@ -61,7 +66,7 @@ class LLaDAUniDecoderTrainer(ComponentTrainer[DecoderModule]):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniDecoderConfig, "llada-uni-decoder")
-        check_datasets(train_dataset, eval_dataset, ())
+        self._check_datasets(train_dataset, eval_dataset)
         decoder = DecoderModule(transformer, semantic_embedder)
         freeze_all_but(decoder, args.trained_parts or DECODER_STAGES[args.stage].trained_parts, DECODER_PARTS)
 

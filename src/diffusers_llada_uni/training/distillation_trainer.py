@@ -8,7 +8,8 @@ from datasets import Dataset, IterableDataset
 from diffusers.models import ZImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-from transformers_llada_uni.training.base_trainer import check_class, check_datasets, check_settings
+from transformers_llada_uni.training.base_trainer import check_class, check_settings
+from transformers_llada_uni.training.data.dataset_loading import AnyDataset
 from transformers_llada_uni.training.objective.noise import step_generators
 
 from ..code_decoding import guided_velocity
@@ -72,6 +73,10 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
     _stage = "few-step distillation of the decoder"
     args: LLaDAUniDistillationConfig
 
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        is_prepared(argument, dataset)
+
     def __init__(
         self,
         teacher: ZImageTransformer2DModel,
@@ -88,7 +93,7 @@ class LLaDAUniDistillationTrainer(ComponentTrainer[TwinDecoder]):
             check_class("student", student, ZImageTransformer2DModel)
         if student is teacher:
             raise ValueError("`student` is the `teacher`, which does not change: leave it out for a copy.")
-        check_datasets(train_dataset, eval_dataset, ())
+        self._check_datasets(train_dataset, eval_dataset)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 if not is_prepared(name, dataset):

@@ -30,10 +30,11 @@ def prepare(stage: str, options: Sequence[str]) -> Callable[[], None]:
 
     require_extra("train", "datasets", "peft", "trl")
     from .train_options import StageParser
-    from .train_trainers import check_run, finish, stages
+    from .train_trainers import check_resumes, check_run, finish, stages
 
     classes, build = stages()[stage]
     parsed = StageParser(stage, classes).parse(options)
     check_run(*parsed)
     trainer, script_args = build(*parsed)
+    check_resumes(trainer)
     return lambda: finish(trainer, script_args)

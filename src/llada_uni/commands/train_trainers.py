@@ -43,6 +43,7 @@ from diffusers_llada_uni.training.distillation_trainer import LLaDAUniDistillati
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, training
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training.base_trainer import BaseTrainer
+from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
 
 from ..trained_parts import is_adapter
@@ -103,9 +104,15 @@ def check_trains_all_weights(model_args: ModelConfig) -> None:
 
 
 def load_data(
-    script_args: ScriptArguments, dataset_args: DatasetMixtureConfig | None, wants_evaluation: bool
+    trainer_class: type[BaseTrainer],
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    dataset_args: DatasetMixtureConfig | None = None,
 ) -> tuple[AnyDataset, AnyDataset | None]:
-    """The training split and, if wanted, the evaluation split, of [`load_training_dataset`] or a mixture."""
+    """
+    The training split and, if wanted, the evaluation split, of [`load_training_dataset`] or a mixture, with the
+    columns that the trainer needs: what is missing is told before a model is loaded.
+    """
     name = script_args.dataset_name
     if dataset_args is not None and dataset_args.datasets:
         if name is not None:
@@ -115,10 +122,13 @@ def load_data(
         raise ValueError("Give `dataset_name` (or a mixture in `datasets`): there is nothing to train on.")
     else:
         data = load_training_dataset(name, script_args.dataset_config, script_args.dataset_streaming)
-    train_dataset = split_of(data, script_args.dataset_train_split, "dataset_train_split")
-    if not wants_evaluation:
-        return train_dataset, None
-    return train_dataset, split_of(data, script_args.dataset_test_split, "dataset_test_split")
+    train_dataset, eval_dataset = split_of(data, script_args.dataset_train_split, "dataset_train_split"), None
+    if training_args.eval_strategy != "no":
+        eval_dataset = split_of(data, script_args.dataset_test_split, "dataset_test_split")
+    for dataset in (train_dataset, eval_dataset):
+        if dataset is not None:
+            trainer_class.check_columns("dataset_name" if name is not None else "datasets", dataset)
+    return train_dataset, eval_dataset
 
 
 def load_language_model(
@@ -211,6 +221,18 @@ def _resumed(value: bool | str | None) -> bool | str | None:
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
+def check_resumes(trainer: BaseTrainer) -> None:
+    """
+    Raises:
+        ValueError: if the run shall go on from what it cannot go on from.
+    """
+    checkpoint = _resumed(trainer.args.resume_from_checkpoint)
+    if checkpoint is True:
+        checkpoint = last_complete_checkpoint(str(trainer.args.output_dir))
+    if isinstance(checkpoint, str):
+        trainer.check_checkpoint(checkpoint)
+
+
 def finish(trainer: BaseTrainer, script_args: ScriptArguments) -> None:
     """Trains (or goes on), saves, writes the card, and pushes if that was asked for."""
     args = trainer.args
@@ -237,7 +259,7 @@ def language_model_trainer(
     further: dict[str, Any] = {}
     if isinstance(script_args, GRPOScriptArguments):
         further["reward_funcs"] = reward_functions(script_args)
-    train_dataset, eval_dataset = load_data(script_args, dataset_args, training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_data(trainer_class, script_args, training_args, dataset_args)
     assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
     adapter = adapter_of(model_args)
     model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
@@ -265,7 +287,7 @@ def image_tokenizer_trainer(
     check_trains_all_weights(model_args)
     if tokenizer_args.text_model_name_or_path is None:
         raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
-    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_data(training.LLaDAUniImageTokenizerTrainer, script_args, training_args)
     model, processor = load_language_model(model_args, training_args)
     # Of a model of both, such as SigLIP, the text tower alone
     text_model = AutoModel.from_pretrained(tokenizer_args.text_model_name_or_path)
@@ -287,7 +309,9 @@ def image_tokenizer_alignment_trainer(
     model_args: ModelConfig,
 ) -> Built:
     check_trains_all_weights(model_args)
-    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_data(
+        training.LLaDAUniImageTokenizerAlignmentTrainer, script_args, training_args
+    )
     model, processor = load_language_model(model_args, training_args)
     trainer = training.LLaDAUniImageTokenizerAlignmentTrainer(
         model, training_args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processor
@@ -303,7 +327,7 @@ def _decoder_data(
     script_args: ScriptArguments, training_args: TrainingArguments, model_args: ModelConfig
 ) -> dict[str, AnyDataset | None]:
     """Both datasets as codes and latents; images need the rest of the pipeline for that."""
-    loaded = load_data(script_args, None, training_args.eval_strategy != "no")
+    loaded = load_data(LLaDAUniDecoderTrainer, script_args, training_args)
     data = dict(zip(("train_dataset", "eval_dataset"), loaded, strict=True))
     images = {name: rows for name, rows in data.items() if rows is not None and not is_prepared("dataset_name", rows)}
     if images:
@@ -319,7 +343,7 @@ def autoencoder_trainer(
     script_args: ScriptArguments, training_args: LLaDAUniAutoencoderConfig, model_args: ModelConfig
 ) -> Built:
     check_trains_all_weights(model_args)
-    train_dataset, eval_dataset = load_data(script_args, None, training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_data(LLaDAUniAutoencoderTrainer, script_args, training_args)
     trainer = LLaDAUniAutoencoderTrainer(
         _component(AutoencoderKL, "vae", model_args),
         args=training_args,

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl.data_utils import get_dataset_column_names
 
 from .checkpointing import last_complete_checkpoint
+from .data.dataset_loading import AnyDataset
 from .model_card import write_model_card
 
 
@@ -40,23 +41,14 @@ def check_class(name: str, value: Any, expected: type) -> None:
         raise TypeError(f"`{name}` must be a {expected.__name__}, got {type(value).__name__}.")
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any, columns: Collection[str]) -> None:
-    """Both must be datasets with these columns and rows; `eval_dataset` may be `None`."""
-    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if dataset is None and name == "eval_dataset":
-            continue
-        if not isinstance(dataset, Dataset | IterableDataset):
-            hint = f"; choose one of its splits {sorted(dataset)}" if isinstance(dataset, dict) else ""
-            raise TypeError(f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}{hint}.")
-        if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(f"`{name}` has no rows.")
-        found = get_dataset_column_names(dataset)
-        missing = [column for column in columns if column not in found]
-        if missing:
-            raise ValueError(
-                f"`{name}` must have a column {' and a column '.join(f'`{column}`' for column in missing)}, it has "
-                f"{sorted(found)}."
-            )
+def check_has_columns(argument: str, dataset: AnyDataset, columns: Collection[str]) -> None:
+    found = get_dataset_column_names(dataset)
+    missing = [column for column in columns if column not in found]
+    if missing:
+        raise ValueError(
+            f"`{argument}` must have a column {' and a column '.join(f'`{column}`' for column in missing)}, it has "
+            f"{sorted(found)}."
+        )
 
 
 class BaseTrainer(Trainer):
@@ -69,12 +61,52 @@ class BaseTrainer(Trainer):
     """
 
     _stage = "training"  # what the card calls it
+    _columns: tuple[str, ...] = ()  # that rows must have
     _is_saving_checkpoint = False  # or else the result of the run
+
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        """
+        What can be said of data before there is a model.
+
+        Args:
+            argument: What the error calls it.
+            dataset: One split.
+
+        Raises:
+            ValueError: if rows with such columns cannot be trained on.
+        """
+        check_has_columns(argument, dataset, cls._columns)
+
+    @classmethod
+    def _check_datasets(cls, train_dataset: Any, eval_dataset: Any) -> None:
+        """Both must be datasets with rows and the columns that are needed; `eval_dataset` may be `None`."""
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is None and name == "eval_dataset":
+                continue
+            if not isinstance(dataset, Dataset | IterableDataset):
+                hint = f"; choose one of its splits {sorted(dataset)}" if isinstance(dataset, dict) else ""
+                raise TypeError(
+                    f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}{hint}."
+                )
+            if isinstance(dataset, Dataset) and not len(dataset):
+                raise ValueError(f"`{name}` has no rows.")
+            cls.check_columns(name, dataset)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """
+        What can be said of a checkpoint before it is loaded.
+
+        Raises:
+            ValueError: if the run cannot go on from it.
+        """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             assert self.args.output_dir is not None
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str):
+            self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(

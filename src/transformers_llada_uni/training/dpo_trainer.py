@@ -10,6 +10,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
+from .data.dataset_formats import check_format
 from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import prepare_preference_dataset
 from .dpo_config import LLaDAUniDPOConfig
@@ -63,6 +64,7 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
         train_dataset = only_dataset("train_dataset", train_dataset)
+        self.check_columns("train_dataset", train_dataset)
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
         trains_adapter = peft_config is not None or is_peft_model(model)
         if ref_model is None and not trains_adapter:
@@ -84,6 +86,11 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
         add_block_diffusion_head(unwrap(self.model))
         if self.ref_model is not None:
             add_block_diffusion_head(self.accelerator.unwrap_model(self.ref_model))
+
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        if "chosen_ids" not in get_dataset_column_names(dataset):
+            check_format(argument, dataset, ("preference",))
 
     def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniDPOConfig) -> AnyDataset:
         if "chosen_ids" in get_dataset_column_names(dataset):

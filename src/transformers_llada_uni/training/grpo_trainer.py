@@ -19,7 +19,7 @@ from ..generation.configuration import BlockDiffusionGenerationConfig
 from ..input_checks import check_grid
 from ..processing_llada_uni import LLaDAUniProcessor
 from ..unwrapping import unwrap
-from .base_trainer import check_settings
+from .base_trainer import check_has_columns, check_settings
 from .data.dataset_formats import CODES_COLUMN, check_text, refuse_row
 from .data.dataset_loading import AnyDataset, only_dataset
 from .data.preparation import prepare_prompts
@@ -94,6 +94,7 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
     """
 
     _stage = "reward training (GRPO)"
+    _columns = ("prompt",)
     args: LLaDAUniGRPOConfig
 
     def __init__(
@@ -120,6 +121,7 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
 
         # 2. The model, and its reference
         train_dataset = only_dataset("train_dataset", train_dataset)
+        self.check_columns("train_dataset", train_dataset)
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
         if getattr(unwrap(model), "is_distributed_loading_by_transformers", False):
             raise ValueError(
@@ -209,9 +211,7 @@ class LLaDAUniGRPOTrainer(LanguageModelTrainer, GRPOTrainer):
         """Rows for rollouts: with `prompt_ids`, or, for images, checked."""
         columns = get_dataset_column_names(dataset)
         needed = ("prompt", "grid") if self.makes_images else ("prompt",)
-        for column in needed:
-            if column not in columns:
-                raise ValueError(f"`{name}` must have a column `{column}`, it has {sorted(columns)}.")
+        check_has_columns(name, dataset, needed)
         if "prompt_ids" in columns:
             return dataset
         if not self.makes_images:

@@ -14,8 +14,9 @@ from trl.data_utils import get_dataset_column_names
 
 from ..image_codes import fetch_codes
 from ..processing_llada_uni import LLaDAUniProcessor
-from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
+from .base_trainer import BaseTrainer, check_class, check_has_columns, check_settings
 from .data.dataset_formats import CODES_COLUMN, CODES_FORM, are_image_codes, image_codes_of, refuse_row, stored_image
+from .data.dataset_loading import AnyDataset
 from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
 from .image_tokenizer_model import SHARING_TEMPERATURE, features_of, image_tokenizer_of
 from .image_tokenizer_saving import save_image_tokenizer
@@ -92,7 +93,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         holder = image_tokenizer_of(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
-        check_datasets(train_dataset, eval_dataset, ("image",))
+        self._check_datasets(train_dataset, eval_dataset)
         self._image_processor = processing_class.image_processor
         self._num_codes = holder.vqmodel.quantize.embedding.num_embeddings
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -112,16 +113,20 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         )
         self._accuracies: dict[str, list[torch.Tensor]] = defaultdict(list)
 
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        check_has_columns(argument, dataset, ("image",))
+        columns = set(get_dataset_column_names(dataset))
+        if CODES_COLUMN not in columns and not {"grid", "codes"} <= columns:
+            raise ValueError(
+                f"`{argument}` must have a column `{CODES_COLUMN}`, or `grid` and `codes`, it has {sorted(columns)}."
+            )
+
     def _check_codes(self, name: str, dataset: Dataset | IterableDataset | None) -> None:
         """Of all rows before the training, of a stream as they come."""
         if dataset is None:
             return
-        columns = get_dataset_column_names(dataset)
-        used = [CODES_COLUMN] if CODES_COLUMN in columns else ["grid", "codes"]
-        if not set(used) <= set(columns):
-            raise ValueError(
-                f"`{name}` must have a column `{CODES_COLUMN}`, or `grid` and `codes`, it has {sorted(columns)}."
-            )
+        used = [CODES_COLUMN] if CODES_COLUMN in get_dataset_column_names(dataset) else ["grid", "codes"]
         if isinstance(dataset, Dataset):
             for index, row in enumerate(dataset.select_columns(used)):
                 try:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading.folder_writing import folder_at_once
 from ..processing_llada_uni import LLaDAUniProcessor
-from .base_trainer import BaseTrainer, check_class, check_datasets, check_settings
+from .base_trainer import BaseTrainer, check_class, check_has_columns, check_settings
 from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
@@ -23,7 +23,6 @@ from .image_tokenizer_saving import save_image_tokenizer
 from .objective.noise import step_generator
 
 
-COLUMNS = ("image", "caption")
 SHARING_COLUMNS = ("content", "style")
 
 
@@ -88,6 +87,7 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
     """
 
     _stage = "training of the image tokenizer"
+    _columns = ("image", "caption")
     args: LLaDAUniImageTokenizerConfig
     model: ImageTokenizerWithText
 
@@ -106,7 +106,10 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         holder = image_tokenizer_of(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
-        check_datasets(train_dataset, eval_dataset, COLUMNS + (SHARING_COLUMNS if args.num_style_codes else ()))
+        self._check_datasets(train_dataset, eval_dataset)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if args.num_style_codes and dataset is not None:
+                check_has_columns(name, dataset, SHARING_COLUMNS)
         self._holder = holder
         self._text_tokenizer = processing_class.tokenizer if text_tokenizer is None else text_tokenizer
         self._image_processor = processing_class.image_processor

@@ -29,12 +29,27 @@ from .sft_config import LLaDAUniSFTConfig
 LanguageModelConfig = LLaDAUniSFTConfig | LLaDAUniDPOConfig | LLaDAUniGRPOConfig
 Processing = ProcessorMixin | PreTrainedTokenizerBase
 SHARDED_OPTIMIZER_DIR = "optimizer_shards"
+ADAPTER_SETTINGS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "modules_to_save",
+)
 
 
 def load_weights(model: PreTrainedModel, folder: str) -> None:
     """Fills `model` with the weights that `save_pretrained` wrote to `folder`; raises where one is missing."""
     loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map="cpu")
     model.load_state_dict(loaded.state_dict())
+
+
+def _comparable(value: Any) -> Any:
+    """peft keeps some lists as sets, and `None` for those without an entry."""
+    return sorted(value) if isinstance(value, list | set | tuple) and value else value or None
 
 
 class LanguageModelTrainer(BaseTrainer):
@@ -105,6 +120,25 @@ class LanguageModelTrainer(BaseTrainer):
         return model, processing_class
 
     # Checkpoints
+
+    def check_checkpoint(self, folder: str) -> None:
+        if not Path(folder, "adapter_config.json").is_file():
+            return
+        if not is_peft_model(self.model):
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder!r} holds an adapter, and this run trains the model itself."
+            )
+        from peft import PeftConfig
+
+        configs: Any = self.model.peft_config
+        saved, own = PeftConfig.from_pretrained(folder), configs["default"]
+        for name in ADAPTER_SETTINGS:
+            before, now = (_comparable(getattr(config, name, None)) for config in (saved, own))
+            if before != now:
+                raise ValueError(
+                    f"`resume_from_checkpoint`: the adapter in {folder!r} has `{name}` {before}, this run {now}. "
+                    "A run keeps its settings."
+                )
 
     def _reads_by_itself(self, folder: str) -> bool:
         is_engine = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded_checkpoint(folder)

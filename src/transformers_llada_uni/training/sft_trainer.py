@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import (
+    Dataset,
     DatasetDict,
+    IterableDataset,
     IterableDatasetDict,
     disable_progress_bars,
     enable_progress_bars,
@@ -23,8 +25,9 @@ from trl.trainer.utils import global_then_local_main_first
 from ..unwrapping import unwrap
 from .base_trainer import check_settings
 from .block_schedule import block_length_at
+from .data.dataset_formats import check_format
 from .data.dataset_loading import AnyDataset, only_dataset
-from .data.preparation import mix_datasets, prepare_dataset
+from .data.preparation import LEARNABLE, mix_datasets, prepare_dataset
 from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import (
     BlockDiffusionTerms,
@@ -111,6 +114,10 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
                 raise ValueError(f"`{name}` has no meaning in {type(self).__name__}; {instead}.")
         if not train_dataset:
             raise ValueError(f"`train_dataset` must hold rows to train on, got {train_dataset!r}.")
+        parts = train_dataset if isinstance(train_dataset, dict) else {None: train_dataset}
+        for task, part in parts.items():
+            if isinstance(part, Dataset | IterableDataset):  # of what is none, its preparation says more
+                self.check_columns("train_dataset" if task is None else f"train_dataset[{task!r}]", part)
 
         # 2. The model
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
@@ -180,6 +187,11 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             )
 
     # Data
+
+    @classmethod
+    def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
+        if "input_ids" not in get_dataset_column_names(dataset):
+            check_format(argument, dataset, LEARNABLE)
 
     def _prepare_training_data(self, dataset: Any, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
         mix = args.task_mix or STAGES[args.stage].task_mix

@@ -231,17 +231,54 @@ def test_an_adapter_of_named_layers_is_found_from_everywhere(converted_dir, tmp_
     }
 
 
+def test_an_adapter_goes_on_with_its_own_settings(converted_dir, tmp_path, capsys):
+    settings = {"model_name_or_path": str(converted_dir), "dataset_name": as_file(tmp_path, [{"messages": CHAT}] * 4)}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "use_peft": True,
+        "lora_target_modules": [r".*attention\.dense"],
+    }
+    output = run("sft", tmp_path, **settings, lora_r=4)
+    weights = (output / "adapter_model.safetensors").read_bytes()
+    for changed, message in (
+        ({"lora_r": 8}, "has `r` 4, this run 8"),
+        ({"lora_r": 4, "lora_alpha": 64}, "has `lora_alpha` 32, this run 64"),
+        ({"use_peft": False}, "holds an adapter, and this run trains the model itself"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("sft", tmp_path, **{**settings, **changed}, resume_from_checkpoint="true", max_steps=2)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert (output / "adapter_model.safetensors").read_bytes() == weights
+    run("sft", tmp_path, **settings, lora_r=4, resume_from_checkpoint="true", max_steps=2)
+    assert (output / "checkpoint-2").is_dir()
+
+
 def test_stages_that_train_all_weights_refuse_adapters(tmp_path, capsys):
     arguments = ["--dataset_name", "x", "--output_dir", str(tmp_path / "out"), "--use_peft", "true"]
     for stage in ("decoder", "autoencoder", "distill", "image_tokenizer", "image_tokenizer_alignment"):
         assert "`use_peft` is for sft, dpo and grpo" in refused(capsys, "train", stage, *arguments)
 
 
-def test_data_of_the_decoder_need_images(tmp_path, capsys):
-    """Named as the option is, before a model is looked for."""
-    data = as_file(tmp_path, [{"text": "a"}])
-    said = refused(capsys, "train", "decoder", "--dataset_name", data, "--output_dir", str(tmp_path / "out"))
-    assert "`dataset_name` must have a column `image`, it has ['text']" in said
+@pytest.mark.parametrize(
+    "stage, message",
+    [
+        ("sft", "`dataset_name`: the columns ['words'] make no example of training. Known are: prompt + chosen"),
+        ("dpo", "`dataset_name`: the columns ['words'] make no example of training."),
+        ("grpo", "`dataset_name` must have a column `prompt`, it has ['words']"),
+        ("image_tokenizer", "`dataset_name` must have a column `image` and a column `caption`, it has ['words']"),
+        ("image_tokenizer_alignment", "`dataset_name` must have a column `image`, it has ['words']"),
+        ("autoencoder", "`dataset_name` must have a column `image`, it has ['words']"),
+        ("decoder", "`dataset_name` must have a column `image`, it has ['words']"),
+        ("distill", "`dataset_name` must have a column `image`, it has ['words']"),
+    ],
+)
+def test_columns_that_are_missing_are_told_before_a_model_is_loaded(tmp_path, capsys, stage, message):
+    data, further = as_file(tmp_path, [{"words": "a"}]), {"grpo": ["--reward_funcs", "think_format_reward"]}
+    further["image_tokenizer"] = ["--text_model_name_or_path", str(tmp_path / "none")]
+    options = ["--dataset_name", data, "--output_dir", str(tmp_path / "out"), *further.get(stage, [])]
+    assert message in refused(capsys, "train", stage, "--model_name_or_path", str(tmp_path / "none"), *options)
 
 
 def test_ctrl_c_leaves_no_traceback(monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Which kind of example a dataset holds, and what its rows must look like."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from datasets import Image
@@ -26,12 +26,12 @@ CODES_FORM = '{"grid": [H, W], "codes": [H * W numbers]}'
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def format_of(columns: Iterable[str]) -> str:
+def format_of(columns: Iterable[str], argument: str = "dataset") -> str:
     """
     The format of a dataset, a key of `FORMATS`, by the names of its columns. Images may have been replaced by codes.
 
     Raises:
-        ValueError: if the columns make no format; lists what would.
+        ValueError: if the columns make no format; names the argument, and lists what would.
     """
     names = set(columns)
     is_encoded = CODES_COLUMN in names
@@ -39,7 +39,24 @@ def format_of(columns: Iterable[str]) -> str:
         if all(column in names or (is_encoded and column in IMAGE_COLUMNS) for column in needed):
             return name
     known = "; ".join(" + ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"The columns {sorted(names)} make no example of training. Known are: {known}.")
+    raise ValueError(f"`{argument}`: the columns {sorted(names)} make no example of training. Known are: {known}.")
+
+
+def check_format(argument: str, dataset: AnyDataset, expected: Collection[str]) -> str:
+    """
+    The format of a dataset.
+
+    Raises:
+        ValueError: if it is none of those expected; names the argument.
+    """
+    columns = get_dataset_column_names(dataset)
+    format_name = format_of(columns, argument)
+    if format_name not in expected:
+        raise ValueError(
+            f"`{argument}` has the columns {sorted(columns)} of the format '{format_name}'; expected "
+            f"{' or '.join(expected)}."
+        )
+    return format_name
 
 
 def with_caption(dataset: AnyDataset) -> AnyDataset:

@@ -54,7 +54,8 @@ def load_training_dataset(
         if streaming:
             raise ValueError(f"`streaming`: {name_or_path!r} was written by `save_to_disk`, and is not a stream.")
         return saved
-    if texts := _texts_of_images(path):
+    files = _files_of(path)
+    if texts := _texts_of_images(files):
         splits = _captioned(path, texts)
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
     folder, pattern = _folder_and_pattern(path)
@@ -68,7 +69,7 @@ def load_training_dataset(
     ):
         raise FileNotFoundError(f"`dataset_name`: there is no folder {name_or_path!r}, and the Hub has no such names.")
     try:
-        if pattern is None and _is_folder_of_images(path):
+        if pattern is None and _are_images_with_metadata(files):
             return load_dataset("imagefolder", data_dir=source, streaming=streaming)
         return load_dataset(source, name=config_name, data_files=pattern, streaming=streaming)
     except StopIteration as error:  # what `datasets` raises of files without a row
@@ -77,17 +78,24 @@ def load_training_dataset(
         raise ValueError(f"`dataset_name`: {name_or_path!r} cannot be read: {error.__cause__ or error}") from error
 
 
-def _texts_of_images(folder: Path) -> dict[Path, Path]:
-    """
-    Of each image in a folder the text file of its name, where at least one is there, and no file of metadata. By
-    itself `datasets` would take either the images or the texts, whichever are more.
-    """
+def _files_of(folder: Path) -> list[Path]:
+    """All in a folder and in those in it, but what is hidden."""
     every = sorted(folder.rglob("*")) if folder.is_dir() else []
-    files = [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _texts_of_images(files: list[Path]) -> dict[Path, Path]:
+    """
+    Of each image the text file of its name, where at least one is there, and no file of metadata. By itself `datasets`
+    would take either the images or the texts, whichever are more.
+    """
     if any(file.name in ImageFolder.METADATA_FILENAMES for file in files):
         return {}
-    images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]
-    texts = {image: image.with_suffix(".txt") for image in images}
+    texts = {image: image.with_suffix(".txt") for image in files if _is_image(image)}
     return texts if any(map(Path.is_file, texts.values())) else {}
 
 
@@ -108,15 +116,12 @@ def _captioned(folder: Path, texts: dict[Path, Path]) -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict(own).cast_column("image", Image()) for name, own in rows.items()})
 
 
-def _is_folder_of_images(folder: Path) -> bool:
+def _are_images_with_metadata(files: list[Path]) -> bool:
     """
     With captions in a file of metadata. `datasets` goes by the commonest suffix, and would take a `cat.txt` beside
     each `cat.jpg` for the data.
     """
-    files = list(folder.rglob("*")) if folder.is_dir() else []
-    return any(file.name in ImageFolder.METADATA_FILENAMES for file in files) and any(
-        file.suffix.lower() in ImageFolder.EXTENSIONS for file in files
-    )
+    return any(file.name in ImageFolder.METADATA_FILENAMES for file in files) and any(map(_is_image, files))
 
 
 def _folder_and_pattern(path: Path) -> tuple[str, str | None]:

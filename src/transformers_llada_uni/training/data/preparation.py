@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl.data_utils import get_dataset_column_names
 
 from ...input_checks import check_integer, check_number
-from .dataset_formats import CODES_COLUMN, format_of, rows_of, with_caption
+from .dataset_formats import CODES_COLUMN, check_format, rows_of, with_caption
 from .dataset_loading import AnyDataset, only_dataset
 from .example_tokens import ExampleTokenizer, Segment
 from .image_codes import encode_images, has_images
@@ -212,13 +212,7 @@ def _recognise(
 ) -> tuple[AnyDataset, str]:
     """The dataset with images as codes, and its format."""
     dataset = with_caption(only_dataset("dataset", dataset))
-    columns = get_dataset_column_names(dataset)
-    format_name = format_of(columns)
-    if format_name not in expected:
-        raise ValueError(
-            f"`dataset` has the columns {sorted(columns)} of the format '{format_name}'; expected "
-            f"{' or '.join(expected)}."
-        )
+    format_name = check_format("dataset", dataset, expected)
     if has_images(dataset, model):
         if model is None:
             raise ValueError("`model` is needed to encode the images of `dataset`, or encode them before.")
