@@ -212,9 +212,16 @@ class CodeDecoder:
             )
 
     def check_codes(self, codes: Any) -> None:
-        """Image codes `(batch, H, W)`."""
+        """Image codes `(batch, H, W)`, or a list of `(H, W)`."""
+        if isinstance(codes, list | tuple) and codes and all(isinstance(own, torch.Tensor) for own in codes):
+            for own in codes:
+                if own.ndim != 2:
+                    raise ValueError(f"`codes` must hold grids of the shape (H, W), got one of {tuple(own.shape)}.")
+                self.check_codes(own[None])
+            return
         if not isinstance(codes, torch.Tensor):
-            raise TypeError(f"`codes` must be a tensor of shape (batch, H, W), got {type(codes).__name__}.")
+            kind = type(codes).__name__
+            raise TypeError(f"`codes` must be a tensor of shape (batch, H, W), or a list of (H, W), got {kind}.")
         if codes.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"`codes` must hold integers, got {codes.dtype}.")
         if codes.ndim != 3 or not codes.numel():

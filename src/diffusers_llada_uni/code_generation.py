@@ -62,9 +62,9 @@ class CodeGenerationSettings:
 
     @property
     def guidance(self) -> dict[str, float]:
-        """The three scales, as the model's methods take them."""
+        """The three scales, as the model's methods take them; those of `generation_kwargs` count."""
         names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
-        return {name: getattr(self, name) for name in names}
+        return {name: self.generation_kwargs.get(name, getattr(self, name)) for name in names}
 
 
 @dataclass
@@ -186,6 +186,11 @@ class CodeGenerator:
             group.first_images = [sum(len(images[other]) for other in rows[:index]) for index in range(len(rows))]
             if masks is not None:
                 touched = [touched_codes(masks[row], image_processor, are_codes).flatten() for row in rows]
+                if not all(codes.any() for codes in touched):
+                    raise ValueError(
+                        "`mask_image`: what is white of it is cut off, with the edges of its image, which has not the "
+                        "shape that the model works in."
+                    )
                 group.touched = torch.stack(touched)
                 if are_codes:
                     group.source_codes = torch.stack([torch.as_tensor(images[row][0]).flatten() for row in rows])
@@ -247,6 +252,7 @@ class CodeGenerator:
                 eos_token_id=ends,
                 generator=generator,
                 show_progress_bar=show_progress_bar,
+                **({"tokenizer": self.processor.tokenizer} if "stop_strings" in settings else {}),
                 **settings,
             )
         )

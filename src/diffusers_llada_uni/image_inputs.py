@@ -15,7 +15,8 @@ def images_per_prompt(
     Args:
         image: For one prompt an image, or a list of images (the first is the source, the others are references).
             For a list of prompts an image that serves all, or a list with one image or list of images for each.
-            An image is anything [`LLaDAUniImageProcessor.fetch_images`] reads.
+            An image is anything [`LLaDAUniImageProcessor.fetch_images`] reads; an array or tensor of four dimensions
+            is a list of images.
         num_prompts: How many prompts there are.
         is_batch: Whether the prompts were given as a list.
         image_processor: Reads the images.
@@ -27,6 +28,7 @@ def images_per_prompt(
         TypeError: for what is no image. ValueError: for empty lists, a list of another length than the prompts', or
             an image that cannot be read.
     """
+    image = _unstacked(image)
     if not isinstance(image, (list, tuple)):
         return [_read("image", image, image_processor)] * num_prompts
     entries = image if is_batch else [image]
@@ -64,8 +66,9 @@ def masks_per_prompt(
 ) -> list[PIL.Image.Image]:
     r"""
     Args:
-        mask_image: One mask for all prompts, or a list with one for each. A mask is an image, or an array or tensor
-            `(height, width)`, of the size of its source image; at least half of full brightness means "regenerate".
+        mask_image: One mask for all prompts, or a list (or stack of four dimensions) with one for each. A mask is an
+            image, or an array or tensor `(height, width)`, of the size of its source image; at least half of full
+            brightness means "regenerate".
         images: For each prompt its images, or their codes; the mask belongs to the first. A pixel of it is a pixel of
             the image, or a code.
         image_processor: Reads the masks.
@@ -76,12 +79,16 @@ def masks_per_prompt(
     Raises:
         TypeError: for what is no mask. ValueError: for a mask of another size than its image, or one without white.
     """
+    mask_image = _unstacked(mask_image)
     given = list(mask_image) if isinstance(mask_image, (list, tuple)) else [mask_image] * len(images)
     if len(given) != len(images):
         raise ValueError(f"`mask_image` has {len(given)} entries for {len(images)} prompts; give one for each.")
     masks = []
     for number, entry in enumerate(given):
-        mask, source = _read("mask_image", entry, image_processor)[0], images[number][0]
+        read, source = _read("mask_image", entry, image_processor), images[number][0]
+        if len(read) != 1:
+            raise ValueError(f"`mask_image` must hold one mask for each prompt, got {len(read)} for one.")
+        mask = read[0]
         size = (source.shape[1], source.shape[0]) if isinstance(source, torch.Tensor) else source.size
         if mask.size != size:
             raise ValueError(
@@ -116,6 +123,11 @@ def touched_codes(
     pixels = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(mask.height, mask.width)
     side = image_processor.patch_size
     return pixels.unflatten(0, (-1, side)).unflatten(2, (-1, side)).amax(dim=(1, 3)) > 0
+
+
+def _unstacked(images: Any) -> Any:
+    """Images that are stacked in one array or tensor, as `output_type="pt"` and "np" give them, as a list."""
+    return list(images) if getattr(images, "ndim", None) == 4 else images
 
 
 def _read(name: str, images: Any, image_processor: LLaDAUniImageProcessor) -> list[PIL.Image.Image]:

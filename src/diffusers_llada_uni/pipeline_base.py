@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -252,7 +253,10 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
             changes = given | {name: returned[name] for name in self._callback_tensor_inputs if name in returned}
         return changes | {"guidance_scale": self._guidance_scale, "interrupt": self._interrupt}
 
-    def _check_callback(self, callback: Any, tensor_inputs: Any) -> None:
+    def _check_callback(self, callback: Any, tensor_inputs: Any) -> Sequence[str]:
+        """The names of the tensors it gets: diffusers' own callbacks say them themselves."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
         if callback is not None and not callable(callback):
             raise TypeError(f"`callback_on_step_end` must be callable, got {type(callback).__name__}.")
         if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, Sequence):
@@ -263,6 +267,7 @@ class LLaDAUniPipelineBase(PushedWithCard, LLaDAUniLoraLoaderMixin, DiffusionPip
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may name {', '.join(map(repr, known))}, got {unknown[0]!r}."
             )
+        return tensor_inputs
 
     # Bars
 

@@ -165,7 +165,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             decoding = code_decoder.settle(decoder, num_inference_steps, decoder_guidance_scale, upscale, output_type)
         elif latents is not None:
             raise ValueError("`latents` are decoded, but `output_type` is 'codes'.")
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensor_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         coder = self.code_generator
         if image is not None and image_codes is not None:
             raise ValueError("`image` and `image_codes` are two ways to give the same: give one of them.")
@@ -185,8 +185,10 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         for name, settings in (("generation_kwargs", generation_kwargs), ("thinking_kwargs", thinking_kwargs)):
             refuse_settings(name, settings, {"num_return_sequences": "num_images_per_prompt"})
         refuse_settings_of_text("generation_kwargs", generation_kwargs, size="height")
-        check_task(source, mask_image, (height, width), thinking, image_guidance_scale, thinking_kwargs)
-        negatives = check_negative_prompt(negative_prompt, len(prompts), guidance_scale)
+        check_task(
+            source, mask_image, (height, width), thinking, generation.guidance["image_guidance_scale"], thinking_kwargs
+        )
+        negatives = check_negative_prompt(negative_prompt, len(prompts), generation.guidance["guidance_scale"])
         check_generator(generator, num_images, "images")
         grid = None if source is not None and height is None else coder.grid_of(height, width, upscale)
 
@@ -258,7 +260,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         thoughts = [thoughts[row] for row in kept for _ in range(images_per_row)] if thinking else []
         images = []
         if code_decoder is not None:
-            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            callback = callback_on_step_end, tensor_inputs
             images = self._decode(codes_of_images, decoding, generator, latents, *callback)
         self.maybe_free_model_hooks()
         output = LLaDAUniPipelineOutput(
@@ -299,7 +301,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
     @torch.no_grad()
     def decode_codes(
         self,
-        codes: torch.Tensor,
+        codes: torch.Tensor | list[torch.Tensor],
         decoder: str | None = None,
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
@@ -314,7 +316,8 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         Turns grids of image codes into images.
 
         Args:
-            codes (`torch.LongTensor` of shape `(batch, H, W)`): Image codes, 0..codebook_size-1.
+            codes (`torch.LongTensor` of shape `(batch, H, W)`): Image codes, 0..codebook_size-1; or a list of such
+                `(H, W)`, which may be of several sizes.
             decoder (`str`, *optional*): `"turbo"` or `"normal"`; turbo when it is loaded, by default.
             num_inference_steps (`int`, *optional*): 8 for turbo, 50 for normal by default. For "normal" n counts the
                 points of the noise schedule as the release does, which makes n - 1 steps.
@@ -333,7 +336,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
 
         Returns:
             A list of images, an array `(batch, height, width, 3)` or tensor `(batch, 3, height, width)` in 0..1, or
-            latents `(batch, 16, h, w)`.
+            latents `(batch, 16, h, w)`; of codes of several sizes a list.
 
         Raises:
             ValueError: if an argument is out of range or a component is not loaded; nothing has been computed then.
@@ -341,12 +344,16 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         """
         code_decoder = self.code_decoder
         settings = code_decoder.settle(decoder, num_inference_steps, decoder_guidance_scale, upscale, output_type)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensor_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         code_decoder.check_codes(codes)
-        check_generator(generator, codes.shape[0], "images")
-        code_decoder.check_grid(codes.shape[1:], settings)
-        code_decoder.check_latents(latents, codes.shape[0], codes.shape[1:], settings)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        check_generator(generator, len(codes), "images")
+        sizes = {tuple(grid_codes.shape) for grid_codes in codes}
+        if latents is not None and len(sizes) > 1:
+            raise ValueError("`latents` cannot be given for images of different sizes.")
+        for size in sizes:
+            code_decoder.check_grid(size, settings)
+            code_decoder.check_latents(latents, len(codes), size, settings)
+        callback = callback_on_step_end, tensor_inputs
         images = self._decode(list(codes), settings, generator, latents, *callback)
         self.maybe_free_model_hooks()
         return images
@@ -458,7 +465,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         check_integer("max_images", max_images, minimum=1)
         code_decoder = self.code_decoder
         decoding = code_decoder.settle(decoder, num_inference_steps, decoder_guidance_scale, upscale)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        tensor_inputs = self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         coder = self.code_generator
         generation_kwargs = {} if generation_kwargs is None else generation_kwargs
         generation = CodeGenerationSettings(
@@ -493,7 +500,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         codes = [part for part in parts if not isinstance(part, str)]
         for grid_codes in codes:
             code_decoder.check_grid(grid_codes.shape, decoding)
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        callback = callback_on_step_end, tensor_inputs
         images = iter(self._decode(codes, decoding, generator, None, *callback))
         self.maybe_free_model_hooks()
         return [part if isinstance(part, str) else next(images) for part in parts]

@@ -150,8 +150,12 @@ def write_transformers_files(
         for name in ROOT_FILES if Path(root, WEIGHTS_INDEX).is_file() else ():
             Path(root, name).unlink(missing_ok=True)  # of what was saved here before
         return
-    if not weights.is_file() and not weights.with_name(WEIGHTS_INDEX).is_file():
+    index_file = weights.with_name(WEIGHTS_INDEX)
+    if not weights.is_file() and not index_file.is_file():
         return  # weights of a variant, or on other machines
+    if weights.is_file() and index_file.is_file():
+        # One is of what was saved here before, and transformers reads the whole file, whichever is newer.
+        min((weights, index_file), key=lambda file: file.stat().st_mtime_ns).unlink()
     if weights.is_file():
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
@@ -160,7 +164,7 @@ def write_transformers_files(
             "weight_map": dict.fromkeys(names, WEIGHTS),
         }
     else:
-        index = json.loads(weights.with_name(WEIGHTS_INDEX).read_text(encoding="utf-8"))
+        index = json.loads(index_file.read_text(encoding="utf-8"))
     index["weight_map"] = {name: f"model/{file}" for name, file in index["weight_map"].items()}
     Path(root, WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     model.config.save_pretrained(root)

@@ -9,6 +9,10 @@ from .prompts import flat_text, list_of_texts, text_of_message
 from .user_words import MARK_END, cut_words, encode_prompt, mark_words
 
 
+PART_TYPES = ("text", "image", "image_url")  # of the last, transformers makes an image
+ELSEWHERE = ("audio", "video")  # transformers says it itself
+
+
 def check_conversation(conversation: Any) -> None:
     """
     Raises TypeError or ValueError, which name `conversation`, if that is no chat and no list of chats: of messages
@@ -37,6 +41,9 @@ def _check_messages(messages: Any) -> None:
             raise TypeError(f"`{name}` must be a string or a list of dicts with a 'type', got {content!r:.100}.")
         else:
             for part in content or []:
+                if part["type"] not in (*PART_TYPES, *ELSEWHERE):
+                    kinds = ", ".join(map(repr, PART_TYPES))
+                    raise ValueError(f"`{name}` has a part of type {part['type']!r}; known are {kinds}.")
                 if part["type"] == "text":
                     list_of_texts([part.get("text")], f"{name}: 'text'")
 

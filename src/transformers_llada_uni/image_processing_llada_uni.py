@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .image_reading import ImageReader
+from .image_reading import ImageReader, check_rescaling
 
 
 RESIZE_MODES = ("understanding", "editing")
@@ -396,6 +396,7 @@ class LLaDAUniImageProcessor(PilBackend):
     def _preprocess_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
         """transformers' hook for all that is between the checked arguments of a call and its result."""
         processor, settings = self.configured(**kwargs)
+        check_rescaling(images, settings["do_rescale"])
         fetched = processor.fetch_images(images, settings["input_data_format"])
         if isinstance(fetched, Image.Image):
             fetched = [fetched]

@@ -112,7 +112,7 @@ class ImageReader:
             if not self.do_convert_rgb and image.mode != "RGB":
                 raise ValueError(f"its mode is {image.mode}, and `do_convert_rgb` is off")
             file_format, image = image.format, ImageOps.exif_transpose(image)
-            if not self.do_convert_rgb:
+            if not self.do_convert_rgb or (image.mode == "RGB" and "transparency" not in image.info):
                 return image
             rgb = convert_to_rgb(_in_eight_bits(image, file_format), return_numpy=True)
             return Image.fromarray(np.asarray(rgb))
@@ -142,6 +142,24 @@ class ImageReader:
             raise ValueError(f"`images`: {error}") from error
         array = array[..., 0] if array.shape[-1] == 1 else array
         return self._upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def check_rescaling(images: Any, do_rescale: bool) -> None:
+    """
+    Raises:
+        ValueError: if floats in 0..1, which are read as bytes in 0..255, shall not be scaled back.
+    """
+    if not do_rescale and _holds_unit_floats(images):
+        raise ValueError("`do_rescale=False` is not needed for floats in 0..1: they are known as such. Leave it out.")
+
+
+def _holds_unit_floats(images: Any) -> bool:
+    """Whether there are such among arrays and tensors, in lists or not."""
+    if isinstance(images, list | tuple):
+        return any(map(_holds_unit_floats, images))
+    if isinstance(images, np.ndarray):
+        return np.issubdtype(images.dtype, np.floating) and images.size > 0 and float(images.max()) <= 1
+    return is_torch_tensor(images) and images.is_floating_point() and images.numel() > 0 and float(images.max()) <= 1
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from .image_places import (
     place_images,
 )
 from .image_processing_llada_uni import LLaDAUniImageProcessor
+from .image_reading import check_rescaling
 from .image_sizes import check_length, default_side, grid_of_sources, grid_to_generate, grids_of
 from .model_answers import cut_thoughts, parts_of
 from .prompts import (
@@ -319,6 +320,7 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
                 raise ValueError("`images` and `image_codes` are two ways to give the same images: give one of them.")
             images = self.fetch_codes(image_codes)
         elif images is not None:
+            check_rescaling(images, images_kwargs.get("do_rescale", image_processor.do_rescale))
             images = image_processor.fetch_images(images, images_kwargs.get("input_data_format"))
         samples = deal_out(images, len(texts), counts, name)
         if task in ("text_to_image", "thinking") and any(samples):

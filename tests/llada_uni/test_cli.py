@@ -123,19 +123,33 @@ def test_a_photograph_is_turned_upright(tmp_path):
 
 
 def test_a_conversation_that_has_become_too_long(run):
-    short = run("chat", "--max-new-tokens", "4", input="hello\n").stdout
-    long = run("chat", "--max-new-tokens", "4", input="word " * 2000 + "\nhello\n").stdout
-    assert "positions" in long.splitlines()[0] and long.endswith(f"\n{short}")
+    assert "positions" in run("chat", "--max-new-tokens", "4", input="word " * 2000 + "\nhello\n", code=2).stderr
 
 
 def test_chat(run, pipe):
     expected = pipe.chat([{"role": "user", "content": "hello"}], max_new_tokens=16)
-    result = run(
-        "chat", "--max-new-tokens", "16", input="hello\n/new\n\nhello\n/image nothing.png\n/what\n/quit\nhello\n"
-    )
+    result = run("chat", "--max-new-tokens", "16", input="\ufeffhello\n/new\n\nhello\n/what\n/quit\nhello\n")
     said = result.stdout.splitlines()
     assert said[:2] == [expected, expected]
-    assert "nothing.png" in said[2] and said[3].startswith("/image PATH") and len(said) == 3 + len(HELP.splitlines())
+    assert said[2].startswith("/image PATH") and len(said) == 2 + len(HELP.splitlines())
+    result = run("chat", "--max-new-tokens", "16", input="hello\n/image nothing.png\nhello\n", code=2)
+    assert result.stdout == f"{expected}\n" and "there is no file nothing.png" in result.stderr
+
+
+def test_prompts_and_codes_that_cannot_be_drawn_are_told_before_the_first_is(run, tmp_path):
+    (tmp_path / "long.txt").write_text("a cat\n" + "word " * 2000 + "\na dog\n")
+    assert "Prompt 2 ('word word" in run("draw", "-p", "long.txt", code=2).stderr
+    codes = {"grid": [4, 4], "codes": [1] * 16}
+    rows = [codes, {**codes, "codes": [99_999] * 16}]
+    (tmp_path / "codes.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    assert "Image 2: `codes` must lie in 0..1023, got 99999" in run("decode", "codes.jsonl", code=2).stderr
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_story_of_nothing(run, pipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipe, "interleave", lambda *args, **settings: [])
+    result = run("story", "tell me", "-o", "told", code=1)
+    assert "the model has told nothing" in result.stderr and not result.stdout and not (tmp_path / "told").exists()
 
 
 @pytest.mark.parametrize("page", ["md", "html"])

@@ -80,7 +80,7 @@ def read_codes(path: str) -> list[dict[str, Any]]:
         ValueError: naming the file and the line, if they are none.
     """
     entries = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -124,6 +124,10 @@ def decode_codes(
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     if upscale != 2:  # what a run before made without it is found again
         settings["upscale"] = upscale
+    size = pipe.semantic_embedder.config["codebook_size"]
+    for number, entry in enumerate(entries, 1):
+        if (highest := max(entry["codes"])) >= size:
+            raise ValueError(f"Image {number}: `codes` must lie in 0..{size - 1}, got {highest}.")
     described = describe_pipeline(pipe, settings)
     asked = [
         {

@@ -1,6 +1,7 @@
 """What `evaluate` runs: images, answers, likelihoods and tasks, each scored; a run that is stopped goes on."""
 
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,17 @@ def load_rows(data: str, split: str, limit: int | None) -> Any:
     return rows
 
 
+def _listed(answers: Any) -> Any:
+    """A table's cell has room for one text: several answers stand there as a list in JSON."""
+    if not isinstance(answers, str) or not answers.lstrip().startswith("["):
+        return answers
+    try:
+        listed = json.loads(answers)
+    except ValueError:
+        return answers
+    return listed if listed and all(isinstance(answer, str) for answer in listed) else answers
+
+
 def evaluate_questions(
     pipe: "LLaDAUniPipeline",
     rows: Any,
@@ -126,7 +138,8 @@ def evaluate_questions(
 
     Args:
         pipe: The pipeline.
-        rows: With `image`, `question` and `answers`; see [`evaluate_visual_question_answering`].
+        rows: With `image`, `question` and `answers`; see [`evaluate_visual_question_answering`]. A text that is a list
+            in JSON is several answers.
         folder: Where paths of images are seen from.
         output: The folder for the answers.
         batch_size: Questions answered at once.
@@ -141,6 +154,7 @@ def evaluate_questions(
         for name in ("image", "question", "answers"):
             if row.get(name) is None or row[name] == "" or row[name] == []:
                 raise ValueError(f"`data`, row {number + 1} has no `{name}`.")
+        row = {**row, "answers": _listed(row["answers"])}
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         paths = [str(folder / image) if isinstance(image, str) else None for image in images]
         pairs = zip(images, paths, strict=True)

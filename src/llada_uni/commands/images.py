@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,10 @@ from .options import (
 from .prompt_files import PromptRow, requests_of
 
 
+if TYPE_CHECKING:
+    from diffusers_llada_uni import LLaDAUniPipeline
+
+SIZE = ("height", "width", "upscale")
 Candidates = Annotated[int, typer.Option("--num-candidates", min=1, help="Sample so many for each, keep the best.")]
 CodesTemperature = Annotated[float | None, typer.Option(min=0, help="Of sampled image codes; 0 takes the surest.")]
 Upscale = Annotated[int, typer.Option(min=1, max=4, help="A code becomes 16 times this many pixels down and across.")]
@@ -157,8 +161,40 @@ def _make(
     manifest = Manifest(output)
     settings = {key: value for key, value in settings.items() if value is not None}
     asked = [Request(*request) for request in requests]
-    for _, entry, is_new in make_images(load(*model), asked, manifest, **settings):
+    pipe = load(*model)
+    check_lengths(pipe, requests, **{name: settings[name] for name in SIZE if name in settings})
+    for _, entry, is_new in make_images(pipe, asked, manifest, **settings):
         tell(entry, is_new, output, as_json)
+
+
+def check_lengths(
+    pipe: "LLaDAUniPipeline",
+    requests: list[PromptRow],
+    height: int | None = None,
+    width: int | None = None,
+    upscale: int = 2,
+) -> None:
+    """
+    Of what is drawn without an image: that all prompts leave room for one, before the first is made.
+
+    Args:
+        pipe: The pipeline.
+        requests: What is asked.
+        height, width, upscale: As in the pipeline's call.
+
+    Raises:
+        ValueError: for a size that is none, and for the first prompt that is too long; of several it says which.
+    """
+    coder = pipe.code_generator
+    grid = coder.grid_of(height, width, upscale)
+    for number, request in enumerate(requests, 1):
+        if request.images:
+            continue
+        try:
+            coder.write_prompts([request.prompt], grid, upscale=upscale)
+        except ValueError as error:
+            where = f"Prompt {number} ({request.prompt[:40]!r}...): " if len(requests) > 1 else ""
+            raise ValueError(f"{where}{error}") from error
 
 
 def tell(entry: dict[str, Any], is_new: bool, output: Path, as_json: bool) -> None:

@@ -52,8 +52,10 @@ def requests_of(
     from ..image_files import open_image
 
     what = "question" if command == "ask" else "prompt"
-    if (prompt is None) == (prompts is None):
+    if prompt is None and prompts is None:
         raise ValueError(f"Give a {what}, or `--prompts` with a file of them.")
+    if prompt is not None and prompts is not None:
+        raise ValueError(f"Give a {what} or `--prompts`, and not both.")
     if prompts is not None and (images or mask):
         raise ValueError(f"`--image` and `--mask` are for one {what}; with `--prompts` its file names them.")
     if prompt is not None:
@@ -66,10 +68,15 @@ def requests_of(
         _check_request(command, request.images, request.mask, f"{prompts}, row {number}: ")
 
     requests = [PromptRow(prompt or "", tuple(images or ()), mask)] if requests is None else requests
-    for request in requests:
-        sizes = [open_image(path).size for path in request.images]
-        if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
-            raise ValueError(f"`mask` {request.mask} must be as large as the image, {sizes[0][0]} x {sizes[0][1]}.")
+    for number, request in enumerate(requests, 1):
+        where = "" if prompts is None else f"{prompts}, row {number}: "
+        try:
+            sizes = [open_image(path).size for path in request.images]
+            if request.mask is not None and open_image(request.mask, "mask").size != sizes[0]:
+                size = f"{sizes[0][0]} x {sizes[0][1]}"
+                raise ValueError(f"`mask` {request.mask} must be as large as the image, {size}.")
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
     return requests
 
 
@@ -88,7 +95,7 @@ def read_prompts(path: str) -> list[PromptRow]:
     folder.
 
     Args:
-        path: A file; `-` is standard input, as text or JSONL.
+        path: A file; `-` is standard input, as text, JSONL, or CSV whose first line names columns.
 
     Raises:
         ValueError: naming the file and the row, if a row cannot be read.
@@ -96,7 +103,11 @@ def read_prompts(path: str) -> list[PromptRow]:
     """
     folder = Path(path).parent if path != "-" else Path()
     source = "standard input" if path == "-" else path
-    rows = [_prompt_row(row, f"{source}, row {number}", folder) for number, row in enumerate(_rows(path, source), 1)]
+    rows = [
+        _prompt_row(row, f"{source}, row {number}", folder)
+        for number, row in enumerate(_rows(path, source), 1)
+        if row is not None
+    ]
     if not rows:
         raise ValueError(f"{source} holds no prompts.")
     return rows
@@ -108,7 +119,19 @@ def check_text(text: str, where: str) -> None:
         raise ValueError(f"{where} holds half a character: {text!r:.100}.")
 
 
+def _delimiter_of(header: str) -> str:
+    """Spreadsheets of some languages write semicolons; names of columns hold none of these."""
+    return max(",;\t", key=header.count)
+
+
+def _names_columns(line: str) -> bool:
+    """Whether a line is the first one of a table, and no prompt."""
+    names = [name.strip().strip('"') for name in line.split(_delimiter_of(line))]
+    return len(names) > 1 and "prompt" in names and set(names) <= set(COLUMNS)
+
+
 def _rows(path: str, source: str) -> Iterator[Any]:
+    """`None` for a row of a table without anything in it."""
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         from transformers_llada_uni.optional_dependencies import require_extra
@@ -123,11 +146,11 @@ def _rows(path: str, source: str) -> Iterator[Any]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no text in UTF-8: {error}.") from error
-    if suffix in (".csv", ".tsv"):
-        # Spreadsheets of some languages write semicolons; names of columns hold none of these.
-        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    header = text.partition("\n")[0]
+    if suffix in (".csv", ".tsv") or (path == "-" and _names_columns(header)):
         try:
-            yield from csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter_of(header)):
+                yield row if any(row.values()) else None
         except csv.Error as error:
             raise ValueError(f"{source} is no CSV: {error}.") from error
         return
@@ -162,7 +185,9 @@ def _prompt_row(row: Any, where: str, folder: Path) -> PromptRow:
     if unknown := sorted(set(map(str, row)) - set(COLUMNS)):
         raise ValueError(f"{where} has `{unknown[0]}`; known are {', '.join(COLUMNS)}.")
     prompt, images, seed = row.get("prompt"), row.get("image", []), row.get("seed")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{where}: `prompt` must be a text, got {prompt!r:.100}.")
+    if prompt is None or not prompt.strip():
         raise ValueError(f"{where} has no `prompt`.")
     check_text(prompt, f"{where}: `prompt`")
     images = [images] if isinstance(images, str) else images

@@ -61,6 +61,9 @@ def story(
     generator = torch.Generator().manual_seed(seed)
     settings: dict[str, Any] = {"image": images or None, "generator": generator, **size_of(size)}
     parts = pipe.interleave(prompt, max_images=max_images, **settings)
+    if not parts:
+        typer.echo("llada-uni: the model has told nothing; other words, or another `--seed`, may help.", err=True)
+        raise typer.Exit(1)
     typer.echo(write_story(parts, output, prompt, page.value))
 
 

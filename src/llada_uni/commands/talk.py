@@ -83,7 +83,8 @@ def chat(
             import readline  # noqa: F401  keys that move in a line, and bring earlier ones back
         typer.echo(HELP)
     lines = typed() if is_terminal else sys.stdin
-    converse(chat_model, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **sampling(temperature))
+    further = {"is_typed": is_terminal, **sampling(temperature)}
+    converse(chat_model, lines, lambda text: typer.echo(text, nl=False), max_new_tokens, **further)
 
 
 def message(role: str, text: str, images: "list[PIL.Image.Image] | None" = None) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def converse(
     lines: Iterable[str],
     write: Callable[[str], None],
     max_new_tokens: int = 1024,
+    is_typed: bool = True,
     **settings: Any,
 ) -> None:
     """
@@ -140,14 +142,19 @@ def converse(
         lines: What the user says; see `HELP`.
         write: Takes text.
         max_new_tokens: Of an answer.
+        is_typed: Whether somebody sits there, who reads of a mistake and goes on.
         **settings: Of generation.
+
+    Raises:
+        ValueError: for a mistake, if nobody does.
     """
     from ..answers import stream_answer
     from ..image_files import open_image
 
     messages: list[dict[str, Any]] = []
     images: list[PIL.Image.Image] = []
-    for line in map(str.strip, lines):
+    for line in lines:
+        line = line.removeprefix("\ufeff").strip()  # of editors that mark UTF-8
         command, _, rest = line.partition(" ")
         if not command:
             continue
@@ -157,8 +164,12 @@ def converse(
             messages, images = [], []
         elif command == "/image" or _is_dropped(line):
             try:
-                images += [open_image(path) for path in paths_of(rest if command == "/image" else line)]
+                if not (paths := paths_of(rest if command == "/image" else line)) or not paths[0]:
+                    raise ValueError("`/image` needs the path of an image behind it.")
+                images += [open_image(path) for path in paths]
             except ValueError as error:
+                if not is_typed:
+                    raise
                 write(f"{error}\n")
         elif command.startswith("/"):
             write(f"{HELP}\n")
@@ -171,6 +182,8 @@ def converse(
             except KeyboardInterrupt:  # ends the answer, not the conversation
                 pass
             except ValueError as error:  # such as a conversation that has become too long
+                if not is_typed:
+                    raise
                 write(f"{error}\n")
                 continue
             write("\n")

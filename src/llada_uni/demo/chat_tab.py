@@ -144,6 +144,8 @@ def open_upload(path: Path) -> PIL.Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has more than {MAX_PIXELS} pixels")
             return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.name} is not kept any longer. Begin a new conversation.") from error
     except Exception as error:  # PIL raises whatever its decoders raise
         reason = str(error) if isinstance(error, ValueError) else "it is damaged, or something else"
         raise ValueError(f"{path.name} is no image that can be read: {reason}.") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import RequestError
 from .image_inputs import image_of_url
@@ -11,9 +11,17 @@ from .settings import ServerSettings
 
 
 class Strict(BaseModel):
-    """What is not known is refused by name, and not ignored."""
+    """What is not known is refused by name, and not ignored; `null` asks for nothing, whatever it stands for."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, fields: Any) -> Any:
+        """OpenAI's own client sends it for what was not given, also in answers that are sent back."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class TextPart(Strict):
@@ -49,7 +57,6 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     images: list[AnswerImage] = []
-    refusal: None = None
     name: str | None = None
 
 
@@ -66,11 +73,28 @@ CHARACTERS_PER_TOKEN = 16
 LOWEST_TEMPERATURE = 0.01
 
 
+# What asks for what is done anyway
+NEUTRAL: dict[str, Any] = {
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "logit_bias": {},
+    "store": False,
+}
+
+
 class ChatRequest(Strict):
     """
     OpenAI's request, as far as this model has what it asks for, and more settings of generation. What asks for
     nothing, such as penalties of 0, may stand there.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_neutral(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name not in NEUTRAL or NEUTRAL[name] != value}
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=256)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import PIL.Image
@@ -53,7 +54,7 @@ class Engine:
             TextJob: self.texts, ImageJob: self.images, StoryJob: self.stories
         }  # fmt: skip
         self.num_texts_running = self.num_text_tokens = 0
-        self._unfinished: set[Job] = set()
+        self._unfinished: dict[Future[Any], Job] = {}
         self._pixels = PixelWorker(pipe)
         # Daemons: who does not wait for `stop`, as after a second Ctrl-C, is not held up.
         self._threads = [
@@ -105,13 +106,18 @@ class Engine:
             EngineBusy: if too many jobs of its kind wait.
             EngineStopped: after [`stop`].
         """
-        self._unfinished.add(job)
-        job.result.add_done_callback(lambda _: self._unfinished.discard(job))
+        # By its future, of which no callback may hold the job: together they would stay until a collector comes by,
+        # and with them the images that were sent.
+        self._unfinished[job.result] = job
+        job.result.add_done_callback(self._forget)
         try:
             self._queues[type(job)].put(job)
         except Exception:
             job.cancel()
             raise
+
+    def _forget(self, result: Future[Any]) -> None:
+        self._unfinished.pop(result, None)
 
     def stop(self) -> None:
         """Takes no more jobs, does those that it has, and returns when they are done."""
@@ -137,7 +143,7 @@ class Engine:
 
     def num_running(self, kind: type[Job]) -> int:
         """Jobs of a kind that have begun, and are waited for."""
-        unfinished = sum(isinstance(job, kind) for job in list(self._unfinished))
+        unfinished = sum(isinstance(job, kind) for job in list(self._unfinished.values()))
         return max(unfinished - len(self._queues[kind]), 0)
 
     def _run(self, work: Callable[[], None]) -> None:
@@ -147,7 +153,7 @@ class Engine:
             logger.exception("The engine has died; the server answers no more.")
             self._close_queues()
             self._pixels.close()
-            for job in list(self._unfinished):
+            for job in list(self._unfinished.values()):
                 job.fail(EngineStopped("The engine has died."))
 
     # Text

@@ -62,8 +62,10 @@ def refusal_of(errors: Sequence[Any], known: Iterable[str] = ()) -> RequestError
         errors: Of pydantic.
         known: Fields of the request itself, not of what it holds.
     """
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    # Of a field that may be a text or a list, both are found wrong: what was meant is what was sent.
+    meant = [e for e in errors if not (e["type"] == "string_type" and e["loc"][-1] == "str" and _is_list(e["input"]))]
+    first = next((error for error in meant if error["type"] == "extra_forbidden"), (meant or errors)[0])
+    param = _path(first["loc"]) or None
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(param), list(known), 1) if "." not in str(param) else []
         hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -75,6 +77,25 @@ def refusal_of(errors: Sequence[Any], known: Iterable[str] = ()) -> RequestError
     if first["type"] == "json_invalid":
         return RequestError("The body is no JSON.")
     return RequestError(f"`{param or 'body'}`: {first['msg']}.", param)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """Where an error is, without what pydantic calls the alternatives of a field."""
+    parts: list[str] = []
+    is_label = False
+    for place, part in enumerate(location):
+        text = str(part)
+        if text.startswith("list["):
+            is_label = True  # behind it a number, and the kind of part that was sent
+        elif is_label and isinstance(part, str):
+            is_label = False
+        elif text not in ("body", "str") or (text == "str" and place < len(location) - 1):
+            parts.append(text)
+    return ".".join(parts)
 
 
 def refusal_of_failure(error: Exception, words: str = "messages") -> RequestError:

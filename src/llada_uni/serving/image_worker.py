@@ -112,7 +112,11 @@ class ImageWorker:
         grid = None if has_images and height is None else coder.grid_of(height, width)
         if has_images:
             reader = coder.processor.image_processor
-            images = images_per_prompt([job.images for job in jobs], len(jobs), True, reader)
+            images = []
+            for job in jobs:
+                if all(other.is_done for other in jobs):
+                    raise NobodyWaits
+                images += images_per_prompt([job.images], 1, True, reader)
             masks = masks_per_prompt([job.mask for job in jobs], images, reader) if has_masks else None
             groups = coder.write_edit_prompts(texts, images, masks, grid)
         else:

@@ -97,19 +97,22 @@ def image_router(engine: Engine, settings: ServerSettings) -> APIRouter:
     async def edits(request: Request) -> Any:
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise RequestError("Edits are sent as multipart/form-data, with the files `image` and `mask`.", status=415)
-        async with request.form(max_files=settings.max_images + 1, max_fields=64) as form:
-            fields: dict[str, Any] = {}
-            files: list[tuple[str, bytes]] = []
-            mask_file: bytes | None = None
-            for name, value in form.multi_items():
-                if not isinstance(value, UploadFile):
-                    fields[name] = value
-                elif name in ("image", "image[]"):
-                    files.append((name, await value.read()))
-                elif name == "mask":
-                    mask_file = await value.read()
-                else:
-                    raise RequestError(f"`{name}` is not known to this server.", name, code="unknown_parameter")
+        fields: dict[str, Any] = {}
+        files: list[tuple[str, bytes]] = []
+        mask_file: bytes | None = None
+        try:
+            async with request.form(max_files=settings.max_images + 1, max_fields=64) as form:
+                for name, value in form.multi_items():
+                    if not isinstance(value, UploadFile):
+                        fields[name] = value
+                    elif name in ("image", "image[]"):
+                        files.append((name, await value.read()))
+                    elif name == "mask":
+                        mask_file = await value.read()
+                    else:
+                        raise RequestError(f"`{name}` is not known to this server.", name, code="unknown_parameter")
+        except UnicodeError as error:  # of a charset that is none
+            raise RequestError("The form's charset cannot be read.") from error
         if not files:
             raise RequestError("`image` is missing: the file to edit.", "image")
         if len(files) > settings.max_images:

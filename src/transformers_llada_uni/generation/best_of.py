@@ -8,6 +8,7 @@ import torch
 
 from ..input_checks import check_integer
 from ..processing_llada_uni import LLaDAUniProcessor
+from ..user_words import encode_words
 
 
 QUESTION = "What is this?"  # of a model, about its own images
@@ -141,7 +142,7 @@ def prompt_recall(
     contexts, words = [], []
     for prompt, codes in zip(prompts, image_codes, strict=True):
         asked = processor(text=question, image_codes=codes, task="understanding")["input_ids"][0].tolist()
-        ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = encode_words(processor.tokenizer, prompt)
         contexts.append((asked, len(ids)))
         words.append(sorted(set(ids)))
     scores = [0.0] * len(contexts)

@@ -232,7 +232,7 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
         negative_image_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
-        num_steps_per_block: int = 8,
+        num_steps_per_block: int | None = None,
         image_codes: torch.Tensor | None = None,
         image_codes_mask: torch.Tensor | None = None,
         generation_config: BlockDiffusionGenerationConfig | None = None,
@@ -256,7 +256,8 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
             negative_image_input_ids, negative_image_attention_mask: The prompts without image, padded on the left;
                 used where `image_guidance_scale` is not 0.
             pixel_values, image_grid_thw: Images whose places the prompts hold open, from the processor.
-            num_steps_per_block (`int`, defaults to 8): Steps a block may take.
+            num_steps_per_block (`int`, *optional*): Steps a block may take; default: those of `generation_config`, or
+                8 without one (the model's own are for text).
             image_codes (`torch.LongTensor` of shape `(batch, H * W)`, *optional*): Known codes, for infilling.
             image_codes_mask (`torch.BoolTensor` of shape `(batch, H * W)`, *optional*): True where a code is to be
                 generated anew; all others stay those of `image_codes`.
@@ -273,6 +274,8 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
         """
         # 1. Settle the settings and check the arguments.
         refuse_settings_of_text("generate_image_codes", kwargs)
+        if num_steps_per_block is None:
+            num_steps_per_block = getattr(generation_config, "num_steps_per_block", None) or 8
         of_codes = {"num_steps_per_block": num_steps_per_block, "self_speculation": False}
         config = self.settle_generation_config(generation_config, kwargs | of_codes)
         assert config.mask_token_id is not None  # it is settled

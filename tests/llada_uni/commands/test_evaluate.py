@@ -89,6 +89,14 @@ def test_questions(run, pipe, tmp_path, monkeypatch):
     assert run("evaluate", "questions", data, *arguments).stdout == table
 
 
+def test_several_answers_in_the_cell_of_a_table(run, pipe, tmp_path):
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    (tmp_path / "rows.csv").write_text('image,question,answers\nred.png,What is this?,"[""a"", ""b"", ""[c""]"\n')
+    run("evaluate", "questions", str(tmp_path / "rows.csv"), "-o", "out", "--max-new-tokens", "8")
+    (entry,) = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert entry["answers"] == ["a", "b", "[c"]
+
+
 def test_what_questions_are_asked_with(run, tmp_path):
     """The manifest and the results show the whole prompt; the line after a question is VQAv2's, another, or none."""
     PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llada_uni.commands.prompt_files import PromptRow, read_prompts
+from llada_uni.commands.prompt_files import PromptRow, read_prompts, requests_of
 
 
 ROWS = [
@@ -75,6 +75,33 @@ def test_parquet(tmp_path):
     assert read_prompts(str(path)) == [PromptRow("a red apple", seed=3), PromptRow("x", (f"{tmp_path}/a.png",))]
 
 
+def test_blank_rows_of_a_spreadsheet(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt;seed\na cat;3\n;\na dog;\n\n")
+    assert read_prompts(str(path)) == [PromptRow("a cat", seed=3), PromptRow("a dog")]
+
+
+def test_a_prompt_and_a_file_of_prompts(tmp_path):
+    with pytest.raises(ValueError, match="Give a prompt or `--prompts`, and not both"):
+        requests_of("draw", "a cat", str(tmp_path / "prompts.txt"))
+
+
+def test_an_image_that_is_missing_is_told_with_its_row(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,image\nwhat?,none.png\n")
+    with pytest.raises(ValueError, match="prompts.csv, row 1: `image`: there is no file"):
+        requests_of("ask", None, str(path))
+
+
+@pytest.mark.parametrize("header", ["prompt;seed", "seed,prompt", '"prompt",image'])
+def test_a_table_from_standard_input(monkeypatch, header):
+    delimiter = ";" if ";" in header else ","
+    rows = [["", "a cat"], ["", "a dog"]] if header.startswith("seed") else [["a cat", ""], ["a dog", ""]]
+    text = "\n".join([header, *map(delimiter.join, rows)])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert read_prompts("-") == [PromptRow("a cat"), PromptRow("a dog")]
+
+
 @pytest.mark.parametrize("text", ["a cat\na dog\n", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n'])
 def test_standard_input(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + text.encode())))
@@ -95,7 +122,9 @@ def test_standard_input_that_cannot_be_read(monkeypatch, content, words):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }\n', "p.jsonl, row 2 is no JSON"),
         ("p.jsonl", '{"text": "a"}\n', "p.jsonl, row 1 has `text`; known are prompt"),
         ("p.jsonl", '{"seed": 1}\n', "p.jsonl, row 1 has no `prompt`"),
-        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl, row 1 has no `prompt`"),
+        ("p.jsonl", '{"prompt": 3}\n', "p.jsonl, row 1: `prompt` must be a text, got 3"),
+        ("p.csv", "prompt,seed\na,1\n,\nb,x\n", "p.csv, row 3: `seed`"),
+        ("p.csv", "prompt,seed\n,\n", "p.csv holds no prompts"),
         ("p.jsonl", "[1]\n", "p.jsonl, row 1 must be an object"),
         ("p.jsonl", '{"prompt": "a", "seed": "x"}\n', "p.jsonl, row 1: `seed`"),
         ("p.jsonl", '{"prompt": "a", "image": [3]}\n', "p.jsonl, row 1: `image`"),

@@ -98,6 +98,24 @@ def test_images_go_before_the_next_words(said, photo):
     assert "no file" in written and written.count("/image PATH") == 2 and len(said) == 2
 
 
+def test_a_mistake_ends_a_conversation_that_nobody_types(said, photo):
+    written = []
+    for lines, words in (
+        (["/image none.png\n", "what?\n"], "there is no file none.png"),
+        (["/image\n", "what?\n"], "`/image` needs the path"),
+        (["too long\n", "more\n"], "it is too long"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            converse(None, lines, written.append, is_typed=False)
+    assert len(said) == 1  # the first of the last
+    assert "`/image` needs the path" in converse_with(["/image"])
+
+
+def test_a_byte_order_mark_is_no_word(said, photo):
+    converse(None, [f"\ufeff/image {photo}\n", "what?\n"], lambda text: None, is_typed=False)
+    assert [part["type"] for part in said[0][0]["content"]] == ["image", "text"]
+
+
 def test_new_begins_again_and_an_answer_that_is_stopped_is_kept(said):
     written = converse_with(["long\n", "more\n", "too long\n", "more\n", "/new\n", "again\n", "\n"])
     assert written == "answer 1\nanswer 2.\nanswer 3it is too long\nanswer 4.\nanswer 5.\n"

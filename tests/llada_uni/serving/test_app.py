@@ -1,11 +1,14 @@
 """The server, asked by OpenAI's own client."""
 
 import base64
+import gc
 import io
 
 import PIL.Image
 import pytest
 import torch
+
+from llada_uni.serving.image_jobs import ImageJob
 
 
 def data_url(image: PIL.Image.Image) -> str:
@@ -112,3 +115,31 @@ def test_edit_under_a_mask(client, pipe, apple):
         generation_kwargs={"do_sample": True},
     ).images[0]  # fmt: skip
     assert image_of(made.data[0]).tobytes() == expected.tobytes()
+
+
+def test_what_asks_for_nothing_may_stand_there(client):
+    messages = [{"role": "user", "content": "what are you?"}]
+    plain = client.chat.completions.create(model="emoji", messages=messages, max_tokens=16)
+    settings = {"n": None, "response_format": {"type": "text"}, "store": False, "logit_bias": {}, "tools": []}
+    settings |= {"tool_choice": "none", "extra_body": {"stream": None}}
+    answer = client.chat.completions.create(model="emoji", messages=messages, max_tokens=16, **settings)
+    assert answer.choices[0].message.content == plain.choices[0].message.content
+    again = [*messages, plain.choices[0].message.model_dump(), *messages]  # with `tool_calls` and more of null
+    assert client.chat.completions.create(model="emoji", messages=again, max_tokens=16).choices
+    image = client.images.generate(prompt="a cat", n=None, size=None, response_format=None, extra_body={"seed": 0})
+    assert image.data[0].b64_json == client.images.generate(prompt="a cat", extra_body={"seed": 0}).data[0].b64_json
+
+
+def test_images_that_were_sent_go_with_the_answer(client, apple):
+    """Not when Python looks for cycles next: they may be hundreds of megabytes."""
+    file = io.BytesIO()
+    apple.save(file, "PNG")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            client.images.edit(image=("apple.png", file.getvalue(), "image/png"), prompt="make it green")
+        jobs = [thing for thing in gc.get_objects() if isinstance(thing, ImageJob) and thing.images]
+        assert len(jobs) <= 1  # of the one that a thread has done last
+    finally:
+        gc.enable()

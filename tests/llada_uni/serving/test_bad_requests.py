@@ -313,6 +313,19 @@ def test_a_prompt_of_megabytes_is_refused_at_once(pipe):
         ),
         ("chat/completions", chat(temprature=1), "Did you mean `temperature`?"),
         ("chat/completions", chat(messages=[{"role": "user", "content": "a", "x": 1}]), "`messages.0.x` is not known"),
+        (
+            "chat/completions",
+            chat(
+                messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,A"}]}]
+            ),
+            "`messages.0.content.0.image_url`: Input should be a valid dictionary",
+        ),
+        (
+            "chat/completions",
+            chat(messages=[{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]),
+            "`messages.0.content.0`: Input tag 'input_image' found using 'type' does not match any of the expected",
+        ),
+        ("chat/completions", chat(messages=[{"role": "user", "content": None}]), "`messages.0.content` is missing."),
         ("images/generations", {"promt": "a cat"}, "Did you mean `prompt`?"),
         ("images/generations", {"prompt": "a cat", "style": "vivid"}, "`style` is not known to this server."),
         ("images/generations", {"prompt": "a cat", "quality": "hd"}, "`quality` may be 'auto' here, got 'hd'."),
@@ -328,6 +341,14 @@ def test_a_prompt_of_megabytes_is_refused_at_once(pipe):
 def test_a_refusal_says_what_was_meant_or_what_is_taken(strict, path, fields, sentence):
     message = post(strict, f"/v1/{path}", fields).json()["error"]["message"]
     assert sentence in message and ("Did you mean" in message) == ("Did you mean" in sentence)
+
+
+def test_an_edit_in_a_charset_that_is_none(strict):
+    body = b'--XX\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nab\r\n--XX--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=XX; charset=undefined"}
+    response = httpx.post(f"{strict.url}/v1/images/edits", content=body, headers=headers)
+    check(response, 400, None)
+    assert "charset" in response.text
 
 
 def test_unknown_paths_and_methods(strict):
