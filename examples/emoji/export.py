@@ -23,6 +23,7 @@ from transformers_llada_uni.loading.folder_writing import folder_at_once
 
 
 LARGEST = 50 * 2**20
+OF_HERE = ("auto_map", "_name_or_path", "local_files_only")
 CARD = ("README.md", "sheet.png", "training.json", "training.png")  # lies in the folder, and is not exported
 
 
@@ -36,13 +37,15 @@ def export_adapter(adapter: Path, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def leave_out_stubs(folder: Path) -> None:
-    """What comes with the package is never loaded without it."""
+def leave_out_what_is_of_here(folder: Path) -> None:
+    """Where it lay when it was exported; and what is for those without the package, which it comes with."""
     for stub in folder.rglob(f"{MODULE}.py"):
         stub.unlink()
     for file in folder.rglob("*.json"):
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.pop("auto_map", None) is not None:
+        if left_out := [name for name in OF_HERE if name in settings]:
+            for name in left_out:
+                del settings[name]
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -55,7 +58,7 @@ def main() -> None:
     pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(torch.float16)
     with folder_at_once(arguments.output_dir, replace=True) as folder:
         pipe.save_pretrained(folder)
-        leave_out_stubs(folder)
+        leave_out_what_is_of_here(folder)
         if arguments.adapter is not None:
             export_adapter(arguments.adapter, folder / "adapter")
         for name in CARD:

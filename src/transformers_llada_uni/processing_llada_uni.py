@@ -305,7 +305,8 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
             if image_codes is not None or images is None or task is not None:
                 missing = task is not None or image_codes is not None
                 raise ValueError("`text` is missing." if missing else "At least one of `images` and `text` is needed.")
-            return image_processor(images, return_tensors=return_tensors, **images_kwargs)
+            given: Any = images  # of which transformers' ImageInput leaves out lists of lists
+            return image_processor(given, return_tensors=return_tensors, **images_kwargs)
 
         # 1. Which images belong to which text, and how many codes they become.
         texts = list_of_texts(text, "text")

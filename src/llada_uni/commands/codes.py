@@ -124,7 +124,7 @@ def decode_codes(
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     if upscale != 2:  # what a run before made without it is found again
         settings["upscale"] = upscale
-    size = pipe.semantic_embedder.config["codebook_size"]
+    size = pipe.code_decoder.semantic_embedder.config["codebook_size"]
     for number, entry in enumerate(entries, 1):
         if (highest := max(entry["codes"])) >= size:
             raise ValueError(f"Image {number}: `codes` must lie in 0..{size - 1}, got {highest}.")
