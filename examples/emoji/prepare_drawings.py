@@ -4,8 +4,7 @@ What the decoder draws of the emoji's codes, for the image tokenizer to read as 
     python examples/emoji/prepare_drawings.py packages runs/emoji/model runs/emoji/data
 
 Reads `data/codes.json` and `data/views/`, and writes `data/drawings/` (columns image, image_codes): drawings of all
-emoji of the training and of scenes, and as many of the views beside them, so that nothing is forgotten; those of the
-emoji alone that are read as other codes than their own come several times.
+emoji of the training and of scenes, and as many of the views beside them, so that nothing is forgotten.
 """
 
 import argparse
@@ -24,11 +23,9 @@ from scenes import Scenes
 from tqdm import tqdm
 
 from diffusers_llada_uni import LLaDAUniPipeline
-from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
 
 NUM_SCENES = 400
-MISREAD_TIMES = 6
 BATCH = 64
 
 
@@ -46,20 +43,6 @@ def drawings(pipe: LLaDAUniPipeline, rows: list[Codes], seed: int) -> Iterator[d
                 for image, row in zip(pipe.decode_codes(codes, generator=generator), batch, strict=True):
                     yield {"image": image, "image_codes": [row]}
                 progress.update(len(batch))
-
-
-@torch.no_grad()
-def misread(views: Dataset, model: Any, processor: Any) -> list[int]:
-    """The rows, all of one size, whose codes are read otherwise than they are."""
-    rows: list[int] = []
-    for start in tqdm(range(0, len(views), BATCH), unit="batch"):
-        batch = views[start : start + BATCH]
-        inputs = processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
-        grids = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
-        for number, (grid, (own,)) in enumerate(zip(grids, batch["image_codes"], strict=True), start):
-            if grid.flatten().tolist() != own["codes"]:
-                rows.append(number)
-    return rows
 
 
 def main() -> None:
@@ -82,14 +65,9 @@ def main() -> None:
     scenes = Scenes(table, generator)
     rows += [codes.of_scene(scenes.any_scene()) for _ in range(NUM_SCENES)]
     drawn = Dataset.from_generator(lambda: drawings(pipe, rows, arguments.seed), features=FEATURES)
-    views = load_from_disk(arguments.data / "views")
-    some = views["train"].shuffle(seed=arguments.seed).select(range(min(len(drawn), len(views["train"]))))
-    model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
-    wrong = misread(views["alone"], model, processor)
-    print(f"{len(wrong)} of {len(views['alone'])} views are misread.")
-    DatasetDict(
-        train=concatenate_datasets([drawn, some, *[views["alone"].select(wrong)] * MISREAD_TIMES])
-    ).save_to_disk(arguments.data / "drawings")
+    views = load_from_disk(arguments.data / "views")["train"].shuffle(seed=arguments.seed)
+    both = concatenate_datasets([drawn, views.select(range(min(len(drawn), len(views))))])
+    DatasetDict(train=both).save_to_disk(arguments.data / "drawings")
 
 
 if __name__ == "__main__":
