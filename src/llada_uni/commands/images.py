@@ -186,14 +186,15 @@ def check_lengths(
         ValueError: for a size that is none, and for the first prompt that is too long; of several it says which.
     """
     coder = pipe.code_generator
+    drawn = [(number, request.prompt) for number, request in enumerate(requests, 1) if not request.images]
+    if not drawn:
+        return
     grid = coder.grid_of(height, width, upscale)
-    for number, request in enumerate(requests, 1):
-        if request.images:
-            continue
+    for number, prompt in drawn:
         try:
-            coder.write_prompts([request.prompt], grid, upscale=upscale)
+            coder.write_prompts([prompt], grid, upscale=upscale)
         except ValueError as error:
-            where = f"Prompt {number} ({request.prompt[:40]!r}...): " if len(requests) > 1 else ""
+            where = f"Prompt {number} ({prompt[:40]!r}...): " if len(requests) > 1 else ""
             raise ValueError(f"{where}{error}") from error
 
 
