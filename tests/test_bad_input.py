@@ -314,7 +314,6 @@ rows(
     ),
     ({"negative_attention_mask": "x"}, TypeError, ["`attention_mask` of `negative_input_ids`", "str"]),
     ({"num_steps_per_block": 0}, ValueError, ["`num_steps_per_block`", "0"]),
-    ({"num_steps_per_block": None}, TypeError, ["`num_steps_per_block`", "None"]),
     ({"image_codes": CODES}, ValueError, ["`image_codes` and `image_codes_mask`", "both or neither"]),
     ({"image_codes_mask": REGENERATE}, ValueError, ["`image_codes` and `image_codes_mask`", "both or neither"]),
     ({"image_codes": CODES[:, :3], "image_codes_mask": REGENERATE}, ValueError, ["`image_codes`", "(1, 4)", "(1, 3)"]),

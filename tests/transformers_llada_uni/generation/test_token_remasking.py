@@ -168,8 +168,10 @@ class TestPlantedErrors:
         """For both a function of settings; the model with all that it is asked."""
         model = AutoModelForImageTextToText.from_pretrained(embedded_checkpoint("emoji") / "model").float().eval()
         processor = AutoProcessor.from_pretrained(embedded_checkpoint("emoji") / "processor")
-        sheet, names = Image.open(FIXTURES / "emoji.png"), json.loads((FIXTURES / "names.json").read_text())[:6]
-        pictures = [[sheet.crop((64 * number, 0, 64 * number + 64, 64)).convert("RGB")] for number in range(6)]
+        # Of hands that differ in their tone alone, the model itself doubts some.
+        sheet, names = Image.open(FIXTURES / "emoji.png"), json.loads((FIXTURES / "names.json").read_text())[5:16]
+        places = [(64 * (number % 8), 64 * (number // 8)) for number in range(5, 16)]
+        pictures = [[sheet.crop((x, y, x + 64, y + 64)).convert("RGB")] for x, y in places]
         questions = processor(images=pictures, text=["what is this?"] * len(names), task="understanding")
         wishes = processor(text=names, task="text_to_image", height=64, width=64)
         return model, {
@@ -186,5 +188,5 @@ class TestPlantedErrors:
         offset = config.image_token_offset
         with planted_errors(0.1, (offset, config.vocab_size) if what == "codes" else (3, offset)) as planted:
             found = generate(**self.REMASKING)
-        assert sum(planted) >= 8
+        assert sum(planted) >= 6
         assert torch.equal(found, clean)
