@@ -124,10 +124,13 @@ def decode_codes(
     settings: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     if upscale != 2:  # what a run before made without it is found again
         settings["upscale"] = upscale
-    size = pipe.code_decoder.semantic_embedder.config["codebook_size"]
-    for number, entry in enumerate(entries, 1):
-        if (highest := max(entry["codes"])) >= size:
-            raise ValueError(f"Image {number}: `codes` must lie in 0..{size - 1}, got {highest}.")
+    grids = [torch.tensor(entry["codes"]).view(1, *entry["grid"]) for entry in entries]
+    decoder = pipe.code_decoder
+    for number, codes in enumerate(grids, 1):
+        try:
+            decoder.check_codes(codes)
+        except ValueError as error:
+            raise ValueError(f"Image {number}: {error}") from error
     described = describe_pipeline(pipe, settings)
     asked = [
         {
@@ -142,9 +145,8 @@ def decode_codes(
 
     def make(numbers: list[int]) -> "list[PIL.Image.Image]":
         (number,) = numbers  # grids may differ
-        codes = torch.tensor(entries[number]["codes"]).view(1, *entries[number]["grid"])
         generator = torch.Generator().manual_seed(seed)
-        images = pipe.decode_codes(codes, **settings, generator=generator)
+        images = pipe.decode_codes(grids[number], **settings, generator=generator)
         return cast("list[PIL.Image.Image]", images)
 
     for _, entry, is_new in manifest.complete(asked, make):

@@ -63,7 +63,7 @@ def refusal_of(errors: Sequence[Any], known: Iterable[str] = ()) -> RequestError
         known: Fields of the request itself, not of what it holds.
     """
     # Of a field that may be a text or a list, both are found wrong: what was meant is what was sent.
-    meant = [e for e in errors if not (e["type"] == "string_type" and e["loc"][-1] == "str" and _is_list(e["input"]))]
+    meant = [error for error in errors if not (error["loc"][-1:] == ("str",) and isinstance(error["input"], list))]
     first = next((error for error in meant if error["type"] == "extra_forbidden"), (meant or errors)[0])
     param = _path(first["loc"]) or None
     if first["type"] == "extra_forbidden":
@@ -79,23 +79,13 @@ def refusal_of(errors: Sequence[Any], known: Iterable[str] = ()) -> RequestError
     return RequestError(f"`{param or 'body'}`: {first['msg']}.", param)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
 def _path(location: Sequence[str | int]) -> str:
-    """Where an error is, without what pydantic calls the alternatives of a field."""
-    parts: list[str] = []
-    is_label = False
-    for place, part in enumerate(location):
-        text = str(part)
-        if text.startswith("list["):
-            is_label = True  # behind it a number, and the kind of part that was sent
-        elif is_label and isinstance(part, str):
-            is_label = False
-        elif text not in ("body", "str") or (text == "str" and place < len(location) - 1):
-            parts.append(text)
-    return ".".join(parts)
+    """Where an error is, without what pydantic calls the alternatives of a message's content."""
+    parts = [part for part in location if part != "body"]
+    if parts[:1] == ["messages"] and parts[2:3] == ["content"]:
+        del parts[3:4]  # whether it is a text or a list of parts
+        del parts[4:5]  # behind the number of a part its kind
+    return ".".join(map(str, parts))
 
 
 def refusal_of_failure(error: Exception, words: str = "messages") -> RequestError:

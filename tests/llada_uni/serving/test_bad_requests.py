@@ -326,6 +326,12 @@ def test_a_prompt_of_megabytes_is_refused_at_once(pipe):
             "`messages.0.content.0`: Input tag 'input_image' found using 'type' does not match any of the expected",
         ),
         ("chat/completions", chat(messages=[{"role": "user", "content": None}]), "`messages.0.content` is missing."),
+        ("chat/completions", chat(str=1), "`str` is not known to this server. Did you mean `stream`?"),
+        (
+            "chat/completions",
+            chat(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+            "`messages.0.content.0.text` is missing.",
+        ),
         ("images/generations", {"promt": "a cat"}, "Did you mean `prompt`?"),
         ("images/generations", {"prompt": "a cat", "style": "vivid"}, "`style` is not known to this server."),
         ("images/generations", {"prompt": "a cat", "quality": "hd"}, "`quality` may be 'auto' here, got 'hd'."),
