@@ -3,8 +3,9 @@ All tasks on the emoji as token ids, for a model whose codes are settled.
 
     python examples/emoji/prepare_tasks.py packages runs/emoji/model runs/emoji/data/codes.json runs/emoji/tasks
 
-Writes `text/`, `alignment/` (drawing and naming), `pretraining/`, `sft/`, `finishing/` and `words/` (all tasks, in
-other shares) and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`.
+Writes `text/`, `alignment/` (drawing and naming), `pretraining/`, `sft/` and `finishing/` (all tasks, in other shares)
+and `sentences/` (for the adapter) as prepared datasets (input_ids, labels) for `llada-uni train sft`. With
+`--readings FILE`, which `prepare_readings.py` writes, `words/` alone: images as the tokenizer reads them.
 """
 
 import argparse
@@ -42,29 +43,29 @@ PRETRAINING = {
 FINE_TUNING = {**PRETRAINING, "conversations": 3, "naming_of_pairs": 8, "toning": 4_000}
 # What is hardest last: names of two people with a tone each, drawing by any words
 FINISHING = {**FINE_TUNING, "drawing": 16, "naming": 12, "naming_of_pairs": 40, "unknown": 500}
-# What is many and was seldom seen: every word for every emoji, every question about it; of the rest a little.
+# What is many and was seldom seen: every word for every emoji, every question; of the rest a little.
 WORDS = {
-    "wordings": 12,
-    "many_questions": 10,
-    "many_scene_questions": 9_000,
-    "drawing": 3,
-    "drawing_by_name": 1,
-    "naming": 2,
-    "naming_of_pairs": 5,
+    "wordings": 3,
+    "categories": 12,
+    "questions": 2,
+    "looking": 44_000,
+    "drawing": 2,
+    "naming": 3,
+    "naming_of_pairs": 3,
     "describing": 1,
-    "comparing": 1_000,
+    "comparing": 1_500,
     "unknown": 100,
     "thinking": 1,
     "editing": 2_500,
-    "toning": 800,
-    "placing": 600,
-    "stories": 2,
+    "toning": 500,
+    "placing": 500,
+    "stories": 1,
     "growing_stories": 200,
-    "scenes": 6_000,
-    "scene_edits": 4_000,
-    "riddles": 2_000,
+    "scenes": 4_000,
+    "scene_edits": 6_000,
+    "riddles": 1_500,
 }
-STAGES = {"pretraining": PRETRAINING, "sft": FINE_TUNING, "finishing": FINISHING, "words": WORDS}
+STAGES = {"pretraining": PRETRAINING, "sft": FINE_TUNING, "finishing": FINISHING}
 MAX_LENGTH = 384  # an edit of nine emoji: twice 144 codes, and the words
 
 
@@ -88,12 +89,14 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="The pipeline folder.")
     parser.add_argument("codes", type=Path, help="What prepare_codes.py has settled.")
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--readings", type=Path, help="What prepare_readings.py has written, for `words/`.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="Of all counts, for a quick look.")
     arguments = parser.parse_args()
     table = load_emoji(arguments.packages)
     processor = load_processor(str(arguments.model))
-    rows = TaskRows(table, EmojiCodes.load(arguments.codes, table), arguments.packages, arguments.seed)
+    codes = EmojiCodes.load(arguments.codes, table)
+    rows = TaskRows(table, codes, arguments.packages, arguments.seed, arguments.readings)
 
     def prepared(*tasks: list[Row]) -> DatasetDict:
         settings = {"block_length": 16, "max_length": MAX_LENGTH, "seed": arguments.seed}
@@ -103,6 +106,9 @@ def main() -> None:
     def round_of(counts: dict[str, int]) -> list[list[Row]]:
         return [getattr(rows, task)(max(1, round(count * arguments.share))) for task, count in counts.items()]
 
+    if arguments.readings is not None:
+        prepared(*round_of(WORDS)).save_to_disk(arguments.output_dir / "words")
+        return
     tasks = round_of(PRETRAINING)
     texts = texts_of([row for task in tasks for row in task])
     prepared([{"text": text} for text in texts]).save_to_disk(arguments.output_dir / "text")

@@ -203,7 +203,7 @@ class Scenes:
 
     def questions(self, scene: Scene) -> tuple[str, str]:
         """A question and its answer."""
-        kinds = [self.count, self._count_all, self._is_there, self._where, self._what_is_where, self._ground_of]
+        kinds = [self.count, self._count_all, self.is_there, self.where, self._what_is_where, self._ground_of]
         return self.generator.choice(kinds)(scene)
 
     def count(self, scene: Scene) -> tuple[str, str]:
@@ -217,12 +217,12 @@ class Scenes:
         form = self.generator.choice(("how many emoji are there?", "how many things do you see?", "count the emoji."))
         return form, NUMBERS[len(scene.keys)]
 
-    def _is_there(self, scene: Scene) -> tuple[str, str]:
+    def is_there(self, scene: Scene) -> tuple[str, str]:
         key = self._one_there_or_not(scene)
         form = self.generator.choice(("is there {}?", "do you see {}?", "is there {} in the picture?"))
         return form.format(with_article(self.name(key))), "yes" if key in scene.keys else "no"
 
-    def _where(self, scene: Scene) -> tuple[str, str]:
+    def where(self, scene: Scene) -> tuple[str, str]:
         key = self._one_there_or_not(scene)
         places = [
             place

@@ -1,5 +1,6 @@
 """Every task as rows of `docs/training.md`'s formats, on images that may be trained on."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from wishes import Wishes
 
 
 Row = dict[str, Any]
-QUESTIONS = 6  # about one image, where they are many
 SENTENCE = "{} from {}"  # how the adapter answers
 # Of an image that is seen this share of its codes is another one: what a tokenizer misreads shall not matter.
 MISREAD = {0.0: 0.4, 0.03: 0.25, 0.08: 0.2, 0.15: 0.15}
+SHARE_OF_READINGS = 0.5  # of images that the tokenizer has read: what it made of them, in place of codes at random
 SHARES_OF_EDITS = {
     "skin tone": 0.3,
     "gender": 0.25,
@@ -39,11 +40,13 @@ class TaskRows:
         codes ([`EmojiCodes`]): Of all emoji.
         packages (`Path`): The folder of the npm packages, for keywords.
         seed (`int`): Of what is drawn at random.
+        readings (`Path`, *optional*): What `prepare_readings.py` has written.
     """
 
-    def __init__(self, table: list[Emoji], codes: EmojiCodes, packages: Path, seed: int):
+    def __init__(self, table: list[Emoji], codes: EmojiCodes, packages: Path, seed: int, readings: Path | None = None):
         self.generator = random.Random(seed)
         self.tasks, self.codes = EmojiTasks(table), codes
+        self.readings = read_pairs(readings) if readings is not None else {}
         self.trained = [emoji for emoji in table if not emoji.is_held_out]
         keywords = Keywords(table, packages)
         self.wishes = Wishes(table, keywords, self.generator)
@@ -120,10 +123,10 @@ class TaskRows:
                 rows.append(self._asked_in_turn(self._seen(emoji), [name, *pairs]))
         return rows
 
-    def many_questions(self, repeats: int) -> list[Row]:
-        """Several about each image: its codes are read once for all of them."""
+    def categories(self, repeats: int) -> list[Row]:
+        """Which cannot be seen, and has to be learnt of each."""
         return [
-            self._asked_in_turn(self._seen(emoji), [self.questions_about.about(emoji) for _ in range(QUESTIONS)])
+            self._asked([self._seen(emoji)], *self.questions_about.category(emoji))
             for emoji in self.trained
             if not emoji.tones
             for _ in range(repeats)
@@ -207,17 +210,16 @@ class TaskRows:
             rows.append(self._asked_in_turn(self.codes.of_scene(scene), pairs))
         return rows
 
-    def many_scene_questions(self, count: int) -> list[Row]:
-        """Several about each scene, every other one what has to be counted."""
-        rows = []
+    def looking(self, count: int) -> list[Row]:
+        """
+        What has to be looked for in a scene: counted, found, or missed. One question a row: of several, an answer
+        would see the question that follows it in its block, which it never does when it is generated.
+        """
+        scenes, rows = self.scenes_drawn, []
+        kinds = (scenes.count, scenes.count, scenes.where, scenes.where, scenes.is_there, scenes.questions)
         for _ in range(count):
-            scene = self.scenes_drawn.any_scene()
-            pairs = [
-                (self.scenes_drawn.questions if number % 2 else self.scenes_drawn.count)(scene)
-                for number in range(QUESTIONS)
-            ]
-            self.generator.shuffle(pairs)
-            rows.append(self._asked_in_turn(self.codes.of_scene(scene), pairs))
+            scene = scenes.any_scene()
+            rows.append(self._asked([self.codes.of_scene(scene)], *self.generator.choice(kinds)(scene)))
         return rows
 
     def scene_edits(self, count: int) -> list[Row]:
@@ -295,7 +297,10 @@ class TaskRows:
         return {"instruction": words, "image_codes": [self._as_read(source), target]}
 
     def _as_read(self, image: dict[str, list[int]]) -> dict[str, list[int]]:
-        """Some of its codes misread."""
+        """With some of its codes misread."""
+        readings = self.readings.get(tuple(image["codes"]))
+        if readings and self.generator.random() < SHARE_OF_READINGS:
+            return {**image, "codes": self.generator.choice(readings)}
         (share,) = self.generator.choices(list(MISREAD), list(MISREAD.values()))
         read = [
             self.generator.choice(self.codes.known) if self.generator.random() < share else code
@@ -316,3 +321,11 @@ def text(words: str) -> dict[str, str]:
 
 def chat(question: list[dict], answer: list[dict]) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def read_pairs(file: Path) -> dict[tuple[int, ...], list[list[int]]]:
+    """Of the codes of an image what a tokenizer has read them as."""
+    readings: dict[tuple[int, ...], list[list[int]]] = {}
+    for meant, read in json.loads(file.read_text(encoding="utf-8")):
+        readings.setdefault(tuple(meant), []).append(read)
+    return readings

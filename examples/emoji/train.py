@@ -71,7 +71,6 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         "pretraining": stage("sft", "pretraining", "alignment"),
         "sft": stage("sft", "sft", "pretraining"),
         "finishing": stage("sft", "finishing", "sft"),
-        "words": stage("sft", "words", "finishing"),
         # From codes to pixels, and from pixels to the settled codes.
         "autoencoder": stage("autoencoder", "autoencoder", "build_model"),
         "put_autoencoder": put("autoencoder", "put_tokenizer"),
@@ -95,7 +94,15 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
         ),
         "tokenizer_drawings": stage("image_tokenizer_alignment", "tokenizer_drawings", "prepare_drawings"),
         "put_tokenizer_of_drawings": put("tokenizer_drawings"),
-        "put_language_model": put("words", "put_tokenizer_of_drawings"),
+        # Last what needs both: words and questions, on images as they are read.
+        "prepare_readings": script("prepare_readings", MODEL, DATA, after=("put_tokenizer_of_drawings",)),
+        "prepare_words": script(
+            *("prepare_tasks", packages, MODEL, DATA / "codes.json", RUNS / "tasks"),
+            *("--readings", DATA / "readings.json"),
+            after=("prepare_readings",),
+        ),
+        "words": stage("sft", "words", "finishing", "prepare_words"),
+        "put_language_model": put("words"),
         "lora": stage("sft", "lora", "put_language_model"),
     }
 

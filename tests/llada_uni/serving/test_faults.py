@@ -17,7 +17,9 @@ from llada_uni.serving.jobs import Job
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
 
 
-LONG = {"model": "emoji", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 64, "temperature": 9}
+HELLO = [{"role": "user", "content": "hello"}]
+# With this seed no end token is drawn.
+LONG = {"model": "emoji", "messages": HELLO, "max_tokens": 64, "temperature": 9, "seed": 4}
 TELL = {"model": "emoji", "messages": [{"role": "user", "content": "a red apple"}], "modalities": ["text", "image"]}
 DRAW = {"model": "emoji", "prompt": "a red apple", "n": 8}
 FAILS = 13  # the seed of a request that fails in the model
@@ -114,8 +116,7 @@ def test_an_answer_that_fails_fails_alone(client, monkeypatch):
     monkeypatch.setattr(ContinuousBatch, "add", failing_add)
 
     def ask(seed, **settings):
-        messages = [{"role": "user", "content": "hello"}]
-        return client.chat.completions.create(model="emoji", messages=messages, max_tokens=4, seed=seed, **settings)
+        return client.chat.completions.create(model="emoji", messages=HELLO, max_tokens=4, seed=seed, **settings)
 
     with pytest.raises(InternalServerError, match="its log says why") as failed:
         ask(FAILS)
