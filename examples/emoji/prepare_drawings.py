@@ -4,7 +4,8 @@ What the decoder draws of the emoji's codes, for the image tokenizer to read as 
     python examples/emoji/prepare_drawings.py packages runs/emoji/model runs/emoji/data
 
 Reads `data/codes.json` and `data/views/`, and writes `data/drawings/` (columns image, image_codes): drawings of all
-emoji of the training and of scenes, and as many of the views beside them, so that nothing is forgotten.
+emoji of the training and of scenes, and views beside them, so that nothing is forgotten; in the split "train" what is
+misread several times, in the split "once" everything once.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from emoji_codes import Codes, EmojiCodes
 from emoji_table import load_emoji
 from grounds import GROUNDS, SIZES
 from prepare_codes import FEATURES
+from prepare_readings import readings
 from scenes import Scenes
 from tqdm import tqdm
 
@@ -26,6 +28,8 @@ from diffusers_llada_uni import LLaDAUniPipeline
 
 
 NUM_SCENES = 400
+NUM_VIEWS_OF_SCENES = 2_000
+TIMES_MISREAD = 3
 BATCH = 64
 
 
@@ -65,9 +69,12 @@ def main() -> None:
     scenes = Scenes(table, generator)
     rows += [codes.of_scene(scenes.any_scene()) for _ in range(NUM_SCENES)]
     drawn = Dataset.from_generator(lambda: drawings(pipe, rows, arguments.seed), features=FEATURES)
-    views = load_from_disk(arguments.data / "views")["train"].shuffle(seed=arguments.seed)
-    both = concatenate_datasets([drawn, views.select(range(min(len(drawn), len(views))))])
-    DatasetDict(train=both).save_to_disk(arguments.data / "drawings")
+    views = load_from_disk(arguments.data / "views")
+    alone, scenes_seen = views["alone"], views["train"].skip(len(views["alone"])).take(NUM_VIEWS_OF_SCENES)
+    once = concatenate_datasets([drawn, alone, scenes_seen])
+    misread = [index for index, (meant, read) in enumerate(readings(pipe, once)) if meant != read]
+    repeated = concatenate_datasets([once, *[once.select(misread)] * (TIMES_MISREAD - 1)])
+    DatasetDict(train=repeated, once=once).save_to_disk(arguments.data / "drawings")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ Reads `data/drawings/`, and writes `data/readings.json`: of each image the codes
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 
 from diffusers_llada_uni import LLaDAUniPipeline
@@ -19,20 +20,23 @@ from diffusers_llada_uni import LLaDAUniPipeline
 BATCH = 64
 
 
+def readings(pipe: LLaDAUniPipeline, images: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+    """Of each image the codes that are meant and those that the tokenizer reads."""
+    for start in tqdm(range(0, len(images), BATCH), desc="reading"):
+        batch = images[start : start + BATCH]
+        inputs = pipe.processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
+        grids = pipe.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+        for (meant,), grid in zip(batch["image_codes"], grids, strict=True):
+            yield meant["codes"], grid.flatten().tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="The pipeline folder.")
     parser.add_argument("data", type=Path)
     arguments = parser.parse_args()
     pipe = LLaDAUniPipeline.from_pretrained(arguments.model, transformer=None, vae=None)
-    drawings = load_from_disk(arguments.data / "drawings")["train"]
-    pairs = []
-    for start in tqdm(range(0, len(drawings), BATCH)):
-        batch = drawings[start : start + BATCH]
-        images = pipe.processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
-        grids = pipe.model.get_image_codes(images["pixel_values"], images["image_grid_thw"])
-        meant = [codes["codes"] for (codes,) in batch["image_codes"]]
-        pairs += [(codes, grid.flatten().tolist()) for codes, grid in zip(meant, grids, strict=True)]
+    pairs = list(readings(pipe, load_from_disk(arguments.data / "drawings")["once"]))
     (arguments.data / "readings.json").write_text(json.dumps(pairs), encoding="utf-8")
 
 
