@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Two workers (see pyproject.toml) share two cores, and the models are tiny.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+gc.disable()  # until all is imported
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +46,9 @@ def ling(official_tiny, tmp_path_factory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first: at the end one worker would wait for the other.
     items.sort(key=lambda item: "test_documentation" not in item.nodeid)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays. To look through it again takes most of a second, and each training asks for that."""
+    gc.freeze()
+    gc.enable()

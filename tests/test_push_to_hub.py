@@ -11,10 +11,12 @@ import hashlib
 import http.client
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,6 +26,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 
 from transformers_llada_uni import hub_card
+
+from . import warm_python
 
 
 TOKEN = "hf_stand_in"
@@ -347,19 +351,32 @@ def server() -> Iterator[StandIn]:
         thread.join()
 
 
-def run(program: str, server: StandIn, home: Path, *arguments: Path) -> None:
-    environment = make_environment(server.url, home)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{done.stderr[-3000:]}\nrefused: {server.hub.refused}"
+@pytest.fixture(scope="module")
+def run(server, tmp_path_factory) -> Iterator[Callable[..., None]]:
+    """Runs programs as processes of their own, for which the stand-in is the Hub."""
+    folder = tmp_path_factory.mktemp("python")
+    python, address = folder / "python", str(folder / "socket")
+    warm_python.write_command(python, address)
+    environment = make_environment(server.url, folder / "home")
+
+    def run(program: str, *arguments: Path) -> None:
+        command = [str(python), "-c", program, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr[-3000:]}\nrefused: {server.hub.refused}"
+
+    with subprocess.Popen([sys.executable, warm_python.__file__, address], env=environment) as process:
+        while not Path(address).exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield run
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def pushed(server, converted_dir, tmp_path_factory) -> tuple[Hub, Path]:
+def pushed(run, server, converted_dir, tmp_path_factory) -> tuple[Hub, Path]:
     """The hub after all pushes, and the folder in which the same was saved on disk."""
     folder = tmp_path_factory.mktemp("push")
-    run(PUSH, server, folder / "home", converted_dir, folder)
+    run(PUSH, converted_dir, folder)
     return server.hub, folder
 
 
@@ -458,26 +475,26 @@ def test_large_files_go_as_large_files_and_only_once(pushed):
     assert hub.num_uploads == len(hub.large_objects)
 
 
-def test_pushed_model_and_processor_load_again(pushed, server, converted_dir, tmp_path):
-    run(PULL_MODEL, server, tmp_path / "home", converted_dir)
+def test_pushed_model_and_processor_load_again(pushed, run, converted_dir):
+    run(PULL_MODEL, converted_dir)
 
 
-def test_the_card_s_snippet_loads_the_model(pushed, server, tmp_path):
+def test_the_card_s_snippet_loads_the_model(pushed, run):
     hub, _ = pushed
     [snippet] = re.findall(r"```python\n(.*?)```", card_of(hub.repositories["tester/model"]).text, re.DOTALL)
-    run(f'{snippet}\nassert type(model).__name__ == "LLaDAUniForConditionalGeneration"', server, tmp_path / "home")
+    run(f'{snippet}\nassert type(model).__name__ == "LLaDAUniForConditionalGeneration"')
 
 
-def test_without_the_import_the_model_loads_by_its_stub(pushed, server, tmp_path):
-    run(PULL_BY_STUB, server, tmp_path / "home")
+def test_without_the_import_the_model_loads_by_its_stub(pushed, run):
+    run(PULL_BY_STUB)
 
 
-def test_pushed_pipeline_loads_again(pushed, server, converted_dir, tmp_path):
-    run(PULL_PIPELINE, server, tmp_path / "home", converted_dir)
+def test_pushed_pipeline_loads_again(pushed, run, converted_dir):
+    run(PULL_PIPELINE, converted_dir)
 
 
-def test_trained_model_arrives_with_a_card_of_its_training(server, converted_dir, tmp_path):
-    run(TRAIN, server, tmp_path / "home", converted_dir, tmp_path / "trained")
+def test_trained_model_arrives_with_a_card_of_its_training(run, server, converted_dir, tmp_path):
+    run(TRAIN, converted_dir, tmp_path / "trained")
     files = server.hub.repositories["tester/trained"]
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= files.keys()
     card = card_of(files)

@@ -5,6 +5,7 @@ has its own arguments, working directory, environment, standard streams, exit co
 nothing of this project.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -91,13 +92,22 @@ def answer(connection: socket.socket) -> None:
 def serve(address: str) -> None:
     """Listens at `address`, a path, until it is killed, or nobody is left who could do that."""
     parent = os.getppid()
+    gc.disable()  # what is imported stays: nobody needs to look through it
     import datasets  # noqa: F401
+    import diffusers.guiders
+    import diffusers.pipelines.auto_pipeline  # noqa: F401  and with it all pipelines
     import peft  # noqa: F401
+    import pydantic.type_adapter  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
-    from diffusers import AutoencoderKL, DiffusionPipeline, ZImageTransformer2DModel  # noqa: F401
+    import typer  # noqa: F401
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel  # noqa: F401
+    from transformers.models.glm4_moe import modeling_glm4_moe  # noqa: F401
+    from transformers.models.glm_image import modeling_glm_image  # noqa: F401
     from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: F401
 
+    gc.freeze()
+    gc.enable()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)

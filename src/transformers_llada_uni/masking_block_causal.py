@@ -54,6 +54,23 @@ class PrefixMask:
         )
 
 
+def mask_interface_of(config: PreTrainedConfig) -> Callable:
+    """
+    What makes masks for the attention implementation, to be called itself: `create_bidirectional_mask` evaluates an
+    additional mask function by `vmap`, which takes longer than a small forward and breaks `torch.export`, while this
+    goes by indices as upstream's own masks do.
+
+    Raises:
+        ValueError: for an attention implementation without a mask function.
+    """
+    if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"`attn_implementation={config._attn_implementation!r}` has no mask function: register one with "
+            "transformers' `AttentionMaskInterface`."
+        )
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+
+
 def create_block_causal_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -134,18 +151,12 @@ def create_block_causal_mask(
     mask_function: Callable = may_see
     if documents is not None and position_ids is not None:
         mask_function = packed_sequence_compatibility_function(may_see, position_ids, documents)
-    if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise ValueError(
-            f"`attn_implementation={config._attn_implementation!r}` has no mask function: register one with "
-            "transformers' `AttentionMaskInterface`."
-        )
+    mask_interface = mask_interface_of(config)
     kv_length, kv_offset = query_length, 0
     if past_key_values is not None:
         start = past_key_values.get_query_offset(0)
         kv_length, kv_offset = past_key_values.get_mask_sizes(query_length, 0)
-    # Not `create_bidirectional_mask`: it evaluates an additional mask function by `vmap`, which is slow and breaks
-    # `torch.export`, while this one goes by indices as upstream's own do.
-    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+    return mask_interface(
         batch_size=batch_size,
         q_length=query_length,
         kv_length=kv_length,

@@ -181,7 +181,7 @@ def test_one_step_ends_where_many_did(trained_decoder, tmp_path):
     trainer = make_trainer(
         tmp_path,
         (transformer, semantic_embedder),
-        max_steps=60,
+        max_steps=40,
         per_device_train_batch_size=8,
         learning_rate=2e-3,
     )
@@ -192,12 +192,12 @@ def test_one_step_ends_where_many_did(trained_decoder, tmp_path):
     student.register_forward_pre_hook(lambda *_: passes.append(1))
 
     def ends(pipe, *settings):
-        codes = torch.arange(64).view(64, 1, 1) % 2
-        noise = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+        codes = torch.arange(32).view(32, 1, 1) % 2
+        noise = torch.randn(32, 4, 4, 4, generator=torch.Generator().manual_seed(7))
         return pipe.decode_codes(codes, *settings, latents=noise, output_type="latent")
 
     pipe, undistilled = (make_pipeline(transformer, semantic_embedder, turbo) for turbo in (student, None))
-    wanted = ends(pipe, "normal", 24)
+    wanted = ends(pipe, "normal", 16)
     distance = (ends(pipe, "turbo", 1) - wanted).square().mean()
     assert len(passes) == 1
     assert distance < 0.75 * (ends(undistilled, "turbo", 1) - wanted).square().mean()
@@ -212,18 +212,18 @@ def test_a_student_of_guidance_says_in_one_pass_what_the_teacher_says_in_two(tra
     )
     settings = {"objective": "guidance", "scheduler_shift": 2.0, "teacher_guidance_scale": 2.0}
     trainer = make_trainer(tmp_path, (transformer, semantic_embedder), **settings)
-    inputs = batch_of(trainer, 64)
+    inputs = batch_of(trainer, 32)
     trainer.model.eval()
-    sigmas, noise = draw_noise(inputs["latents"], step_generators(trainer, 64))
+    sigmas, noise = draw_noise(inputs["latents"], step_generators(trainer, 32))
     trainer.callback_handler.call_event("on_evaluate", trainer.args, trainer.state, trainer.control)
     points = noised(inputs["latents"], noise, sigmas)
-    alone = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(64, dtype=torch.bool))
+    alone = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(32, dtype=torch.bool))
     guided = trainer.teacher_velocity(points, sigmas, inputs["codes"])
     errors = [(v - u).square().mean() for v, u in zip(alone, guided, strict=True)]
     torch.testing.assert_close(trainer.loss(trainer.model, inputs), torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
     assert torch.stack(errors).mean() > 1e-3
 
-    trained = {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
+    trained = {"max_steps": 50, "per_device_train_batch_size": 16, "learning_rate": 2e-3}
     trainer = make_trainer(tmp_path, (transformer, semantic_embedder), **settings, **trained)
     trainer.train()
     trainer.save_model()
@@ -233,7 +233,7 @@ def test_a_student_of_guidance_says_in_one_pass_what_the_teacher_says_in_two(tra
     assert (scheduler.config["shift"], scheduler.config["stochastic_sampling"]) == (2.0, False)
     with torch.no_grad():
         trainer.model.eval()
-        taught = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(64, dtype=torch.bool))
+        taught = trainer.model(points, 1 - sigmas, inputs["codes"], torch.ones(32, dtype=torch.bool))
     left = torch.stack([(v - u).square().mean() for v, u in zip(taught, guided, strict=True)])
     assert left.mean() < 0.5 * torch.stack(errors).mean()
 

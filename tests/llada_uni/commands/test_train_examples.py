@@ -4,6 +4,7 @@ with nothing but paths and steps put in on the command line. The processes are f
 imports, which take longer than the steps. What was trained is then loaded in a process that has done none.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def processes(tmp_path_factory):
 
 def run(folder, words):
     """In a new process: the command, its words on the screen in a file."""
+    gc.freeze()  # what was imported before stays
     os.chdir(folder)
     screen = os.open("screen.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(screen, 1)

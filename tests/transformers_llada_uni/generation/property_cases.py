@@ -7,7 +7,7 @@ import torch
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 
 
-def tiny_backbone(seed: int = 0) -> LLaDA2MoeForBlockDiffusion:
+def tiny_backbone(seed: int = 0, num_hidden_layers: int = 2, **settings) -> LLaDA2MoeForBlockDiffusion:
     """A backbone in float64 with weights large enough that predictions differ from position to position."""
     torch.manual_seed(seed)
     config = LLaDA2MoeConfig(
@@ -16,7 +16,7 @@ def tiny_backbone(seed: int = 0) -> LLaDA2MoeForBlockDiffusion:
         hidden_size=32,
         intermediate_size=48,
         moe_intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -29,6 +29,7 @@ def tiny_backbone(seed: int = 0) -> LLaDA2MoeForBlockDiffusion:
         mask_token_id=63,
         pad_token_id=62,
         eos_token_id=61,
+        **settings,
     )
     model = LLaDA2MoeForBlockDiffusion(config).double().eval()
     model.set_experts_implementation("eager")  # grouped_mm knows no float64

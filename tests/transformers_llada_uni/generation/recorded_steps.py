@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from transformers_llada_uni.generation import recording
@@ -20,7 +22,9 @@ class TracedProgram:
 
     def __init__(self, program: Callable[[], None], pool):
         TracedProgram.count += 1
-        with torch.no_grad():
+        # Of each value that is traced the shape is noted as a fake tensor. Without a context every one of them would
+        # be given a mode of its own, which takes longer than all the rest.
+        with torch.no_grad(), tracing(TracingContext(FakeTensorMode())):
             self.program = make_fx(lambda _: program())(torch.zeros(()))
         self.has_run = True  # tracing runs it, recording does not
 

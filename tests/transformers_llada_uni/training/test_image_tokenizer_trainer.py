@@ -1,5 +1,6 @@
 """The image tokenizer's training: every term by hand, and that images find their captions."""
 
+import copy
 import json
 import math
 
@@ -31,7 +32,7 @@ RUN = {
     "save_strategy": "no",
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
-    "resize_mode": "understanding",  # fewer patches
+    "resize_mode": "understanding",
 }
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "cross", "ring")
 
@@ -73,8 +74,12 @@ def processor(converted_dir):
 
 @pytest.fixture
 def make_trainer(converted_dir, processor, tmp_path):
-    def make(output_dir=tmp_path, dataset=None, **settings):
+    def make(output_dir=tmp_path, dataset=None, side=64, **settings):
+        """Images become squares of `side` pixels; few patches are soon trained on."""
         model = AutoModelForImageTextToText.from_pretrained(converted_dir / "model")
+        own = copy.copy(processor)
+        own.image_processor = copy.copy(processor.image_processor)
+        own.image_processor.min_pixels = side**2
         torch.manual_seed(0)
         text_config = SiglipTextConfig(
             vocab_size=len(processor.tokenizer),
@@ -91,7 +96,7 @@ def make_trainer(converted_dir, processor, tmp_path):
             LLaDAUniImageTokenizerConfig(str(output_dir), **{**RUN, "max_text_length": 32, **settings}),
             train_dataset=shapes() if dataset is None else dataset,
             eval_dataset=coloured_shapes(),
-            processing_class=processor,
+            processing_class=own,
         )
         trainer.whole_model = model
         return trainer
@@ -264,13 +269,15 @@ def test_images_learn_to_share_codes(make_trainer):
     """Alone, too, an image then has the codes of its shape and of its colour."""
     trainer = make_trainer(
         dataset=coloured_shapes(),
+        side=96,
         num_style_codes=2,
         reconstruction_layers=1,
         reconstruction_weight=1.0,
         revival_threshold=0.0,  # with 16 images nearly all codes are dead, and new ones would only disturb
         group_weight=3.0,
-        max_steps=110,
+        max_steps=50,
         learning_rate=1e-3,
+        lr_scheduler_type="cosine",
         codebook_decay=0.9,
     )
     trainer.train()
@@ -343,11 +350,11 @@ def test_dead_codes_are_revived_from_the_batch(make_trainer):
 # Training
 
 
-@pytest.mark.parametrize(("codebook_update", "max_steps"), [("ema", 200), ("gradient", 130)])
-def test_images_find_their_captions(make_trainer, codebook_update, max_steps, tmp_path):
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+def test_images_find_their_captions(make_trainer, codebook_update, tmp_path):
     trainer = make_trainer(
         dataset=shapes((-4, -2, 2, 4)),
-        max_steps=max_steps,
+        max_steps=160,
         learning_rate=3e-3,
         codebook_update=codebook_update,
         codebook_decay=0.9,
@@ -356,7 +363,7 @@ def test_images_find_their_captions(make_trainer, codebook_update, max_steps, tm
     assert before["eval_image_to_text_recall"] <= 0.125  # chance is a sixteenth
     trainer.train()
     after = trainer.evaluate()
-    # Measured with three seeds: 0.375 to 0.625
+    # Measured with three seeds: 0.25 to 0.6875
     assert after["eval_image_to_text_recall"] >= 0.25 and after["eval_text_to_image_recall"] >= 0.25
     assert after["eval_codebook_perplexity"] > 5
     logged = [entry for entry in trainer.state.log_history if "contrastive_loss" in entry]

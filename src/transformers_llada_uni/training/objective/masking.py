@@ -3,7 +3,8 @@
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
+
+from ...masking_block_causal import mask_interface_of
 
 
 def positions_of(document_ids: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ def create_noisy_clean_mask(
     document_ids: torch.Tensor,
     clean_copy: int,
     dtype: torch.dtype,
-) -> torch.Tensor | BlockMask | None:
+) -> torch.Tensor | BlockMask:
     r"""
     The mask of block-diffusion training (BD3-LM, arXiv 2503.09573, section 4.1) for a row `[noisy copies ; clean]`.
     Token i sees token j of the same document where
@@ -53,7 +54,7 @@ def create_noisy_clean_mask(
         What the attention implementation takes: a boolean mask, a float mask, or a compiled `BlockMask`.
 
     Raises:
-        ValueError: for flash attention, which knows no such mask.
+        ValueError: for flash attention, which knows no such mask, and for implementations without a mask function.
     """
     if "flash" in config._attn_implementation:
         raise ValueError(
@@ -71,9 +72,14 @@ def create_noisy_clean_mask(
         earlier_clean = (copy_ids[batch_idx, kv_idx] == clean_copy) & (key_block < query_block)
         return same_document & (own_block | earlier_clean)
 
-    return create_bidirectional_mask(
+    batch_size, length = copy_ids.shape
+    return mask_interface_of(config)(
+        batch_size=batch_size,
+        q_length=length,
+        kv_length=length,
+        mask_function=may_see,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=copy_ids.device,
         config=config,
-        inputs_embeds=torch.empty((*copy_ids.shape, 0), dtype=dtype, device=copy_ids.device),  # for its shape
-        attention_mask=None,
-        and_mask_function=may_see,
     )
