@@ -1,5 +1,6 @@
 """Sections of the decoder, in the released shape with random weights; and of whole pictures, from prompt to pixels."""
 
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,7 +27,7 @@ TINY_TRANSFORMER = {
     "cap_feat_dim": 64,
     "axes_dims": [16, 24, 24],
 }
-TINY_VAE = {"block_out_channels": (32,) * 4}
+TINY_VAE = {"block_out_channels": (32,) * 4, "layers_per_block": 1}
 
 
 def make_pipeline(machine: Machine) -> LLaDAUniPipeline:
@@ -59,20 +60,20 @@ def make_pipeline(machine: Machine) -> LLaDAUniPipeline:
     return pipeline
 
 
-def grid_side(machine: Machine) -> int:
-    """Codes down and across: of 1024 x 1024 pixels."""
-    return 8 if machine.is_tiny else 32
+def picture_grid(machine: Machine) -> tuple[int, int]:
+    """Codes down and across: of 1024 x 1024 pixels. The language model writes them by whole blocks of 32."""
+    return (4, 8) if machine.is_tiny else (32, 32)
 
 
 def decode(
     pipeline: LLaDAUniPipeline, machine: Machine, codes: torch.LongTensor | None = None, **settings: Any
 ) -> Any:
     """One picture, by default of random codes."""
-    side = grid_side(machine)
+    grid = picture_grid(machine)
     if codes is None:
-        codes = torch.randint(256, (side * side,), generator=torch.Generator().manual_seed(0))
+        codes = torch.randint(256, grid, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator(machine.device).manual_seed(0)
-    return pipeline.decode_codes(codes.view(1, side, side), generator=generator, **settings)
+    return pipeline.decode_codes(codes.view(1, *grid), generator=generator, **settings)
 
 
 def report_decoding(
@@ -91,9 +92,9 @@ def report_decoding(
 
 
 def report_decoder(section: Section, pipeline: LLaDAUniPipeline, machine: Machine) -> None:
-    side = 32 * grid_side(machine)
+    height, width = (32 * side for side in picture_grid(machine))
     size = size_of_pipeline(pipeline)
-    section.note(f"{side} x {side} pixels; decoder, autoencoder and embedder take {size:.1f} GB.")
+    section.note(f"{width} x {height} pixels; decoder, autoencoder and embedder take {size:.1f} GB.")
     report_decoding(section, pipeline, machine, "turbo, 8 steps, latents", output_type="latent")
     report_decoding(section, pipeline, machine, "turbo, 8 steps, pixels")
 
@@ -126,7 +127,7 @@ def report_picture(
     section: Section, workload: Workload, pipeline: LLaDAUniPipeline, machine: Machine, loops: LoopResults
 ) -> None:
     """What the pipeline does, but for the words: random prompt ids, codes, pixels."""
-    num_codes = grid_side(machine) ** 2
+    num_codes = math.prod(picture_grid(machine))
 
     def picture() -> Any:
         return decode(pipeline, machine, workload.decode(Task(num_codes)).tokens.cpu())

@@ -1,8 +1,10 @@
 """The section of small cards: the backbone in four bits, the decoder in float8, what both take, and QLoRA."""
 
+import math
+
 import torch
 from diffusers import ZImageTransformer2DModel
-from gpu_decoder import decode, grid_side
+from gpu_decoder import decode, picture_grid
 from gpu_decoding import measure
 from gpu_machine import Machine
 from gpu_model import size_of, use_few_bits
@@ -57,7 +59,7 @@ def report_small_picture(section: Section, workload: Workload, pipeline: LLaDAUn
             assert isinstance(transformer, ZImageTransformer2DModel)
             quantize_(transformer, Float8WeightOnlyConfig())
         free_memory()
-        num_codes = grid_side(machine) ** 2
+        num_codes = math.prod(picture_grid(machine))
         if machine.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 

@@ -108,7 +108,9 @@ class ModelTesterMixin:
         for implementation in self.attention_implementations:
             other = copy.deepcopy(model)
             other.set_attn_implementation(implementation)
-            torch.testing.assert_close(self.run(other, **inputs), self.run(model, **inputs), rtol=1e-4, atol=1e-4)
+            with uncompiled():
+                output = self.run(other, **inputs)
+            torch.testing.assert_close(output, self.run(model, **inputs), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
     def test_experts_implementations_agree(self, implementation):
@@ -145,6 +147,16 @@ class ModelTesterMixin:
         assert gradients[0].keys() == gradients[1].keys()
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def uncompiled():
+    """
+    Runs what is compiled, as flex attention and its masks are, by the same operators one by one, so that not each
+    test of what they compute waits for a compiler. The code that is generated for flex attention is tested with every
+    kind of mask: by `test_positions_to_keep_changes_only_what_is_computed`,
+    `test_packed_documents_do_not_see_each_other` and `test_flex_attention_gives_the_loss_of_sdpa`.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def assert_is_one_graph(model, **inputs):

@@ -102,10 +102,12 @@ def serve(address: str) -> None:
     import transformers  # noqa: F401
     import typer  # noqa: F401
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.glm4_moe import modeling_glm4_moe  # noqa: F401
     from transformers.models.glm_image import modeling_glm_image  # noqa: F401
     from trl import DPOTrainer, GRPOTrainer, SFTTrainer  # noqa: F401
 
+    get_checkpoint_conversion_mapping("")  # which makes, once, a thousand regular expressions
     gc.freeze()
     gc.enable()
     listener = socket.socket(socket.AF_UNIX)
