@@ -72,7 +72,8 @@ def test_judges_its_own_codes(pipe, emoji):
 
 def test_the_best_of_four_is_better_than_any_of_four(pipe):
     prompts = ["a picture of rocket", "flag of norway", "draw a waving hand: dark skin tone", "pizza", "dog face"]
-    sampled = {"output_type": "codes", "generation_kwargs": {"temperature": 4.0}}
+    prompts += ["red apple", "cat face", "broken heart", "a butterfly", "snowman"]
+    sampled = {"output_type": "codes", "generation_kwargs": {"temperature": 3.0}}
     best = pipe(prompts, num_candidates=4, generator=generator(), **sampled)
     any_of_them = pipe(prompts, num_images_per_prompt=4, generator=generator(), **sampled)
     sure = pipe(prompts, output_type="codes").codes  # what the model is surest of, all of them right

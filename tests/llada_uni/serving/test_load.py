@@ -34,8 +34,8 @@ def test_answers_of_64_clients_are_those_of_one(server, client, pipe):
     with ThreadPoolExecutor(64) as clients:
         assert list(clients.map(lambda text: say(client, text), texts * 4)) == expected * 4
     with ThreadPoolExecutor(8) as clients:
-        sampled = list(clients.map(lambda seed: say(client, texts[0], temperature=4, seed=seed), range(8)))
-    assert sampled == [say(client, texts[0], temperature=4, seed=seed) for seed in range(8)]
+        sampled = list(clients.map(lambda seed: say(client, texts[0], temperature=2, seed=seed), range(8)))
+    assert sampled == [say(client, texts[0], temperature=2, seed=seed) for seed in range(8)]
     assert len(set(sampled)) > 1
 
 
@@ -118,13 +118,20 @@ def test_a_full_queue_turns_away(pipe):
         server.stop()
 
 
-def test_a_client_that_hangs_up_frees_its_row(pipe):
+def test_a_client_that_hangs_up_frees_its_row(pipe, monkeypatch):
     server = Server(pipe, ServerSettings("emoji", max_new_tokens=900), max_rows=1)
+    submit = server.engine.submit
+
+    def submit_long(job):  # whatever the model says, they go on to their full length
+        if job.max_new_tokens == 900:
+            job.settings["eos_token_id"] = []
+        return submit(job)
+
+    monkeypatch.setattr(server.engine, "submit", submit_long)
     try:
         client = server.client()
         messages = [{"role": "user", "content": "What is this?"}]
-        # With this seed no end token is drawn for 300 tokens.
-        body = {"model": "emoji", "messages": messages, "temperature": 10, "max_tokens": 900, "seed": 26}
+        body = {"model": "emoji", "messages": messages, "temperature": 10, "max_tokens": 900}
         stream = client.chat.completions.create(**body, stream=True)
         next(iter(stream))
         # One that waits for the row, and has not begun to be answered, hangs up, too.
