@@ -25,6 +25,7 @@ from scenes import Scenes
 from tqdm import tqdm
 
 from diffusers_llada_uni import LLaDAUniPipeline
+from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
 
 NUM_SCENES = 400
@@ -72,7 +73,8 @@ def main() -> None:
     views = load_from_disk(arguments.data / "views")
     alone, scenes_seen = views["alone"], views["train"].skip(len(views["alone"])).take(NUM_VIEWS_OF_SCENES)
     once = concatenate_datasets([drawn, alone, scenes_seen])
-    misread = [index for index, (meant, read) in enumerate(readings(pipe, once)) if meant != read]
+    model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
+    misread = [index for index, (meant, read) in enumerate(readings(model, processor, once)) if meant != read]
     repeated = concatenate_datasets([once, *[once.select(misread)] * (TIMES_MISREAD - 1)])
     DatasetDict(train=repeated, once=once).save_to_disk(arguments.data / "drawings")
 

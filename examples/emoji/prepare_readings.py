@@ -10,22 +10,23 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 
-from diffusers_llada_uni import LLaDAUniPipeline
+from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
 
 BATCH = 64
 
 
-def readings(pipe: LLaDAUniPipeline, images: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+def readings(model: Any, processor: Any, images: Dataset) -> Iterator[tuple[list[int], list[int]]]:
     """Of each image the codes that are meant and those that the tokenizer reads."""
     for start in tqdm(range(0, len(images), BATCH), desc="reading"):
         batch = images[start : start + BATCH]
-        inputs = pipe.processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
-        grids = pipe.model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
+        inputs = processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
+        grids = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
         for (meant,), grid in zip(batch["image_codes"], grids, strict=True):
             yield meant["codes"], grid.flatten().tolist()
 
@@ -35,8 +36,8 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="The pipeline folder.")
     parser.add_argument("data", type=Path)
     arguments = parser.parse_args()
-    pipe = LLaDAUniPipeline.from_pretrained(arguments.model, transformer=None, vae=None)
-    pairs = list(readings(pipe, load_from_disk(arguments.data / "drawings")["once"]))
+    model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
+    pairs = list(readings(model, processor, load_from_disk(arguments.data / "drawings")["once"]))
     (arguments.data / "readings.json").write_text(json.dumps(pairs), encoding="utf-8")
 
 
