@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_release
 
 from .documentation import blocks_of, runnable_blocks, sections_of
 from .text_only import write_ling, write_text_only
-from .warm_python import write_command
+from .warm_python import listening, write_command
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,13 +126,8 @@ def reader(tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "cache"),
     }
-    command = [sys.executable, str(ROOT / "tests" / "warm_python.py"), f"{folder}/socket"]
-    with subprocess.Popen(command, env=variables, start_new_session=True) as process:
-        while not (folder / "socket").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+    with listening(f"{folder}/socket", variables):
         yield variables
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

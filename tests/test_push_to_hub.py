@@ -11,11 +11,8 @@ import hashlib
 import http.client
 import json
 import re
-import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +24,7 @@ from safetensors.torch import load, load_file
 
 from transformers_llada_uni import hub_card
 
-from . import warm_python
+from .warm_python import listening, write_command
 
 
 TOKEN = "hf_stand_in"
@@ -356,7 +353,7 @@ def run(server, tmp_path_factory) -> Iterator[Callable[..., None]]:
     """Runs programs as processes of their own, for which the stand-in is the Hub."""
     folder = tmp_path_factory.mktemp("python")
     python, address = folder / "python", str(folder / "socket")
-    warm_python.write_command(python, address)
+    write_command(python, address)
     environment = make_environment(server.url, folder / "home")
 
     def run(program: str, *arguments: Path) -> None:
@@ -364,12 +361,8 @@ def run(server, tmp_path_factory) -> Iterator[Callable[..., None]]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stderr[-3000:]}\nrefused: {server.hub.refused}"
 
-    with subprocess.Popen([sys.executable, warm_python.__file__, address], env=environment) as process:
-        while not Path(address).exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+    with listening(address, environment):
         yield run
-        process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,12 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -44,6 +48,18 @@ def write_command(path: Path, address: str, *prefix: str) -> None:
     """
     path.write_text(COMMAND.format(python=sys.executable, address=address, prefix=list(prefix)))
     path.chmod(0o755)
+
+
+@contextmanager
+def listening(address: str, environment: dict[str, str]) -> Iterator[None]:
+    """`serve` in a process of its own, which has done its imports."""
+    command = [sys.executable, __file__, address]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        while not os.path.exists(address):
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(arguments: list[str]) -> None:

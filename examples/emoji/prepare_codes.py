@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from emoji_codes import EmojiCodes
 from emoji_table import load_emoji
 from scenes import Scenes, drawn
+from tqdm import tqdm
 
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
@@ -30,14 +31,13 @@ BATCH = 128
 
 
 @torch.no_grad()
-def encoded(pictures: Dataset, model: Any, processor: Any) -> Iterator[dict[str, Any]]:
-    """The content, style and codes of each picture, all of one size."""
-    for start in range(0, len(pictures), BATCH):
-        batch = pictures[start : start + BATCH]
-        inputs = processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
-        grids = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
-        for content, style, grid in zip(batch["content"], batch["style"], grids, strict=True):
-            yield {"content": content, "style": style, "codes": grid.flatten().tolist()}
+def read_codes(images: Dataset, model: Any, processor: Any) -> Iterator[list[int]]:
+    """What the image tokenizer reads of each image."""
+    for start in tqdm(range(0, len(images), BATCH), desc="reading"):
+        pictures = [[image] for image in images[start : start + BATCH]["image"]]
+        inputs = processor.image_processor(pictures, return_tensors="pt")
+        for grid in model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"]):
+            yield grid.flatten().tolist()
 
 
 def scene_views(scenes: Scenes, codes: EmojiCodes, number: int) -> Iterator[dict[str, Any]]:
@@ -56,7 +56,8 @@ def main() -> None:
     table = load_emoji(arguments.packages)
     model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
     pictures = load_from_disk(arguments.data / "pictures")["train"]
-    rows = list(encoded(pictures, model, processor))
+    known = pictures.select_columns(["content", "style"])
+    rows = [{**row, "codes": read} for row, read in zip(known, read_codes(pictures, model, processor), strict=True)]
     codes = EmojiCodes.settle(rows, model.model.vqmodel.quantize.embedding.weight, table)
     codes.save(arguments.data / "codes.json")
 

@@ -74,7 +74,7 @@ def main() -> None:
     alone, scenes_seen = views["alone"], views["train"].skip(len(views["alone"])).take(NUM_VIEWS_OF_SCENES)
     once = concatenate_datasets([drawn, alone, scenes_seen])
     model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
-    misread = [index for index, (meant, read) in enumerate(readings(model, processor, once)) if meant != read]
+    misread = [index for index, (meant, read) in enumerate(readings(once, model, processor)) if meant != read]
     repeated = concatenate_datasets([once, *[once.select(misread)] * (TIMES_MISREAD - 1)])
     DatasetDict(train=repeated, once=once).save_to_disk(arguments.data / "drawings")
 

@@ -13,22 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from tqdm import tqdm
+from prepare_codes import read_codes
 
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 
 
-BATCH = 64
-
-
-def readings(model: Any, processor: Any, images: Dataset) -> Iterator[tuple[list[int], list[int]]]:
+def readings(images: Dataset, model: Any, processor: Any) -> Iterator[tuple[list[int], list[int]]]:
     """Of each image the codes that are meant and those that the tokenizer reads."""
-    for start in tqdm(range(0, len(images), BATCH), desc="reading"):
-        batch = images[start : start + BATCH]
-        inputs = processor.image_processor([[image] for image in batch["image"]], return_tensors="pt")
-        grids = model.get_image_codes(inputs["pixel_values"], inputs["image_grid_thw"])
-        for (meant,), grid in zip(batch["image_codes"], grids, strict=True):
-            yield meant["codes"], grid.flatten().tolist()
+    for (meant,), read in zip(images["image_codes"], read_codes(images, model, processor), strict=True):
+        yield meant["codes"], read
 
 
 def main() -> None:
@@ -37,7 +30,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     arguments = parser.parse_args()
     model, processor = load_model(str(arguments.model)), load_processor(str(arguments.model))
-    pairs = list(readings(model, processor, load_from_disk(arguments.data / "drawings")["once"]))
+    pairs = list(readings(load_from_disk(arguments.data / "drawings")["once"], model, processor))
     (arguments.data / "readings.json").write_text(json.dumps(pairs), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -54,11 +55,14 @@ class PrefixMask:
         )
 
 
-def mask_interface_of(config: PreTrainedConfig) -> Callable:
+def make_mask(config: PreTrainedConfig, **settings: Any) -> Any:
     """
-    What makes masks for the attention implementation, to be called itself: `create_bidirectional_mask` evaluates an
-    additional mask function by `vmap`, which takes longer than a small forward and breaks `torch.export`, while this
-    goes by indices as upstream's own masks do.
+    The mask that the attention implementation takes, by its own function. Not by `create_bidirectional_mask`, which
+    evaluates an additional mask function by `vmap`: that takes longer than a small forward and breaks `torch.export`,
+    while this goes by indices as upstream's own masks do.
+
+    Args:
+        **settings: What transformers' `AttentionMaskInterface` gives to such a function.
 
     Raises:
         ValueError: for an attention implementation without a mask function.
@@ -68,7 +72,8 @@ def mask_interface_of(config: PreTrainedConfig) -> Callable:
             f"`attn_implementation={config._attn_implementation!r}` has no mask function: register one with "
             "transformers' `AttentionMaskInterface`."
         )
-    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+    make = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return make(config=config, allow_is_causal_skip=False, **settings)
 
 
 def create_block_causal_mask(
@@ -151,20 +156,18 @@ def create_block_causal_mask(
     mask_function: Callable = may_see
     if documents is not None and position_ids is not None:
         mask_function = packed_sequence_compatibility_function(may_see, position_ids, documents)
-    mask_interface = mask_interface_of(config)
     kv_length, kv_offset = query_length, 0
     if past_key_values is not None:
         start = past_key_values.get_query_offset(0)
         kv_length, kv_offset = past_key_values.get_mask_sizes(query_length, 0)
-    return mask_interface(
+    return make_mask(
+        config,
         batch_size=batch_size,
         q_length=query_length,
         kv_length=kv_length,
         q_offset=start,
         kv_offset=kv_offset,
         mask_function=mask_function,
-        allow_is_causal_skip=False,
         dtype=inputs_embeds.dtype,
         device=inputs_embeds.device,
-        config=config,
     )

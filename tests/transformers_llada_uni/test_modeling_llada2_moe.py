@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
-from tests.common import ModelTesterMixin, assert_is_one_graph, saved_tensors, uncompiled
+from tests.common import ModelTesterMixin, assert_is_one_graph, saved_tensors
 from tests.transformers_llada_uni.generation.property_cases import tiny_backbone
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion, LLaDA2MoeModel
 from transformers_llada_uni.masking_block_causal import create_block_causal_mask
@@ -70,7 +70,7 @@ class TestAgreesWithTheRelease:
     @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
     def test_logits_hidden_states_and_router(self, model, expected, implementation):
         model.set_attn_implementation(implementation)
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad():
             outputs = model(
                 expected["forward.input_ids"], block_length=8, output_hidden_states=True, output_router_logits=True
             )

@@ -9,6 +9,7 @@ from openai import OpenAI
 from diffusers_llada_uni import LLaDAUniPipeline
 from llada_uni.serving.app import create_app
 from llada_uni.serving.engine import Engine
+from llada_uni.serving.jobs import Job, TextJob
 from llada_uni.serving.settings import ServerSettings
 
 
@@ -32,6 +33,18 @@ class Server:
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join()
+
+
+def make_texts_endless(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers go on to their full length, whatever the model says."""
+    submit = engine.submit
+
+    def submit_endless(job: Job) -> None:
+        if isinstance(job, TextJob):
+            job.settings["eos_token_id"] = []
+        submit(job)
+
+    monkeypatch.setattr(engine, "submit", submit_endless)
 
 
 @pytest.fixture(scope="module")

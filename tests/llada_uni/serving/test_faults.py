@@ -13,7 +13,8 @@ import torch
 from openai import APIError, InternalServerError
 
 from diffusers_llada_uni import CodeDecoder
-from llada_uni.serving.jobs import Job, TextJob
+from llada_uni.serving.jobs import Job
+from tests.llada_uni.serving.conftest import make_texts_endless
 from transformers_llada_uni.generation.continuous_batch import ContinuousBatch
 
 
@@ -43,15 +44,9 @@ def kill(connection: socket.socket) -> None:
 def submitted(server, monkeypatch):
     """Jobs that the engine gets; texts go on to their full length, whatever the model says."""
     jobs: list[Job] = []
+    make_texts_endless(server.engine, monkeypatch)
     submit = server.engine.submit
-
-    def submit_long(job):
-        jobs.append(job)
-        if isinstance(job, TextJob):
-            job.settings["eos_token_id"] = []
-        return submit(job)
-
-    monkeypatch.setattr(server.engine, "submit", submit_long)
+    monkeypatch.setattr(server.engine, "submit", lambda job: jobs.append(job) or submit(job))
     return jobs
 
 

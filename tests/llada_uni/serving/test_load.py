@@ -19,7 +19,7 @@ from openai import APIStatusError, RateLimitError
 from llada_uni.serving.engine import Engine
 from llada_uni.serving.jobs import EngineStopped, TextJob
 from llada_uni.serving.settings import ServerSettings
-from tests.llada_uni.serving.conftest import Server
+from tests.llada_uni.serving.conftest import Server, make_texts_endless
 
 
 def say(client, text, **settings) -> str:
@@ -120,14 +120,7 @@ def test_a_full_queue_turns_away(pipe):
 
 def test_a_client_that_hangs_up_frees_its_row(pipe, monkeypatch):
     server = Server(pipe, ServerSettings("emoji", max_new_tokens=900), max_rows=1)
-    submit = server.engine.submit
-
-    def submit_long(job):  # whatever the model says, they go on to their full length
-        if job.max_new_tokens == 900:
-            job.settings["eos_token_id"] = []
-        return submit(job)
-
-    monkeypatch.setattr(server.engine, "submit", submit_long)
+    make_texts_endless(server.engine, monkeypatch)
     try:
         client = server.client()
         messages = [{"role": "user", "content": "What is this?"}]

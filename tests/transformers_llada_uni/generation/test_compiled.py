@@ -90,6 +90,7 @@ def test_all_kinds_of_calls_in_one_process():
             model.generate(ids[:1], **text),
             model.generate_image_codes(ids[:1], **guided),
             model.generate_image_codes(ids[:2], **guided | {"negative_input_ids": ids[1:]}),
+            model.generate(ids[:2], **text),
             model.generate(ids, attention_mask=padding, **text),
             model.generate(ids, **text),
             model.generate_image_codes(ids[:1], (4, 4), **settings),

@@ -236,8 +236,8 @@ def test_adapter_learns_and_comes_back(tmp_path):
     config = GroupwiseQuantizationConfig()
     torch.manual_seed(0)
     model = get_peft_model(load(quantization_config=config), lora_config(r=4, experts=False))
-    losses = train(model, 20)
-    assert losses[-1] < 0.6 * losses[0]
+    losses = train(model, 40)
+    assert losses[-1] < 0.5 * losses[0]
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(quantization_config=config), tmp_path).eval()
     assert torch.equal(logits(again), logits(model))

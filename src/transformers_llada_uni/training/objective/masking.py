@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 
-from ...masking_block_causal import mask_interface_of
+from ...masking_block_causal import make_mask
 
 
 def positions_of(document_ids: torch.Tensor) -> torch.Tensor:
@@ -73,13 +73,12 @@ def create_noisy_clean_mask(
         return same_document & (own_block | earlier_clean)
 
     batch_size, length = copy_ids.shape
-    return mask_interface_of(config)(
+    return make_mask(
+        config,
         batch_size=batch_size,
         q_length=length,
         kv_length=length,
         mask_function=may_see,
-        allow_is_causal_skip=False,
         dtype=dtype,
         device=copy_ids.device,
-        config=config,
     )
