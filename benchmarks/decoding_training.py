@@ -5,14 +5,15 @@ What is gained by training for decoding (`confidence_weight`, `editing_weight`, 
         --models shipped control=runs/control editing=runs/editing
 
 Each model is `shipped`, or the output folder of `llada-uni train sft`, which takes the shipped language model's place.
-Of each, with several settings of decoding: the shares of exact names and of right image codes of drawings (which no
-decoder takes part in), and how often a block went through the model for them, the mean over blocks of all rows,
-guidance not counted. And of each: where a tenth of the
-tokens of right answers is replaced by others at random, how many of these a single pass with token editing repairs,
-and how many of the right ones it spoils.
+Of each, with several settings of decoding: the shares of exact names and of exact descriptions of scenes, and of right
+image codes of drawings and of scenes (which no decoder takes part in), and how often a block went through the model
+for them, the mean over blocks of all rows, guidance not counted. And of each: where a tenth of the tokens of right
+answers is replaced by others at random, how many of these a single pass with token editing repairs, and how many of
+the right ones it spoils.
 """
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -36,9 +37,12 @@ from transformers_llada_uni.training.objective.token_corruption import TokenCorr
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "emoji"))
+from emoji_codes import SIDE
 from emoji_table import Emoji, load_emoji
 from evaluate import BATCH, Evaluation
-from questions import NAMING
+from grounds import CELL
+from questions import DESCRIBING, NAMING
+from scenes import Scenes, drawn
 from task_rows import chat, text
 from wishes import BEFORE
 
@@ -52,9 +56,6 @@ SETTINGS = {
     "0.85, editing": {"threshold": 0.85, **EDITING},
     "0.5, editing": {"threshold": 0.5, **EDITING},
 }
-
-
-Codes = dict[str, dict[str, list[int]]]
 
 
 class PassesOfBlocks:
@@ -96,17 +97,23 @@ def load_pipeline(folder: str) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.float32, **parts)
 
 
-def drawing(pipe: Any, subjects: list[Emoji], codes: Codes, seed: int, generation_kwargs: dict[str, Any]) -> float:
-    """The share of codes that are those of the asked emoji."""
-    prompts = [BEFORE[n % len(BEFORE)].format(emoji.name) for n, emoji in enumerate(subjects)]
+def drawing(pipe: Any, wished: list[tuple[str, torch.Tensor]], seed: int, generation_kwargs: dict[str, Any]) -> float:
+    """The share of codes that are those `(rows, columns)` of what was wished."""
     is_right = []
-    for start in range(0, len(subjects), BATCH):
-        generator = torch.Generator().manual_seed(seed + start)
-        settings = {"generator": generator, "generation_kwargs": generation_kwargs, "output_type": "codes"}
-        drawn = pipe(prompts[start : start + BATCH], **settings).codes
-        for emoji, own in zip(subjects[start : start + BATCH], drawn, strict=True):
-            is_right.append(own.flatten() == torch.tensor(codes[emoji.key]["codes"]))
+    for shape, group in itertools.groupby(sorted(wished, key=shape_of), key=shape_of):
+        rows, (height, width) = list(group), (side // SIDE * CELL for side in shape)
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            settings = {"generator": torch.Generator().manual_seed(seed + start), "height": height, "width": width}
+            own_codes = pipe(
+                [words for words, _ in batch], output_type="codes", generation_kwargs=generation_kwargs, **settings
+            ).codes
+            is_right += [(own == asked).flatten() for own, (_, asked) in zip(own_codes, batch, strict=True)]
     return torch.cat(is_right).float().mean().item()
+
+
+def shape_of(wished: tuple[str, torch.Tensor]) -> tuple[int, ...]:
+    return tuple(wished[1].shape)
 
 
 @torch.no_grad()
@@ -139,13 +146,14 @@ def repairs(model: Any, answers: Dataset, threshold: float, seed: int) -> tuple[
     return num_repaired / max(num_wrong, 1), num_spoilt / max(num_right, 1)
 
 
-def answers_of(pipe: DiffusionPipeline, subjects: list[Emoji], codes: Codes, seed: int) -> Dataset:
+def answers_of(pipe: DiffusionPipeline, subjects: list[Emoji], codes: list[torch.Tensor], seed: int) -> Dataset:
     """A name and a drawing of each subject, as rows of the training."""
-    drawings = [{"caption": emoji.name, "image_codes": [codes[emoji.key]]} for emoji in subjects]
+    own = [{"grid": list(grid.shape), "codes": grid.flatten().tolist()} for grid in codes]
+    drawings = [{"caption": emoji.name, "image_codes": [image]} for emoji, image in zip(subjects, own, strict=True)]
     question = [{"type": "image"}, text(NAMING[0])]
     names = [
-        {"messages": chat(question, [text(emoji.answer_name)]), "image_codes": [codes[emoji.key]]}
-        for emoji in subjects
+        {"messages": chat(question, [text(emoji.answer_name)]), "image_codes": [image]}
+        for emoji, image in zip(subjects, own, strict=True)
     ]
     settings = {"block_length": pipe.model.config.text_config.block_length, "max_length": 256, "seed": seed}
     parts = [Dataset.from_list(task) for task in (names, drawings)]
@@ -157,31 +165,44 @@ def main() -> None:
     parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
     parser.add_argument("--models", nargs="+", default=["shipped"], metavar="NAME=FOLDER")
     parser.add_argument("--subjects", type=int, default=256, help="emoji to name and to draw")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes to describe and to draw")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     table = load_emoji(arguments.packages)
-    trained = [emoji for emoji in table if not emoji.is_held_out]
-    subjects = random.Random(arguments.seed).sample(trained, arguments.subjects)
+    generator = random.Random(arguments.seed)
+    subjects = generator.sample([emoji for emoji in table if not emoji.is_held_out], arguments.subjects)
+    scenes = Scenes(table, generator)
+    some_scenes = [scenes.any_scene() for _ in range(arguments.scenes)]
+    images = [drawn(scene, scenes.by_key) for scene in some_scenes]
+    questions = [DESCRIBING[number % len(DESCRIBING)] for number in range(len(some_scenes))]
+    asked = [
+        ([image], question, scenes.described(scene))
+        for image, question, scene in zip(images, questions, some_scenes, strict=True)
+    ]
+    prompts = [BEFORE[number % len(BEFORE)].format(emoji.name) for number, emoji in enumerate(subjects)]
     threshold = EDITING["editing_threshold"]
-    print(f"{len(subjects)} emoji; editing replaces with more than {threshold}\n")
-    print("| model | threshold | names | passes | codes | passes |\n|---|---|---|---|---|---|")
-    lines, codes = [], None
+    print(f"{len(subjects)} emoji, {len(some_scenes)} scenes; editing replaces with more than {threshold}\n")
+    print("| model | threshold | names | passes | descriptions | passes | codes | passes | codes of scenes | passes |")
+    print("|---" * 10 + "|")
+    lines, codes = [], []
     for name, _, folder in (model.partition("=") for model in arguments.models):
         evaluation = Evaluation(load_pipeline(folder), table, arguments.seed)
         pipe: Any = evaluation.pipe
-        if codes is None:  # all models have the same image tokenizer
-            encoded = pipe.encode_images([emoji.picture for emoji in subjects])
-            codes = {
-                emoji.key: {"grid": list(grid.shape), "codes": grid.flatten().tolist()}
-                for emoji, grid in zip(subjects, encoded, strict=True)
-            }
+        if not codes:  # all models have the same image tokenizer
+            codes = pipe.encode_images([emoji.picture for emoji in subjects])
+            wished = list(zip(prompts, codes, strict=True))
+            wished_scenes = list(zip(map(scenes.wish, some_scenes), pipe.encode_images(images), strict=True))
         for setting in arguments.settings:
             passes, options = PassesOfBlocks(), SETTINGS[setting]
-            names = passes.measure(evaluation.naming, subjects, **options)
-            drawings = passes.measure(drawing, pipe, subjects, codes, arguments.seed, options)
-            print(f"| {name} | {setting} | {names} | {drawings} |", flush=True)
+            cells = [
+                passes.measure(evaluation.naming, subjects, **options),
+                passes.measure(evaluation.answers, asked, **options),
+                passes.measure(drawing, pipe, wished, arguments.seed, options),
+                passes.measure(drawing, pipe, wished_scenes, arguments.seed, options),
+            ]
+            print(f"| {name} | {setting} | {' | '.join(cells)} |", flush=True)
         answers = answers_of(pipe, subjects, codes, arguments.seed)
         repaired, spoilt = repairs(pipe.model, answers, threshold, arguments.seed)
         lines.append(f"| {name} | {100 * repaired:.1f}% | {100 * spoilt:.2f}% |")

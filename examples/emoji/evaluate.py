@@ -139,7 +139,7 @@ class Evaluation:
                 start += len(batch)
         return self._share(right), self._share([len(pictures) > 1 for pictures in pictures_of])
 
-    def answers(self, rows: list[tuple[list[Image.Image], str, str]]) -> float:
+    def answers(self, rows: list[tuple[list[Image.Image], str, str]], **settings: Any) -> float:
         """Images, a question and its one answer."""
         processor, model, results = self.pipe.processor, self.pipe.model, []
         by_size = sorted(rows, key=lambda row: ([image.size for image in row[0]], row[1]))
@@ -147,7 +147,7 @@ class Evaluation:
             inputs = processor(
                 images=[images for images, _, _ in batch], text=[words for _, words, _ in batch], task="understanding"
             )
-            sequences = model.generate(**inputs, max_new_tokens=64)
+            sequences = model.generate(**inputs, max_new_tokens=64, **settings)
             texts = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             results += [text.strip() == answer for text, (_, _, answer) in zip(texts, batch, strict=True)]
         return self._share(results)

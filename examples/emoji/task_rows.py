@@ -12,7 +12,7 @@ from grounds import GROUNDS, SIZES
 from keywords import Keywords
 from questions import DESCRIBING, NAMING, Questions
 from riddles import Riddle, Riddles
-from scenes import Placed, Scenes
+from scenes import Placed, Scene, Scenes
 from tasks import EmojiTasks, Story, shown_to_adapter
 from wishes import Wishes
 
@@ -224,10 +224,17 @@ class TaskRows:
 
     def scene_edits(self, count: int) -> list[Row]:
         edits = self.scenes_drawn.edits()
-        return [
-            self._edit(self.codes.of_scene(source), self.wishes.politely(words), self.codes.of_scene(target))
-            for source, words, target in (next(edits) for _ in range(count))
-        ]
+        return [self._scene_edit(*next(edits)) for _ in range(count)]
+
+    def looking_edits(self, count: int) -> list[Row]:
+        """
+        What has to be found before it can be changed. Of other edits most can be done, and most of their codes drawn,
+        by who copies and does not look.
+        """
+        return [self._scene_edit(*self.scenes_drawn.looking_edit()) for _ in range(count)]
+
+    def _scene_edit(self, source: Scene, words: str, target: Scene) -> Row:
+        return self._edit(self.codes.of_scene(source), self.wishes.politely(words), self.codes.of_scene(target))
 
     # Thoughts and stories
 

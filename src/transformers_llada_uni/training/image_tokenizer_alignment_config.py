@@ -18,6 +18,9 @@ class LLaDAUniImageTokenizerAlignmentConfig(TrainingArguments):
 
     Parameters:
         resize_mode (`str`, defaults to `"editing"`): The rule by which images are sized.
+        train_codebook (`bool`, defaults to `False`): Whether codes move too. Language model and decoder know them by
+            number alone. Where two lie so close that no image can be told to have one and not the other, the vision
+            tower cannot learn to, and they have to move apart.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]: `learning_rate` (1e-4)
@@ -31,6 +34,7 @@ class LLaDAUniImageTokenizerAlignmentConfig(TrainingArguments):
     remove_unused_columns: bool = False
 
     resize_mode: str = field(default="editing", metadata={"choices": list(RESIZE_MODES)})
+    train_codebook: bool = False
 
     def __post_init__(self):
         check_choice("resize_mode", self.resize_mode, RESIZE_MODES)

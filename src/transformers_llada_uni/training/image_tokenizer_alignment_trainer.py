@@ -28,7 +28,7 @@ class CodeClassifier(nn.Module):
 
     Args:
         visual: The vision tower (`model.visual`).
-        vqmodel: The quantiser (`model.vqmodel`); its codes stay what they are.
+        vqmodel: The quantiser (`model.vqmodel`).
     """
 
     def __init__(self, visual: GlmImageVisionModel, vqmodel: GlmImageVQVAE):
@@ -57,9 +57,9 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
 
         L = - log softmax_k(cos(h, e_k) / 0.05)[wanted code]
 
-    with the features h of a patch and all codes e_k, the mean over patches. Only the vision tower and the convolution
-    before the codes are trained, in place. Logged is the share of patches whose nearest code is the wanted one,
-    `code_accuracy`.
+    with the features h of a patch and all codes e_k, the mean over patches. The vision tower and the convolution
+    before the codes are trained, in place, and with `train_codebook` the codes as well. Logged is the share of patches
+    whose nearest code is the wanted one, `code_accuracy`.
 
     `save_model` writes `image_tokenizer/` in the released layout.
 
@@ -102,6 +102,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         classifier.requires_grad_(False)
         classifier.visual.requires_grad_(True)
         classifier.vqmodel.quant_conv.requires_grad_(True)
+        classifier.vqmodel.quantize.embedding.requires_grad_(args.train_codebook)
         super().__init__(
             model=classifier,
             args=args,

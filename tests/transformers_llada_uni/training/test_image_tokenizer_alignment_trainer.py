@@ -89,6 +89,32 @@ def test_images_get_the_codes_they_are_given(model_and_processor, tmp_path):
     assert torch.equal(saved["model.vqmodel.quant_conv.weight"], model.model.vqmodel.quant_conv.weight)
 
 
+def test_codes_that_lie_too_close_move_apart(model_and_processor, tmp_path):
+    """Two images shall have codes which are all but the same: the tower cannot learn to tell these, if they stay."""
+    model, processor = model_and_processor
+    codebook = model.model.vqmodel.quantize.embedding.weight
+    with torch.no_grad():
+        codebook[1] = codebook[0] + 1e-4 * codebook[2]
+    first = codebook.detach().clone()
+    images = [PILImage.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    inputs = processor.image_processor([[image] for image in images], return_tensors="pt")
+    grids = inputs["image_grid_thw"][:, 1:].tolist()
+    codes = [[{"grid": grid, "codes": [code] * (grid[0] * grid[1])}] for code, grid in enumerate(grids)]
+    data = Dataset.from_dict({"image": images, "image_codes": codes}).cast_column("image", Image())
+    settings = {"max_steps": 30, "learning_rate": 3e-3, "weight_decay": 0.0}
+    make_trainer(model, processor, data, tmp_path, **settings).train()
+    assert torch.equal(codebook, first)
+    assert F.cosine_similarity(codebook[0], codebook[1], dim=0) > 0.999
+    trainer = make_trainer(model, processor, data, tmp_path, **settings, train_codebook=True)
+    trainer.train()
+    assert F.cosine_similarity(codebook[0], codebook[1], dim=0) < 0.99
+    logged = [entry["code_accuracy"] for entry in trainer.state.log_history if "code_accuracy" in entry]
+    assert logged[0] < 0.6 and logged[-1] == 1
+    trainer.save_model()
+    saved = load_file(tmp_path / "image_tokenizer" / "image_tokenizer.safetensors")
+    assert torch.equal(saved["model.vqmodel.quantize.embedding.weight"], codebook)
+
+
 def test_rows_of_the_command_are_taken_as_they_are(model_and_processor, tmp_path):
     model, processor = model_and_processor
     data = rows(model, processor)
