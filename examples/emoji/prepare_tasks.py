@@ -46,7 +46,8 @@ FINISHING = {**FINE_TUNING, "drawing": 16, "naming": 12, "naming_of_pairs": 40, 
 # What is many and was seldom seen: every word for every emoji, every question; of the rest a little.
 WORDS = {
     "wordings": 3,
-    "categories": 11,
+    "categories": 12,
+    "kinds": 3,
     "questions": 6,
     "looking": 34_000,
     "looking_edits": 22_000,

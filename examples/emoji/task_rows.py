@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,15 @@ class TaskRows:
 
     def categories(self, repeats: int) -> list[Row]:
         """Which cannot be seen, and has to be learnt of each."""
+        return self._of_each(self.questions_about.category, repeats)
+
+    def kinds(self, repeats: int) -> list[Row]:
+        """Whether it is an animal, a vehicle, ..., which cannot be seen either."""
+        return self._of_each(self.questions_about.is_of_kind, repeats)
+
+    def _of_each(self, question: Callable[[Emoji], tuple[str, str]], repeats: int) -> list[Row]:
         return [
-            self._asked([self._seen(emoji)], *self.questions_about.category(emoji))
+            self._asked([self._seen(emoji)], *question(emoji))
             for emoji in self.trained
             if not emoji.tones
             for _ in range(repeats)
