@@ -186,7 +186,7 @@ class TestPlantedErrors:
         clean = generate()
         assert torch.equal(generate(**self.REMASKING), clean)
         offset = config.image_token_offset
-        with planted_errors(0.1, (offset, config.vocab_size) if what == "codes" else (3, offset)) as planted:
+        with planted_errors(0.15, (offset, config.vocab_size) if what == "codes" else (3, offset)) as planted:
             found = generate(**self.REMASKING)
         assert sum(planted) >= 6
         assert torch.equal(found, clean)
