@@ -176,10 +176,9 @@ def main() -> None:
     scenes = Scenes(table, generator)
     some_scenes = [scenes.any_scene() for _ in range(arguments.scenes)]
     images = [drawn(scene, scenes.by_key) for scene in some_scenes]
-    questions = [DESCRIBING[number % len(DESCRIBING)] for number in range(len(some_scenes))]
     asked = [
-        ([image], question, scenes.described(scene))
-        for image, question, scene in zip(images, questions, some_scenes, strict=True)
+        ([image], DESCRIBING[number % len(DESCRIBING)], scenes.described(scene))
+        for number, (image, scene) in enumerate(zip(images, some_scenes, strict=True))
     ]
     prompts = [BEFORE[number % len(BEFORE)].format(emoji.name) for number, emoji in enumerate(subjects)]
     threshold = EDITING["editing_threshold"]
