@@ -17,7 +17,7 @@ from .folder_writing import folder_at_once
 
 
 # Of a trainer, and of no use beside other weights
-OF_THE_RUN = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "scaler")
+OF_THE_RUN = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "trained_parameters", "scaler")
 
 
 def best_checkpoints(

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl.data_utils import get_dataset_column_names
 
-from .checkpointing import last_complete_checkpoint
+from .checkpointing import last_complete_checkpoint, parameters_trained_in, write_trained_parameters
 from .data.dataset_loading import AnyDataset
 from .model_card import write_model_card
 
@@ -24,6 +24,7 @@ for category, message in (
 ):
     warnings.filterwarnings("ignore", message, category)
 
+MOST_NAMED = 3  # parameters in an error
 Settings = TypeVar("Settings", bound=TrainingArguments)
 
 
@@ -57,12 +58,15 @@ class BaseTrainer(Trainer):
 
     - `train(resume_from_checkpoint=True)` goes on from the newest *complete* checkpoint, and begins anew where a run
       was stopped before its first one; a run that was finished stays as it is;
+    - a checkpoint of a run that trained other parameters is refused: what the optimiser remembers is told apart by its
+      order alone;
     - `create_model_card` says what was trained on what, with which settings, and what came out.
     """
 
     _stage = "training"  # what the card calls it
     _columns: tuple[str, ...] = ()  # that rows must have
     _is_saving_checkpoint = False  # or else the result of the run
+    _trained_before_wrapped: list[str]  # sharding and compiling give parameters other names
 
     @classmethod
     def check_columns(cls, argument: str, dataset: AnyDataset) -> None:
@@ -100,6 +104,23 @@ class BaseTrainer(Trainer):
         Raises:
             ValueError: if the run cannot go on from it.
         """
+        before, now = parameters_trained_in(folder), self._trained_parameters()
+        if before is None or before == now:
+            return
+        for this, other, names in (
+            ("that run trained", "this one does not train", sorted(set(before) - set(now))),
+            ("this run trains", "that one did not train", sorted(set(now) - set(before))),
+        ):
+            if names:
+                more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+                raise ValueError(
+                    f"`resume_from_checkpoint`: {folder!r} is of a run that trains other parameters: {this}, and "
+                    f"{other}, {', '.join(names[:MOST_NAMED])}{more}. A run keeps its settings."
+                )
+        raise ValueError(f"`resume_from_checkpoint`: {folder!r} is of a run whose parameters were in another order.")
+
+    def _trained_parameters(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
@@ -107,6 +128,7 @@ class BaseTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             self.check_checkpoint(resume_from_checkpoint)
+        self._trained_before_wrapped = self._trained_parameters()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(
@@ -123,6 +145,7 @@ class BaseTrainer(Trainer):
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:  # over an older run's checkpoint: it is not whole until the file comes back
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            write_trained_parameters(folder, self._trained_before_wrapped)
         try:
             super()._save_checkpoint(model, trial)
         finally:

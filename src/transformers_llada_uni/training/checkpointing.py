@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is whole."""
+"""Which checkpoint of a run is whole, and what was trained in it."""
 
 import json
 import os
@@ -7,6 +7,9 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+TRAINED_PARAMETERS_NAME = "trained_parameters.json"
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -28,3 +31,15 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
             continue
         return str(folder)
     return None
+
+
+def write_trained_parameters(folder: Path, names: list[str]) -> None:
+    """Beside the optimiser's state, which holds no names; `names` in the model's order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINED_PARAMETERS_NAME).write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
+
+
+def parameters_trained_in(folder: str | os.PathLike[str]) -> list[str] | None:
+    """What `write_trained_parameters` wrote, or `None` in a checkpoint that does not say it."""
+    file = Path(folder, TRAINED_PARAMETERS_NAME)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -122,8 +122,11 @@ class LanguageModelTrainer(BaseTrainer):
     # Checkpoints
 
     def check_checkpoint(self, folder: str) -> None:
-        if not Path(folder, "adapter_config.json").is_file():
-            return
+        if Path(folder, "adapter_config.json").is_file():
+            self._check_adapter(folder)
+        super().check_checkpoint(folder)
+
+    def _check_adapter(self, folder: str) -> None:
         if not is_peft_model(self.model):
             raise ValueError(
                 f"`resume_from_checkpoint`: {folder!r} holds an adapter, and this run trains the model itself."

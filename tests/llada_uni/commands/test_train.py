@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
 from diffusers_llada_uni import LLaDAUniPipeline
@@ -252,6 +253,40 @@ def test_an_adapter_goes_on_with_its_own_settings(converted_dir, tmp_path, capsy
         assert message in capsys.readouterr().err
     assert (output / "adapter_model.safetensors").read_bytes() == weights
     run("sft", tmp_path, **settings, lora_r=4, resume_from_checkpoint="true", max_steps=2)
+    assert (output / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "stage, before, now, message",
+    [
+        (
+            "sft",
+            {"trained_parts": ["embeddings"]},
+            {"trained_parts": ["head"]},
+            "does not train, model.language_model",
+        ),
+        ("image_tokenizer_alignment", {}, {"train_codebook": True}, "did not train, vqmodel.quantize.embedding"),
+    ],
+    ids=["sft", "alignment"],
+)
+def test_a_run_goes_on_only_with_the_parts_it_trained(converted_dir, tmp_path, capsys, stage, before, now, message):
+    settings = {"model_name_or_path": str(converted_dir), "save_strategy": "steps", "save_steps": 1}
+    rows = [{"messages": CHAT}] * 4
+    if stage != "sft":
+        image = Image.new("RGB", (64, 64), "red")
+        image.save(tmp_path / "red.png")
+        inputs = load_processor(str(converted_dir)).image_processor([[image]], return_tensors="pt")
+        height, width = inputs["image_grid_thw"][0, 1:].tolist()
+        codes = [number % 7 for number in range(height * width)]
+        rows = [{"image": str(tmp_path / "red.png"), "grid": [height, width], "codes": codes}] * 4
+        settings["resize_mode"] = "understanding"
+    settings["dataset_name"] = as_file(tmp_path, rows)
+    output = run(stage, tmp_path, **settings, **before)
+    with pytest.raises(SystemExit) as stop:
+        run(stage, tmp_path, **settings, **now, resume_from_checkpoint="true", max_steps=2)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    run(stage, tmp_path, **settings, **before, resume_from_checkpoint="true", max_steps=2)
     assert (output / "checkpoint-2").is_dir()
 
 

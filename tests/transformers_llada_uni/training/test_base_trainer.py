@@ -74,6 +74,32 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_meanwhile(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
 
 
+def test_a_run_goes_on_only_with_the_parameters_it_trained(tmp_path):
+    """The optimiser's state is told apart by its order: of other parameters it would remember another's moments."""
+
+    def with_plane(trained):
+        trainer = make_trainer(tmp_path, max_steps=4)
+        trainer.model.offset = torch.nn.Parameter(torch.zeros(1), requires_grad="offset" in trained)
+        trainer.model.slope.requires_grad_("slope" in trained)
+        trainer.model.forward = lambda x, labels: {
+            "loss": (trainer.model.slope * x + trainer.model.offset - labels).square().mean()
+        }
+        return trainer
+
+    with_plane(["slope"]).train()
+    weights = (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes()
+    for trained, message in (
+        (["offset"], "that run trained, and this one does not train, slope. A run keeps its settings"),
+        (["offset", "slope"], "this run trains, and that one did not train, offset. A run keeps its settings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_plane(trained).train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes() == weights
+    with_plane(["slope"]).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-4" / "trained_parameters.json").unlink()  # as earlier versions wrote them
+    with_plane(["slope"]).train(resume_from_checkpoint=True)
+
+
 def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)
