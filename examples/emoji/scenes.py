@@ -255,15 +255,15 @@ class Scenes:
             if made is not None:
                 return made
 
-    def looking_edit(self) -> tuple[Scene, str, Scene]:
-        """A scene, an instruction for which something has to be found in it, and what becomes of it."""
+    def looking_edits(self) -> Iterator[tuple[Scene, str, Scene]]:
+        """Without end: a scene, an instruction for which something has to be found in it, and what becomes of it."""
         while True:
             made = self.generator.choice((self._replace, self._move, self._remove, self._swap))
             # Where there are few places more scenes fit into a row; nothing can move where none is free.
             source = self.any_scene(shape=self.generator.choice(SHAPES[-2:] if made == self._move else SHAPES[:-1]))
             edited = made(source)
             if edited is not None and not is_held_out(edited[1].keys):
-                return source, *edited
+                yield source, *edited
 
     def edits(self, held_out: bool = False) -> Iterator[tuple[Scene, str, Scene]]:
         """Without end: a scene, an instruction, and what becomes of it."""

@@ -239,7 +239,8 @@ class TaskRows:
         What has to be found before it can be changed. Of other edits most can be done, and most of their codes drawn,
         by who copies and does not look.
         """
-        return [self._scene_edit(*self.scenes_drawn.looking_edit()) for _ in range(count)]
+        edits = self.scenes_drawn.looking_edits()
+        return [self._scene_edit(*next(edits)) for _ in range(count)]
 
     def _scene_edit(self, source: Scene, words: str, target: Scene) -> Row:
         return self._edit(self.codes.of_scene(source), self.wishes.politely(words), self.codes.of_scene(target))

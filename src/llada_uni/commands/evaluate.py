@@ -110,11 +110,12 @@ def questions(
     from ..pipeline_loading import resolve_model
 
     resolve_model(model)  # before torch is imported
-    from .evaluate_runs import evaluate_questions, load_rows
+    from .evaluate_runs import ImageQuestions, evaluate_questions, load_rows
 
     rows, folder = load_rows(data, split, limit), Path(data).parent if Path(data).is_file() else Path()
-    settings: dict[str, Any] = {"instruction": instruction, "max_new_tokens": max_new_tokens}
-    results = evaluate_questions(load(model, device, dtype), rows, folder, output, batch_size, **settings)
+    asked = ImageQuestions(rows, folder, instruction)
+    results = evaluate_questions(load(model, device, dtype), asked, output, batch_size, max_new_tokens)
+    settings = {"instruction": instruction, "max_new_tokens": max_new_tokens}
     _report(results, output, as_json, task="questions", model=model, data=data, split=split, **settings)
 
 

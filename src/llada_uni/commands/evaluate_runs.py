@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +55,27 @@ def image_metrics(
         features: A model of images, for the Frechet distance.
         functions: Paths `module.function`.
         device: Of the models.
+
+    Raises:
+        ValueError: for a function or a model that cannot be had; names the option.
     """
     from diffusers_llada_uni.evaluation.image_metrics import CLIPScore, FrechetDistance, ImageFeatures
 
     metrics: dict[str, Any] = {path.rpartition(".")[2]: user_function(path, "metric") for path in functions}
     if clip is not None:
-        metrics["clip_score"] = CLIPScore(clip, device=device)
-    return metrics, {} if features is None else {"frechet_distance": FrechetDistance(ImageFeatures(features, device))}
+        metrics["clip_score"] = _model_of("clip", CLIPScore, clip, device)
+    if features is None:
+        return metrics, {}
+    return metrics, {"frechet_distance": FrechetDistance(_model_of("features", ImageFeatures, features, device))}
+
+
+def _model_of(option: str, kind: Callable[..., Any], name: str, device: str | None) -> Any:
+    try:
+        return kind(name, device=device)
+    except OSError as error:
+        raise ValueError(f"`{option}` {name!r} cannot be loaded: {error}") from error
+    except ValueError as error:
+        raise ValueError(str(error).replace("`model`", f"`{option}`")) from error
 
 
 def evaluate_images(
@@ -124,56 +138,68 @@ def _listed(answers: Any) -> Any:
     return listed if listed and all(isinstance(answer, str) for answer in listed) else answers
 
 
+class ImageQuestions(Sequence[dict[str, Any]]):
+    """
+    The rows of visual question answering; see [`evaluate_visual_question_answering`]. All are looked at to begin with,
+    and their images opened again when they are asked about.
+
+    Args:
+        rows: With `image`, `question` and `answers`. A text that is a list in JSON is several answers.
+        folder: Where paths of images are seen from.
+        instruction: A line after each question; empty for none.
+
+    Raises:
+        ValueError, OSError: for a row that lacks something, and for an image that cannot be read.
+    """
+
+    def __init__(self, rows: Any, folder: Path, instruction: str):
+        self.rows, self.folder, self.instruction = rows, folder, instruction
+        self.entries = [
+            {"prompt": row["question"], "answers": row["answers"], "image_fingerprint": fingerprint(row["image"])}
+            for row in self
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.rows[index]
+        for name in ("image", "question", "answers"):
+            if row.get(name) is None or row[name] == "" or row[name] == []:
+                raise ValueError(f"`data`, row {index + 1} has no `{name}`.")
+        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+        asked = f"{row['question']}\n{self.instruction}" if self.instruction else row["question"]
+        return row | {"image": [*map(self._opened, images)], "question": asked, "answers": _listed(row["answers"])}
+
+    def _opened(self, image: Any) -> PIL.Image.Image:
+        from transformers_llada_uni.training.data.dataset_formats import stored_image
+
+        return open_image(str(self.folder / image)) if isinstance(image, str) else stored_image(image)
+
+
 def evaluate_questions(
-    pipe: "LLaDAUniPipeline",
-    rows: Any,
-    folder: Path,
-    output: Path,
-    batch_size: int,
-    instruction: str,
-    max_new_tokens: int,
+    pipe: "LLaDAUniPipeline", questions: ImageQuestions, output: Path, batch_size: int, max_new_tokens: int
 ) -> dict[str, Any]:
     """
     Visual question answering: `accuracy`, and `questions`, how many there were.
 
     Args:
         pipe: The pipeline.
-        rows: With `image`, `question` and `answers`; see [`evaluate_visual_question_answering`]. A text that is a list
-            in JSON is several answers.
-        folder: Where paths of images are seen from.
+        questions: And what people answered.
         output: The folder for the answers.
         batch_size: Questions answered at once.
-        instruction: A line after each question; empty for none.
         max_new_tokens: Of an answer.
     """
     from transformers_llada_uni.evaluation import evaluate_visual_question_answering
-    from transformers_llada_uni.training.data.dataset_formats import stored_image
-
-    def row_of(number: int) -> dict[str, Any]:
-        row = rows[number]
-        for name in ("image", "question", "answers"):
-            if row.get(name) is None or row[name] == "" or row[name] == []:
-                raise ValueError(f"`data`, row {number + 1} has no `{name}`.")
-        row = {**row, "answers": _listed(row["answers"])}
-        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-        paths = [str(folder / image) if isinstance(image, str) else None for image in images]
-        pairs = zip(images, paths, strict=True)
-        shown = [stored_image(image) if path is None else open_image(path) for image, path in pairs]
-        asked = f"{row['question']}\n{instruction}" if instruction else row["question"]
-        return row | {"image": shown, "question": asked}
 
     described = describe_pipeline(pipe, {"max_new_tokens": max_new_tokens})
-    asked = []
-    for number in range(len(rows)):
-        row = row_of(number)
-        entry = {"prompt": row["question"], "answers": row["answers"], "image_fingerprint": fingerprint(row["image"])}
-        asked.append(entry | described)
+    asked = [entry | described for entry in questions.entries]
 
     def make(numbers: list[int]) -> list[dict[str, Any]]:
         answers = evaluate_visual_question_answering(
             pipe.model,
             pipe.processor,
-            [row_of(number) for number in numbers],
+            [questions[number] for number in numbers],
             batch_size=len(numbers),
             prompt_template="{question}",
             max_new_tokens=max_new_tokens,

@@ -68,7 +68,8 @@ def describe_folder(path: str) -> dict[str, Any]:
     is_released = False
     if is_adapter(folder):
         described = describe_folder(configurations_of(locate(path, takes_models=True).path))
-        described["components"]["adapter"] = {"class": "LoRA", **_weights(folder)}
+        is_complete = any(folder.glob("*.safetensors"))
+        described["components"]["adapter"] = {"class": "LoRA", **_weights(folder), "is_complete": is_complete}
         return described | {"path": path}
     if index.is_file():
         entries = read_object(index)

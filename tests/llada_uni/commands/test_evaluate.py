@@ -177,12 +177,12 @@ def test_a_table():
         (["images", "-p", "prompts.txt", "--metric", "sharpness"], "`metric`: 'sharpness' is no path"),
         (["images", "-p", "prompts.txt", "--metric", "json.sharpness"], "has no function 'sharpness'"),
         (["images", "-p", "prompts.txt", "--metric", "no_such.module"], "no_such"),
-        (["images", "-p", "prompts.txt", "--clip", "no/such/model"], "no/such/model"),
+        (["images", "-p", "prompts.txt", "--clip", "no/such/model"], "`clip` 'no/such/model' cannot be loaded: "),
         (["images", "-p", "prompts.txt", "--reference", ".", "--features", "x"], "there are no images"),
         (["questions", "none.jsonl"], "none.jsonl"),
         (["questions", "rows.jsonl", "--split", "test"], "`split`"),
         (["likelihood", "empty.jsonl"], "empty.jsonl"),
-        (["images", "-p", "prompts.txt", "--clip", str(embedded_checkpoint("emoji"))], "is no CLIP model"),
+        (["images", "-p", "prompts.txt", "--clip", str(embedded_checkpoint("emoji"))], "`clip` '"),
         (["lm-eval", "x"], "lm-eval knows no x"),
         (["lm-eval", "x", "--include-path", "none"], "`include_path` 'none' is no folder"),
     ],
@@ -205,3 +205,4 @@ def test_a_mistake_is_a_sentence(run, tmp_path, monkeypatch, arguments, words):
 def test_a_row_without_its_image(run, tmp_path, row):
     data = write_rows(tmp_path / "rows.jsonl", [row])
     assert "image" in run("evaluate", "questions", data, code=2).stderr
+    assert not run.loads and not (tmp_path / "evaluation").exists()

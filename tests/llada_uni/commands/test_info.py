@@ -120,3 +120,13 @@ def test_files_that_are_damaged(tmp_path, file, content, words):
     (tmp_path / file).write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
         describe_folder(str(tmp_path))
+
+
+def test_of_an_adapter_without_its_weights_they_are_missing(emoji, tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(emoji)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    described = describe_folder(str(tmp_path))
+    assert not described["components"]["adapter"]["is_complete"] and described["components"]["model"]["is_complete"]
+    assert advise(described, {"main": 64 * GIB})[0].startswith("Weights are missing: adapter.")
+    shutil.copy(emoji / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "adapter_model.safetensors")
+    assert describe_folder(str(tmp_path))["components"]["adapter"]["is_complete"]
