@@ -15,7 +15,8 @@ class ComponentTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] of a [`ComponentTrainer`].
 
     Parameters:
-        ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that.
+        ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, and save that. What is
+            evaluated are the weights themselves.
 
     Raises:
         ValueError: if `ema_decay` is no share.

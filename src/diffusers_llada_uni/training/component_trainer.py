@@ -118,6 +118,9 @@ class ComponentTrainer(BaseTrainer, Generic[ModuleT]):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._is_saving_checkpoint:
             super()._save(output_dir, state_dict)
+            if self.moving_average is not None and self.args.should_save:
+                assert output_dir is not None
+                save_file(self.moving_average.average.state_dict(), os.path.join(output_dir, AVERAGE_FILE))
             return
         if not self.args.should_save:
             return
@@ -126,12 +129,16 @@ class ComponentTrainer(BaseTrainer, Generic[ModuleT]):
             for name, component in self.components().items():
                 component.save_pretrained(complete.enter_context(folder_at_once(folder / name, replace=True)))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.moving_average is not None and self.args.should_save:
-            save_file(self.moving_average.average.state_dict(), os.path.join(output_dir, AVERAGE_FILE))
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.moving_average is not None:
+        if checkpoint is not None:
+            self._load_average(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str) -> None:
+        if self.moving_average is not None:
             self.moving_average.average.load_state_dict(load_file(os.path.join(checkpoint, AVERAGE_FILE)))

@@ -14,6 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, LLaDAUniImageProcessor
 from transformers_llada_uni.fingerprints import fingerprint
 from transformers_llada_uni.training.data.dataset_formats import stored_image
+from transformers_llada_uni.training.data.image_files import versions_of_image_files
 
 
 COLUMNS = ("codes", "grid", "latents")
@@ -107,7 +108,8 @@ def prepare_decoder_dataset(
 
     settings: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True, "features": FEATURES}
     if isinstance(dataset, Dataset):
-        identity = (dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel, vae)
+        files = versions_of_image_files(dataset)
+        identity = (dataset._fingerprint, files, image_processor, model.model.visual, model.model.vqmodel, vae)
         settings |= {"desc": "Encoding images", "new_fingerprint": fingerprint(identity)}
     return dataset.map(encode, remove_columns=columns, **settings)
 

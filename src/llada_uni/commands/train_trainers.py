@@ -41,7 +41,8 @@ from diffusers_llada_uni.training.decoder_trainer import LLaDAUniDecoderTrainer
 from diffusers_llada_uni.training.distillation_config import LLaDAUniDistillationConfig
 from diffusers_llada_uni.training.distillation_trainer import LLaDAUniDistillationTrainer
 from transformers_llada_uni import LLaDAUniForConditionalGeneration, training
-from transformers_llada_uni.loading.model_loading import load_model, load_processor
+from transformers_llada_uni.loading.model_loading import load_model, load_processor, quantization_of
+from transformers_llada_uni.loading.quantization_groupwise import METHOD
 from transformers_llada_uni.training.base_trainer import BaseTrainer
 from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
@@ -149,8 +150,11 @@ def load_language_model(
     return load_model(path, revision, **settings), load_processor(path, revision)
 
 
-def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
-    """With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss."""
+def adapter_of(model_args: ModelConfig, experts: bool = True) -> PeftConfig | None:
+    """
+    With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss; of
+    routed experts only if they can be adapted.
+    """
     if not model_args.use_peft:
         return None
     if model_args.lora_task_type != ModelConfig.lora_task_type:
@@ -161,6 +165,7 @@ def adapter_of(model_args: ModelConfig) -> PeftConfig | None:
         config.task_type = None  # of a causal language model, peft would look for one's way to generate
         return config
     return training.lora_config(
+        experts=experts,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
@@ -261,7 +266,10 @@ def language_model_trainer(
         further["reward_funcs"] = reward_functions(script_args)
     train_dataset, eval_dataset = load_data(trainer_class, script_args, training_args, dataset_args)
     assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
-    adapter = adapter_of(model_args)
+    adapter = None
+    if model_args.use_peft:
+        is_in_few_bits = quantization_of(_path(model_args), model_args.model_revision) == METHOD
+        adapter = adapter_of(model_args, experts=not is_in_few_bits)
     model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up
     if "reward_funcs" in further and "grid" in get_dataset_column_names(train_dataset):

@@ -12,6 +12,9 @@ from .experts_triton import triton_experts
 
 
 SCALES = "_scales"  # what the name of a weight's scales ends with
+NOT_ADAPTED = (
+    "Quantised experts cannot be adapted: leave out `target_parameters`, as `lora_config(experts=False)` does."
+)
 
 
 class GroupwiseWeights(nn.Module):
@@ -161,10 +164,7 @@ class GroupwiseExperts(GroupwiseWeights, nn.Module):
             ValueError: if peft adds something to the weights, which would be lost in their few bits.
         """
         if is_parametrized(self):
-            raise ValueError(
-                "Quantised experts cannot be adapted: leave out `target_parameters`, as `lora_config(experts=False)` "
-                "does."
-            )
+            raise ValueError(NOT_ADAPTED)
         gate_up, down = self.weights_of("gate_up_proj"), self.weights_of("down_proj")
         is_eager = self.config._experts_implementation == "eager"
         if not is_eager and self.can_use_kernel(hidden_states):

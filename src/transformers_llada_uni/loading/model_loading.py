@@ -35,6 +35,13 @@ def _part_of_pipeline(name_or_path: str, part: str, revision: str | None) -> tup
     return name_or_path, {"revision": revision, "subfolder": part}
 
 
+def quantization_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """The `quant_method` in which the weights of a model that [`load_model`] takes are stored, or `None`."""
+    name_or_path, location = _part_of_pipeline(name_or_path, "model", revision)
+    settings = PreTrainedConfig.get_config_dict(name_or_path, **location)[0].get("quantization_config") or {}
+    return settings.get("quant_method")
+
+
 def load_model(name_or_path: str, revision: str | None = None, **settings: Any) -> PreTrainedModel:
     """
     A language model from a pipeline's folder or repository, from its `model/`, or from the released layout.

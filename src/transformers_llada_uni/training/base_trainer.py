@@ -1,5 +1,6 @@
 """What every trainer of the project does: check its arguments, resume to the bit, and write its model card."""
 
+import os
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -120,9 +121,14 @@ class BaseTrainer(Trainer):
         raise ValueError(f"`resume_from_checkpoint`: {folder!r} is of a run whose parameters were in another order.")
 
     def _trained_parameters(self) -> list[str]:
+        assert self.model is not None
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             assert self.args.output_dir is not None
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)

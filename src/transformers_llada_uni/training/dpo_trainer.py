@@ -12,7 +12,7 @@ from ..unwrapping import unwrap
 from .base_trainer import check_settings
 from .data.dataset_formats import check_format
 from .data.dataset_loading import AnyDataset, only_dataset
-from .data.preparation import prepare_preference_dataset
+from .data.preparation import preferences_that_fit, prepare_preference_dataset
 from .dpo_config import LLaDAUniDPOConfig
 from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import add_block_diffusion_head, document_ids_of
@@ -71,17 +71,18 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
             ref_model = make_reference(model)
 
         # Rows with images would take trl's path for them.
-        train_dataset = self._tokenize(train_dataset, processing_class, args)
+        self._training_data: AnyDataset | None = self._tokenize(train_dataset, processing_class, args)
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            train_dataset=train_dataset,
+            train_dataset=self._training_data,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
             **kwargs,
         )
+        self._training_data = None  # trl has made its own of it
         self.aux_loss_enabled = False  # whatever the model's configuration says: see `WITHOUT_MEANING`
         add_block_diffusion_head(unwrap(self.model))
         if self.ref_model is not None:
@@ -93,9 +94,9 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
             check_format(argument, dataset, ("preference",))
 
     def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniDPOConfig) -> AnyDataset:
-        if "chosen_ids" in get_dataset_column_names(dataset):
-            return dataset
         with global_then_local_main_first():
+            if "chosen_ids" in get_dataset_column_names(dataset):  # prepared, maybe with another `max_length`
+                return preferences_that_fit(dataset, args.max_length)
             return prepare_preference_dataset(
                 dataset,
                 processing_class,
@@ -105,7 +106,7 @@ class LLaDAUniDPOTrainer(LanguageModelTrainer, DPOTrainer):
             )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return self._tokenize(dataset, processing_class, args)
+        return dataset if dataset is self._training_data else self._tokenize(dataset, processing_class, args)
 
     def _compute_loss(self, model, inputs, return_outputs):
         # 1. One draw of noise, which trl hands on to both models

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 from trl.data_utils import get_dataset_column_names
@@ -18,11 +17,11 @@ from .base_trainer import BaseTrainer, check_class, check_has_columns, check_set
 from .data.dataset_formats import CODES_COLUMN, CODES_FORM, are_image_codes, image_codes_of, refuse_row, stored_image
 from .data.dataset_loading import AnyDataset
 from .image_tokenizer_alignment_config import LLaDAUniImageTokenizerAlignmentConfig
-from .image_tokenizer_model import SHARING_TEMPERATURE, features_of, image_tokenizer_of
+from .image_tokenizer_model import SHARING_TEMPERATURE, Towers, features_of, image_tokenizer_to_train
 from .image_tokenizer_saving import save_image_tokenizer
 
 
-class CodeClassifier(nn.Module):
+class CodeClassifier(Towers):
     """
     The image tokenizer as a classifier of patches, whose classes are its codes.
 
@@ -90,7 +89,7 @@ class LLaDAUniImageTokenizerAlignmentTrainer(BaseTrainer):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniImageTokenizerAlignmentConfig, "llada-uni-image-tokenizer-aligned")
-        holder = image_tokenizer_of(model)
+        holder = image_tokenizer_to_train(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
         self._check_datasets(train_dataset, eval_dataset)

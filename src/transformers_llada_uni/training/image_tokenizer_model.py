@@ -50,6 +50,29 @@ def image_tokenizer_of(model: Any) -> Any:
     return holder
 
 
+def image_tokenizer_to_train(model: Any) -> Any:
+    """As [`image_tokenizer_of`]. Raises ValueError if its weights are too coarse to be trained in place."""
+    holder = image_tokenizer_of(model)
+    dtypes = {parameter.dtype for part in (holder.visual, holder.vqmodel) for parameter in part.parameters()}
+    if dtypes != {torch.float32}:
+        raise ValueError(
+            f"`model` must be loaded with `dtype='float32'`, its image tokenizer is in {sorted(map(str, dtypes))}; "
+            "`bf16=True` is mixed precision."
+        )
+    return holder
+
+
+class Towers(nn.Module):
+    """Models of transformers in a module that is none."""
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """As transformers' Trainer calls it: for all of them that have layers to recompute."""
+        for model in self.children():
+            can_recompute = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+            if isinstance(model, PreTrainedModel) and can_recompute:
+                model.activation_checkpointing_enable(**settings)
+
+
 def features_of(vqmodel: GlmImageVQVAE, hidden_states: torch.Tensor) -> torch.Tensor:
     """Of the vision tower's `(patches, channels)` what is compared with codes: `(patches, embed_dim)`, of length 1."""
     # A 1 x 1 convolution sees each patch alone: the patches of all images are one row of them.
@@ -57,7 +80,7 @@ def features_of(vqmodel: GlmImageVQVAE, hidden_states: torch.Tensor) -> torch.Te
     return F.normalize(vqmodel.quant_conv(as_row)[0, :, 0].T, dim=-1)
 
 
-class ImageTokenizerWithText(nn.Module):
+class ImageTokenizerWithText(Towers):
     r"""
     Features h of an image's patches and their codes e, both of length one as the released quantiser has them; codes
     pass to the loss as h + (e - h), whose gradient is that of h (straight-through). Their mean over the image is

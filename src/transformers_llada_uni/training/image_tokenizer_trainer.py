@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..loading.folder_writing import folder_at_once
 from ..processing_llada_uni import LLaDAUniProcessor
@@ -18,7 +18,7 @@ from .base_trainer import BaseTrainer, check_class, check_has_columns, check_set
 from .data.dataset_formats import stored_image
 from .image_tokenizer_config import LLaDAUniImageTokenizerConfig
 from .image_tokenizer_loss import codebook_statistics, recall_at_one, sigmoid_contrastive_loss
-from .image_tokenizer_model import ImageTokenizerWithText, image_tokenizer_of
+from .image_tokenizer_model import ImageTokenizerWithText, image_tokenizer_to_train
 from .image_tokenizer_saving import save_image_tokenizer
 from .objective.noise import step_generator
 
@@ -45,6 +45,16 @@ class GroupSampler(Sampler[int]):
         members = list(self._members.values())
         random.Random(f"{self._seed} {self._epoch}").shuffle(members)
         return itertools.chain.from_iterable(members)
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells a sampler its epoch: behind the wrappers of several processes and of a resumed epoch nobody else does."""
+
+    def __init__(self, sampler: GroupSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def _numbered(names: Iterable[str]) -> list[int]:
@@ -103,7 +113,7 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         **kwargs: Any,
     ):
         args = check_settings(args, LLaDAUniImageTokenizerConfig, "llada-uni-image-tokenizer")
-        holder = image_tokenizer_of(model)
+        holder = image_tokenizer_to_train(model)
         check_class("processing_class", processing_class, LLaDAUniProcessor)
         assert processing_class is not None
         self._check_datasets(train_dataset, eval_dataset)
@@ -167,7 +177,9 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
         if not self.args.num_style_codes or isinstance(dataset, IterableDataset):
             return super()._get_train_sampler(train_dataset)
         assert dataset is not None
-        return GroupSampler(dataset["content"][:], self.args.seed)
+        sampler = GroupSampler(dataset["content"][:], self.args.seed)
+        self.add_callback(SamplerEpoch(sampler))
+        return sampler
 
     # Loss
 

@@ -23,6 +23,7 @@ from ..unwrapping import unwrap
 from .base_trainer import BaseTrainer
 from .dpo_config import LLaDAUniDPOConfig
 from .grpo_config import LLaDAUniGRPOConfig
+from .lora import check_adapter
 from .sft_config import LLaDAUniSFTConfig
 
 
@@ -75,6 +76,8 @@ class LanguageModelTrainer(BaseTrainer):
             super().__init__(*args, **kwargs)
         finally:
             settings.save_only_model = save_only_model
+        if is_peft_model(self.model):
+            check_adapter(self.model)
 
     def _take_model(
         self,
@@ -150,6 +153,12 @@ class LanguageModelTrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._reads_by_itself(resume_from_checkpoint):
             load_weights(self.model, resume_from_checkpoint)
+        elif is_peft_model(self.model):
+            # peft makes the adapter anew, in float32, whatever it was trained in: upon few bits trl takes bfloat16.
+            dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            for name, parameter in self.model.named_parameters():
+                parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
         elif is_sharded_checkpoint(resume_from_checkpoint) and self.is_distributed_loading_by_transformers:
             _load_model_checkpoint_distributed(self.model, resume_from_checkpoint)
         else:

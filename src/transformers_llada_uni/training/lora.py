@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from ..input_checks import check_integer, check_number
+from ..kernels.groupwise_modules import NOT_ADAPTED, GroupwiseExperts
 from ..optional_dependencies import require_extra
 
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 # Linear layers by the end of their name: attention, and the dense MLPs and shared experts.
 ATTENTION = ("query_key_value", "dense")
@@ -69,3 +71,12 @@ def lora_config(
     settings["target_modules"] = rf".*layers\.\d+\.(attention|mlp|mlp\.shared_experts)\.({layers})" if layers else []
     settings["target_parameters"] = list(FUSED_EXPERTS) if experts else None
     return LoraConfig(**settings | kwargs)
+
+
+def check_adapter(model: "PreTrainedModel") -> None:
+    """Raises ValueError if the adapter of a model reaches experts in few bits."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), GroupwiseExperts):
+            raise ValueError(NOT_ADAPTED)

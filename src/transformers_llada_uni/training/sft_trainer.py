@@ -27,7 +27,7 @@ from .base_trainer import check_settings
 from .block_schedule import block_length_at
 from .data.dataset_formats import check_format
 from .data.dataset_loading import AnyDataset, only_dataset
-from .data.preparation import LEARNABLE, mix_datasets, prepare_dataset
+from .data.preparation import LEARNABLE, mix_datasets, prepare_dataset, rows_that_fit
 from .language_model_trainer import LanguageModelTrainer, Processing
 from .objective.block_diffusion import (
     BlockDiffusionTerms,
@@ -132,6 +132,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         # 3. The data. trl would leave rows with images to a collator.
         self._image_token_offset = model.config.get_text_config().image_token_offset
         train_dataset = self._prepare_training_data(train_dataset, processing_class, args)
+        self._training_data: AnyDataset | None = train_dataset
 
         # 4. trl's trainer, with the objective as the model's forward
         super().__init__(
@@ -143,6 +144,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self._training_data = None  # trl has made its own of it
         if args.packing and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             assert not isinstance(args.pad_to_multiple_of, str)  # settled by trl
             # trl joins all packed rows into one, as flash attention likes it. A mask would then be quadratic in the
@@ -213,9 +215,9 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
     def _tokenize(self, dataset: AnyDataset, processing_class: Any, args: LLaDAUniSFTConfig) -> AnyDataset:
         """Rows of any format to `input_ids` and `labels`."""
-        if "input_ids" in get_dataset_column_names(dataset):
-            return dataset
         with global_then_local_main_first():
+            if "input_ids" in get_dataset_column_names(dataset):  # prepared, maybe with another `max_length`
+                return rows_that_fit(dataset, args.max_length)
             return prepare_dataset(
                 dataset,
                 processing_class,
@@ -230,7 +232,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # Data for evaluation come here as they are, also through `evaluate`.
-        dataset = self._tokenize(dataset, processing_class, args)
+        if dataset is not self._training_data:
+            dataset = self._tokenize(dataset, processing_class, args)
         with _without_bars():  # of what is soon done; tokenizing has one
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
@@ -285,7 +288,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
         if self.args.length_weighting:
             # Evaluation sees one batch at a time.
             is_known = self.model.training and self._length_scale is not None
-            scale = self._length_scale if is_known else self._scale_of_lengths([inputs])
+            scale = self._length_scale if is_known else self._scale_of_lengths([inputs], self.model.training)
             loss_weights = loss_weights * length_weights(masked, document_ids) * scale.to(labels.device)
         noised["keep_entropy"] = self.args.confidence_weight > 0
 
@@ -322,17 +325,18 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self.args.length_weighting:
-            self._length_scale = self._scale_of_lengths(batches)
+            # The model may still be in evaluation mode: before the first step, and after an evaluation.
+            self._length_scale = self._scale_of_lengths(batches, of_all_processes=True)
         return batches, num_items
 
-    def _scale_of_lengths(self, batches: list[dict[str, Any]]) -> torch.Tensor:
-        """What makes the mean of [`length_weights`] one over these batches of all processes."""
+    def _scale_of_lengths(self, batches: list[dict[str, Any]], of_all_processes: bool) -> torch.Tensor:
+        """What makes the mean of [`length_weights`] one over these batches."""
         sums = torch.zeros(2, device=self.args.device)  # nothing here waits for the device
         for batch in batches:
             labels = batch["labels"]
             document_ids = document_ids_of(labels, batch.get("attention_mask"), batch.get("position_ids"))
             sums += length_sums(labels, document_ids, self.noise.masked_share(labels)).to(sums.device)
-        if self.model.training:
+        if of_all_processes:
             sums = self.accelerator.reduce(sums, reduction="sum")
         return sums[0] / sums[1].clamp(min=1e-6)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
 
 from diffusers_llada_uni.training import (
     LLaDAUniAutoencoderConfig,
@@ -10,6 +11,7 @@ from diffusers_llada_uni.training import (
     LLaDAUniDecoderTrainer,
     LLaDAUniDistillationConfig,
 )
+from diffusers_llada_uni.training.component_trainer import AVERAGE_FILE
 from tests.diffusers_llada_uni.training import (
     test_autoencoder_trainer,
     test_decoder_trainer,
@@ -101,3 +103,18 @@ def test_bad_data_are_refused(tmp_path, dataset, error, words):
     with pytest.raises(error) as info:
         LLaDAUniDecoderTrainer(*make_components(), args, dataset, **encoders)
     assert all(word in str(info.value) for word in words), info.value
+
+
+def test_the_best_model_is_the_best_average(tmp_path):
+    """By the greatest loss the first checkpoint is the best; what is saved is what was the average then."""
+    settings = {"max_steps": 2, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    settings |= {"ema_decay": 0.5, "learning_rate": 1e-2, "save_only_model": True}
+    trainer = test_decoder_trainer.make_trainer(tmp_path, **settings)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    best = load_file(tmp_path / "checkpoint-1" / AVERAGE_FILE)
+    last = load_file(tmp_path / "checkpoint-2" / AVERAGE_FILE)
+    average = trainer.moving_average.average.state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in average.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in average.items())

@@ -18,6 +18,7 @@ from llada_uni.cli import main
 from llada_uni.commands import train_trainers
 from llada_uni.commands.train_trainers import adapter_of, finish, stages
 from llada_uni.pipeline_loading import load_pipeline
+from transformers_llada_uni import GroupwiseQuantizationConfig
 from transformers_llada_uni.loading.model_loading import load_model, load_processor
 from transformers_llada_uni.training import LLaDAUniSFTConfig, LLaDAUniSFTTrainer, lora_config
 
@@ -288,6 +289,17 @@ def test_a_run_goes_on_only_with_the_parts_it_trained(converted_dir, tmp_path, c
     assert message in capsys.readouterr().err
     run(stage, tmp_path, **settings, **before, resume_from_checkpoint="true", max_steps=2)
     assert (output / "checkpoint-2").is_dir()
+
+
+def test_upon_a_model_in_few_bits_an_adapter_leaves_out_its_experts(converted_dir, tmp_path):
+    quantised = tmp_path / "quantised"
+    config = GroupwiseQuantizationConfig(bits=8, group_size=32)
+    load_model(str(converted_dir), quantization_config=config).save_pretrained(quantised)
+    load_processor(str(converted_dir)).save_pretrained(quantised)
+    settings = {"model_name_or_path": str(quantised), "dataset_name": as_file(tmp_path, [{"messages": CHAT}] * 4)}
+    output = run("sft", tmp_path, **settings, use_peft=True, lora_dropout=0.1)
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert adapter["target_parameters"] is None and "query_key_value" in adapter["target_modules"]
 
 
 def test_stages_that_train_all_weights_refuse_adapters(tmp_path, capsys):

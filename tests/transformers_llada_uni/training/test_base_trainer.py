@@ -100,6 +100,13 @@ def test_a_run_goes_on_only_with_the_parameters_it_trained(tmp_path):
     with_plane(["slope"]).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_may_be_a_path(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / "trained_parameters.json").write_text('["other"]')
+    with pytest.raises(ValueError, match="trains other parameters"):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
 def test_without_a_checkpoint_a_run_begins_anew(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.train(resume_from_checkpoint=True)

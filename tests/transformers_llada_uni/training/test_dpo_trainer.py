@@ -222,6 +222,14 @@ def test_resumed_run_equals_the_uninterrupted_one(tokenizer, tmp_path):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
 
+def test_prepared_pairs_that_are_too_long_are_left_out(tokenizer, tmp_path):
+    rows = preferences().add_column("name", ["a", "b", "c", "d"])
+    rows = rows.map(lambda row: {"rejected_ids": row["rejected_ids"] + [END] * 2 * BLOCK * (row["name"] == "b")})
+    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows]
+    trainer = make_trainer(tokenizer, tmp_path, dataset=rows, max_length=max(lengths))
+    assert list(trainer.train_dataset["name"]) == ["a", "c", "d"]
+
+
 def test_conversations_are_prepared(converted_dir, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -115,6 +115,16 @@ def test_codes_that_lie_too_close_move_apart(model_and_processor, tmp_path):
     assert torch.equal(saved["model.vqmodel.quantize.embedding.weight"], codebook)
 
 
+def test_activations_are_recomputed_and_weights_must_be_fine(model_and_processor, tmp_path):
+    model, processor = model_and_processor
+    data = rows(model, processor)
+    trainer = make_trainer(model, processor, data, tmp_path, max_steps=1, activation_checkpointing=True)
+    trainer.train()
+    assert model.model.visual.is_gradient_checkpointing
+    with pytest.raises(ValueError, match="`model` must be loaded with `dtype='float32'`"):
+        make_trainer(model.bfloat16(), processor, data, tmp_path)
+
+
 def test_rows_of_the_command_are_taken_as_they_are(model_and_processor, tmp_path):
     model, processor = model_and_processor
     data = rows(model, processor)

@@ -299,6 +299,30 @@ def test_groups_stay_together_in_an_order_drawn_anew():
     assert len(orders) > 1
 
 
+def test_the_order_of_an_epoch_is_known_behind_all_wrappers(make_trainer):
+    """Those of several processes, and of an epoch that is resumed, do not tell the sampler which one it is."""
+    trainer = make_trainer(dataset=coloured_shapes(), num_style_codes=1)
+    sampler, wanted = trainer._get_train_sampler(), GroupSampler(coloured_shapes()["content"][:], trainer.args.seed)
+    wanted.set_epoch(3)
+    assert list(sampler) != list(wanted)
+    trainer.state.epoch = 3.25
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert list(sampler) == list(wanted)
+
+
+def test_recomputed_activations_give_the_same_weights(make_trainer, tmp_path):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    states = []
+    for recomputes in (False, True):
+        trainer = make_trainer(tmp_path / str(recomputes), activation_checkpointing=recomputes, **settings)
+        trainer.train()
+        towers = trainer.model.visual, trainer.model.text_model
+        assert [tower.is_gradient_checkpointing for tower in towers] == [recomputes] * 2
+        states.append(trainer.model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=1e-6, msg=name)
+
+
 def test_pixels_may_be_told_by_all_codes_of_a_image(make_trainer):
     """With layers between, the pixels of a patch hang on the codes of others; without, on its own alone."""
     for layers in (0, 1):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, TrlParser
 
-from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
+from transformers_llada_uni import GroupwiseQuantizationConfig, LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.modeling_llada2_moe import LLaDA2MoeTopkRouter
 from transformers_llada_uni.training.block_schedule import block_length_at
 from transformers_llada_uni.training.lora import lora_config
@@ -404,6 +404,28 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
         torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_prepared_rows_that_are_too_long_are_left_out(make_trainer, packing, caplog):
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(max_length=LENGTH - BLOCK, packing=packing, eval_dataset=rows(4, seed=1))
+    short = [row["input_ids"] for row in rows() if len(row["input_ids"]) < LENGTH]
+    assert "12 of 16 rows are longer than `max_length` (16) and left out" in caplog.text
+    assert sorted(trainer.train_dataset["input_ids"]) == sorted(short) and len(trainer.eval_dataset) == 1
+    with pytest.raises(ValueError, match="None of the 16 rows fits into `max_length`"):
+        make_trainer(max_length=BLOCK)
+
+
+def test_lengths_are_weighed_over_all_processes_from_the_first_step_on(make_trainer, monkeypatch):
+    """Before it, and after an evaluation, the model is not yet in training mode."""
+    trainer, reduced = make_trainer(length_weighting=True), []
+    trainer.model.eval()
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda sums, reduction: reduced.append(sums) or 4 * sums)
+    trainer.get_batch_samples(iter([collate(trainer)]), 1, trainer.args.device)
+    assert len(reduced) == 1
+    trainer.compute_loss(trainer.model, collate(trainer))  # of evaluation: each process its own
+    assert len([sums for sums in reduced if sums.shape == (2,)]) == 1
+
+
 @pytest.mark.parametrize("length_weighting", [True, False])
 def test_packed_rows_have_the_loss_of_rows_apart(make_trainer, length_weighting):
     """trl takes the first token of each packed document out of the loss; here that is a prompt's."""
@@ -629,6 +651,18 @@ def test_best_model_is_loaded_whole(make_trainer):
         assert torch.equal(tensor, best[name]), name
 
 
+def test_an_adapter_goes_on_in_the_precision_that_it_had(make_trainer):
+    """trl trains adapters upon weights of few bits in bfloat16; peft would load them in float32."""
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(peft_config=lora_config(r=2), **settings)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.bfloat16()
+    trainer.train()
+    trainer._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-1")
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+
+
 def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -704,6 +738,13 @@ def test_trainer_refuses_by_name(make_trainer, tmp_path, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             LLaDAUniSFTTrainer(tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
+
+
+def test_adapters_of_experts_in_few_bits_are_refused(make_trainer, official_tiny):
+    config = GroupwiseQuantizationConfig(bits=8, group_size=32)
+    model = AutoModelForCausalLM.from_pretrained(official_tiny, quantization_config=config)
+    with pytest.raises(ValueError, match="Quantised experts cannot be adapted"):
+        make_trainer(model=model, peft_config=lora_config(r=2))
 
 
 def test_lora_config_refuses_by_name():

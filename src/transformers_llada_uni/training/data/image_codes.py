@@ -20,6 +20,7 @@ from .dataset_formats import (
     with_caption,
 )
 from .dataset_loading import AnyDataset, only_dataset
+from .image_files import versions_of_image_files
 
 
 CODES_FEATURE = List({"grid": List(Value("int64")), "codes": List(Value("int32"))})
@@ -104,7 +105,8 @@ def encode_images(
     }
     if isinstance(dataset, Dataset):
         # `datasets` would hash the closure, and with it all weights of the model.
-        identity = [dataset._fingerprint, image_processor, model.model.visual, model.model.vqmodel]
+        files = versions_of_image_files(dataset)
+        identity = [dataset._fingerprint, files, image_processor, model.model.visual, model.model.vqmodel]
         settings |= {"desc": "Encoding images", "new_fingerprint": fingerprint(identity)}
     return dataset.map(encode, **settings)
 

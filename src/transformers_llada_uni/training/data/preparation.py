@@ -113,8 +113,7 @@ def prepare_dataset(
         closing += -(len(input_ids) + closing) % block_length
         return input_ids + [end] * closing, labels + [end] * closing
 
-    prepared = _map(dataset, tokenize, "Tokenizing")
-    return prepared if max_length is None else _fitting(prepared, max_length, ("input_ids",))
+    return rows_that_fit(_map(dataset, tokenize, "Tokenizing"), max_length)
 
 
 def prepare_preference_dataset(
@@ -146,11 +145,7 @@ def prepare_preference_dataset(
             examples["prompt_ids"].append(prompt)
         return examples
 
-    prepared = _map(dataset, tokenize, "Tokenizing")
-    if max_length is None:
-        return prepared
-    prepared = _fitting(prepared, max_length, ("prompt_ids", "chosen_ids"))
-    return _fitting(prepared, max_length, ("prompt_ids", "rejected_ids"))
+    return preferences_that_fit(_map(dataset, tokenize, "Tokenizing"), max_length)
 
 
 def prepare_prompts(
@@ -227,8 +222,21 @@ def _map(dataset: AnyDataset, function: Callable[..., dict[str, Any]], descripti
     return dataset.map(function, batched=True, with_indices=True, remove_columns=columns, **settings)
 
 
-def _fitting(dataset: AnyDataset, max_length: int, names: tuple[str, ...]) -> AnyDataset:
-    """The rows whose columns `names` have together at most `max_length` tokens."""
+def preferences_that_fit(dataset: AnyDataset, max_length: int | None) -> AnyDataset:
+    """The prepared preferences of which each answer, with its prompt, has at most `max_length` tokens."""
+    dataset = rows_that_fit(dataset, max_length, ("prompt_ids", "chosen_ids"))
+    return rows_that_fit(dataset, max_length, ("prompt_ids", "rejected_ids"))
+
+
+def rows_that_fit(dataset: AnyDataset, max_length: int | None, names: tuple[str, ...] = ("input_ids",)) -> AnyDataset:
+    """
+    The prepared rows whose columns `names` have together at most `max_length` tokens; all, if that is `None`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if max_length is None:
+        return dataset
 
     def fits(row: dict[str, list[int]]) -> bool:
         return sum(len(row[name]) for name in names) <= max_length

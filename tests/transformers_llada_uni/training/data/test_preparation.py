@@ -18,6 +18,7 @@ from transformers_llada_uni.training import (
     prepare_preference_dataset,
     prepare_prompts,
 )
+from transformers_llada_uni.training.data.image_files import versions_of_image_files
 from transformers_llada_uni.user_words import encode_words
 
 
@@ -371,6 +372,31 @@ def test_encoding_is_cached_and_depends_on_the_tokenizer(processor, model, monke
     finally:
         codebook.data = old
     assert encode_images(first, model, processor) is first
+
+
+@pytest.mark.parametrize("wrap", [str, lambda path: {"path": path, "bytes": None}], ids=["path", "file"])
+def test_an_image_that_changes_under_its_name_is_encoded_anew(processor, model, tmp_path, wrap):
+    file = tmp_path / "dog.png"
+    picture(7).save(file)
+    rows = {"image": [wrap(str(file))], "caption": ["a dog"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")
+    first = encode_images(load_from_disk(tmp_path / "rows"), model, processor)
+    assert encode_images(load_from_disk(tmp_path / "rows"), model, processor)[0] == first[0]
+    picture(8).save(file)
+    assert encode_images(load_from_disk(tmp_path / "rows"), model, processor)[0] != first[0]
+
+
+def test_files_of_images_are_found_wherever_they_stand(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    message = [{"role": "user", "content": [{"type": "image", "image": b, "text": None}, {"type": "text", "text": d}]}]
+    rows = Dataset.from_dict(
+        {"image": [{"path": a, "bytes": None}], "images": [[c, "https://x/y.png"]], "messages": [message], "text": [d]}
+    )
+    held = Dataset.from_dict({"image": [{"path": a, "bytes": b"held"}]})
+    assert [path for path, _, _ in versions_of_image_files(rows)] == [a, b, c]
+    assert versions_of_image_files(held) == []
 
 
 def test_streaming_gives_the_same_rows(processor, model):
