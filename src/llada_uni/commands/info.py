@@ -209,7 +209,7 @@ def advise(described: dict[str, Any], memory: dict[str, int]) -> list[str]:
         lines.append(f"It fits the GPU as it is, in bfloat16: {_gib(whole)} of {_gib(gpu)}.")
     elif gpu:
         if largest + WORKING_SPACE <= gpu and whole <= main:
-            lines.append("`pipe.enable_model_cpu_offload()`: one component at a time on the GPU.")
+            lines.append("In Python, `pipe.enable_model_cpu_offload()`: one component at a time on the GPU.")
         if set(components.get("model", {}).get("dtypes", ())) <= set(FLOATS):  # not quantised yet
             four_bits = int(0.3 * model)
             others = max((size for name, size in sizes.items() if name != "model"), default=0)
@@ -217,7 +217,9 @@ def advise(described: dict[str, Any], memory: dict[str, int]) -> list[str]:
                 size = f"{_gib(four_bits + rest)} of {_gib(gpu)}"
                 lines.append(f"`GroupwiseQuantizationConfig(bits=4)` for the language model: {size}.")
             elif max(four_bits, others) + GIB <= gpu:
-                lines.append("`GroupwiseQuantizationConfig(bits=4)` and `pipe.enable_model_cpu_offload()` together.")
+                lines.append(
+                    "In Python, `GroupwiseQuantizationConfig(bits=4)` and `pipe.enable_model_cpu_offload()` together."
+                )
     if 2 * whole + GIB <= main:
         lines.append(f"It fits main memory in float32, on the CPU: {_gib(2 * whole)} of {_gib(main)}.")
     elif whole + GIB <= main:
