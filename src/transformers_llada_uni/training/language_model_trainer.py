@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,23 +155,28 @@ class LanguageModelTrainer(BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._reads_by_itself(resume_from_checkpoint):
             load_weights(self.model, resume_from_checkpoint)
-        elif is_peft_model(self.model):
-            # peft makes the adapter anew, in float32, whatever it was trained in: upon few bits trl takes bfloat16.
-            dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            for name, parameter in self.model.named_parameters():
-                parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
         elif is_sharded_checkpoint(resume_from_checkpoint) and self.is_distributed_loading_by_transformers:
             _load_model_checkpoint_distributed(self.model, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._precision_kept():
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None and self._reads_by_itself(best):
             load_weights(self.model, best)
         else:
-            super()._load_best_model()
+            with self._precision_kept():
+                super()._load_best_model()
+
+    @contextmanager
+    def _precision_kept(self) -> Iterator[None]:
+        """peft loads an adapter in float32, whatever it was trained in: upon few bits trl takes bfloat16."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        yield
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if output_dir is None or not (self.is_distributed_loading_by_transformers and self._is_saving_checkpoint):

@@ -659,8 +659,10 @@ def test_an_adapter_goes_on_in_the_precision_that_it_had(make_trainer):
     for parameter in trained:
         parameter.data = parameter.data.bfloat16()
     trainer.train()
-    trainer._load_from_checkpoint(f"{trainer.args.output_dir}/checkpoint-1")
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    trainer.state.best_model_checkpoint = checkpoint = f"{trainer.args.output_dir}/checkpoint-1"
+    for load in (lambda: trainer._load_from_checkpoint(checkpoint), trainer._load_best_model):
+        load()
+        assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
 def test_processor_is_saved_with_checkpoints(make_trainer, tmp_path):
