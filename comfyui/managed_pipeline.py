@@ -74,7 +74,8 @@ class ManagedPipeline:
 
     def _half(self, components: dict[str, Any]) -> "LLaDAUniPipeline":
         """A pipeline of some components: it is on the device that these are on, wherever the others wait."""
-        half = type(self.pipe)(**{**dict.fromkeys(self.pipe.components), **components})
+        settings = {name: self.pipe.config[name] for name in ("editing_guidance_scale", "decoder_tile_size")}
+        half = type(self.pipe)(**{**dict.fromkeys(self.pipe.components), **components, **settings})
         half.set_progress_bar_config(disable=True)  # ComfyUI has its own
         return half
 

@@ -50,8 +50,10 @@ class LLaDAUniLoraLoaderMixin(ZImageLoraLoaderMixin):
             ValueError: if there is no such decoder or model, or the file holds no LoRA weights.
         """
         source = pretrained_model_name_or_path_or_dict
-        if decoder is None and not isinstance(source, dict) and "weight_name" not in kwargs:
+        is_file = isinstance(source, dict) or os.path.isfile(source)
+        if decoder is None and not is_file and "weight_name" not in kwargs:
             location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
+            assert not isinstance(source, dict)
             if find_adapter_config_file(os.fspath(source), **location) is not None:
                 model = loaded("model", getattr(self, "model", None))
                 model.load_adapter(os.fspath(source), adapter_name, hotswap=hotswap, adapter_kwargs=location)
@@ -69,6 +71,7 @@ class LLaDAUniLoraLoaderMixin(ZImageLoraLoaderMixin):
         self.load_lora_into_transformer(
             weights, transformer, adapter_name=adapter_name, metadata=metadata, _pipeline=self, hotswap=hotswap
         )
+        transformer.train(transformer.training)  # what peft has added, and would drop out
 
     def fuse_lora(
         self,

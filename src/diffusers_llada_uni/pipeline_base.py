@@ -4,8 +4,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -34,6 +34,23 @@ from .semantic_embedder import LLaDAUniSemanticEmbedder
 
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, Any] | None]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def frees_model_hooks(method: Method) -> Method:
+    """
+    Under `enable_model_cpu_offload` takes every component off the card at the end of a call, as pipelines do, and also
+    of one that is stopped or fails: what stayed there would leave no room to the next.
+    """
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.maybe_free_model_hooks()
+
+    return call  # type: ignore[return-value]  # of the same signature
 
 
 class DecodingState(threading.local):

@@ -21,7 +21,7 @@ from transformers_llada_uni.input_checks import check_choice, check_generator, c
 from .code_decoding import OUTPUT_TYPES, UPSCALES, Images
 from .code_generation import DEFAULT_GUIDANCE_SCALE, CodeGenerationSettings, check_generation_kwargs, sequences_of
 from .image_inputs import codes_per_prompt, images_per_prompt, masks_per_prompt
-from .pipeline_base import Callback, LLaDAUniPipelineBase
+from .pipeline_base import Callback, LLaDAUniPipelineBase, frees_model_hooks
 from .pipeline_output import LLaDAUniPipelineOutput
 from .prompt_inputs import check_negative_prompt, check_prompt, check_task
 
@@ -51,6 +51,7 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
     """
 
     @torch.no_grad()
+    @frees_model_hooks
     def __call__(
         self,
         prompt: str | list[str],
@@ -262,13 +263,13 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         if code_decoder is not None:
             callback = callback_on_step_end, tensor_inputs
             images = self._decode(codes_of_images, decoding, generator, latents, *callback)
-        self.maybe_free_model_hooks()
         output = LLaDAUniPipelineOutput(
             images=images, codes=codes_of_images, thoughts=thoughts if thinking else None, scores=scores
         )
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]  # as upstream types it
 
     @torch.no_grad()
+    @frees_model_hooks
     def encode_images(self, image: Any, resize_mode: str = "editing") -> list[torch.Tensor]:
         r"""
         Turns images into grids of image codes: what the model sees of them, and what [`decode_codes`] and the call's
@@ -295,10 +296,10 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             of_image = of_image.to(coder.device)
             codes += coder.model.get_image_codes(of_image["pixel_values"], of_image["image_grid_thw"])
         coder.let_go_of_model()
-        self.maybe_free_model_hooks()
         return codes
 
     @torch.no_grad()
+    @frees_model_hooks
     def decode_codes(
         self,
         codes: torch.Tensor | list[torch.Tensor],
@@ -355,10 +356,10 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             code_decoder.check_latents(latents, len(codes), size, settings)
         callback = callback_on_step_end, tensor_inputs
         images = self._decode(list(codes), settings, generator, latents, *callback)
-        self.maybe_free_model_hooks()
         return images
 
     @torch.no_grad()
+    @frees_model_hooks
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -415,10 +416,10 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             scores = coder.judge_answers(asked, prompts, ids[:, length:], answers, reward)
             answers = [answers[row] for row in best_of(scores, num_candidates)]
         coder.let_go_of_model()
-        self.maybe_free_model_hooks()
         return answers if is_batch or len(answers) > 1 else answers[0]
 
     @torch.no_grad()
+    @frees_model_hooks
     def interleave(
         self,
         prompt: str,
@@ -502,5 +503,4 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             code_decoder.check_grid(grid_codes.shape, decoding)
         callback = callback_on_step_end, tensor_inputs
         images = iter(self._decode(codes, decoding, generator, None, *callback))
-        self.maybe_free_model_hooks()
         return [part if isinstance(part, str) else next(images) for part in parts]

@@ -74,8 +74,8 @@ def base_of_adapter(name: str, folder: Path) -> str:
 
 
 def merge_into_pipeline(pipe: "LLaDAUniPipeline", adapter: str) -> None:
-    """Adds what an adapter (a folder or a repository) has learnt to the weights of what it was trained upon."""
-    if Path(adapter).is_dir() and not Path(adapter, CONFIG).is_file():
+    """Adds what an adapter (a path or a repository) has learnt to the weights of what it was trained upon."""
+    if Path(adapter).exists() and not Path(adapter, CONFIG).is_file():
         pipe.load_lora_weights(adapter)  # of a decoder
         pipe.fuse_lora()
         pipe.unload_lora_weights()

@@ -116,7 +116,10 @@ def _parts(value: Any, holders: tuple[int, ...], num_values: int | None) -> Any:
 def _state(value: Any, num_values: int | None) -> Any:
     config = getattr(value, "config", None)
     if isinstance(value, nn.Module):
-        return [_saved(config), _weights_fingerprint(value, num_values)]
+        # transformers keeps how a model generates apart from its configuration.
+        settings = getattr(value, "generation_config", None)
+        configs = [_saved(config), *([] if settings is None else [_saved(settings)])]
+        return [*configs, _weights_fingerprint(value, num_values)]
     if isinstance(components := getattr(value, "components", None), Mapping):
         return [_saved(config), components]
     if isinstance(value, PreTrainedTokenizerFast):

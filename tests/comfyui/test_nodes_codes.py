@@ -134,6 +134,13 @@ def test_decode_gives_the_images_of_the_pipeline(host, model, inputs, settings, 
     assert done == total == (2 if settings else 8)
 
 
+def test_scenes_are_drawn_in_the_tiles_that_the_decoder_knows(host, model):
+    assert model.pipe.config["decoder_tile_size"] == 4
+    codes, _ = draw(model, width=128, height=128)
+    expected = model.pipe.decode_codes(torch.stack(codes), generator=[generator(7)], output_type="pt")
+    assert torch.equal(decode(model, codes, seed=7)[0], expected.movedim(1, -1))
+
+
 def test_upscale_goes_as_far_as_that_of_the_pipeline():
     _, options = LLaDAUniDecode.INPUT_TYPES()["required"]["upscale"]
     assert tuple(range(options["min"], options["max"] + 1)) == UPSCALES

@@ -107,6 +107,22 @@ def test_bad_adapters(pipe, decoder_lora, arguments, words):
     pipe.register_modules(model=None)
 
 
+def test_adapter_of_a_decoder_in_a_file(pipe, decoder_lora, tmp_path):
+    weights = {name.removeprefix("transformer."): weight for name, weight in decoder_lora.items()}
+    dropout = {**DECODER_LORA.to_dict(), "lora_dropout": 0.5}
+    pipe.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=weights,
+        transformer_lora_adapter_metadata=dropout,
+        weight_name="a.safetensors",
+    )
+    before = answers(pipe)
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    adapted = answers(pipe)
+    assert are_close(adapted, before) == [True, False]
+    assert torch.equal(answers(pipe)[1], adapted[1])  # nothing is dropped out
+
+
 def test_adapter_of_a_model_that_is_not_loaded(converted_dir, adapter_dir):
     pipe = LLaDAUniPipeline.from_pretrained(converted_dir, model=None)
     with pytest.raises(ValueError, match="`model`, which is not loaded"):

@@ -1186,6 +1186,17 @@ def test_model_cpu_offload(offloadable):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+def test_a_call_that_fails_leaves_nothing_on_the_card(offloadable):
+    def fails(*args):
+        raise RuntimeError("stop")
+
+    offloadable.enable_model_cpu_offload(device="cpu")
+    hook = offloadable.transformer_turbo._hf_hook
+    with pytest.raises(RuntimeError, match="stop"):
+        offloadable("a cat", **SMALL, callback_on_step_end=fails)
+    assert offloadable.transformer_turbo._hf_hook is not hook  # all were made anew, from main memory
+
+
 def test_sequential_cpu_offload(offloadable, monkeypatch):
     reference = run_all(offloadable)
     # Here the accelerator is the CPU too. diffusers would call it "cpu:0", and moving a parameter from "cpu" to

@@ -144,6 +144,15 @@ def test_one_changed_weight_is_noticed(dtype, place):
     assert weights_fingerprint(module) == middle  # no part of the weights
 
 
+def test_how_a_model_generates_is_noticed():
+    model = nn.Linear(2, 2)
+    prints = [fingerprint(model)]
+    for settings in ({}, {"threshold": 0.5}, {"threshold": 0.5, "remasking_threshold": 0.05}):
+        model.generation_config = BlockDiffusionGenerationConfig(**settings)
+        prints.append(fingerprint(model))
+    assert len(set(prints)) == 4
+
+
 def test_names_and_the_share_of_an_adapter_are_noticed():
     peft = pytest.importorskip("peft")
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

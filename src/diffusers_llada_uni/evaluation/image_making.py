@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,13 @@ def _open(path: str) -> PIL.Image.Image:
     """Upright, as its camera says."""
     with PIL.Image.open(path) as image:
         return ImageOps.exif_transpose(image)
+
+
+def opened(value: Any) -> Any:
+    """With the image in the place of each path: what is made of it follows from what the file holds now."""
+    if isinstance(value, list | tuple):
+        return [opened(entry) for entry in value]
+    return _open(str(value)) if isinstance(value, str | os.PathLike) and os.path.isfile(value) else value
 
 
 def _digests(request: Request) -> Entry:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from transformers_llada_uni.input_checks import check_integer
 
-from .image_making import Pipeline, Request, make_images
+from .image_making import Pipeline, Request, make_images, opened
 from .manifest import Manifest, whole_file
 
 
@@ -87,6 +87,8 @@ def generate_images(
     for name in ("prompt", "generator", "output_type", "return_dict"):
         if name in pipeline_kwargs:
             raise ValueError(f"`{name}` is set for every image and cannot be given.")
+    for name in {"image", "mask_image"} & set(pipeline_kwargs):
+        pipeline_kwargs[name] = opened(pipeline_kwargs[name])
     manifest = Manifest(output_dir)
     paths = [manifest.folder] * (len(prompts) * num_images_per_prompt)
     entries = make_images(

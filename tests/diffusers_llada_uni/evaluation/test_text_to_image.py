@@ -203,3 +203,16 @@ class TestTextToImage:
             score_images(len, ["a", "b"], [Image.new("RGB", (1, 1))])
         with pytest.raises(ValueError, match="gave 1 scores for 2"):
             score_images(lambda prompts, images: [1.0], ["a", "b"], [Image.new("RGB", (1, 1))] * 2)
+
+
+def test_an_image_that_changes_under_its_name_is_edited_anew(tmp_path):
+    def pipeline(prompt, generator, image):
+        return [image.resize((2, 2)) for _ in prompt]
+
+    file, found = tmp_path / "photo.png", []
+    for color in ("red", "blue", "blue"):
+        Image.new("RGB", (4, 4), color).save(file)
+        (image,) = generate_images(pipeline, ["a"], tmp_path / "made", image=str(file), show_progress_bar=False)
+        found.append(image.getpixel((0, 0)))
+    assert found == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
+    assert len((tmp_path / "made" / "manifest.jsonl").read_text().splitlines()) == 2
