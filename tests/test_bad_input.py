@@ -353,6 +353,7 @@ rows(
     ({"max_new_tokens": 0}, ValueError, ["`max_new_tokens`", "at least 1"]),
     ({"max_length": 20}, TypeError, ["`max_length`", "`max_new_tokens`"]),
     ({"stop_strings": "."}, ValueError, ["`generate_interleaved`", "`stop_strings`"]),
+    ({"return_dict_in_generate": True}, ValueError, ["`generate_interleaved`", "`return_dict_in_generate`"]),
     ({"grid": (1, 2, 3)}, ValueError, ["`grid`", "(1, 2, 3)"]),
     ({"grid": (64, 1)}, ValueError, ["`grid`", "between 1 and 63"]),
     ({"grid": (63, 63)}, ValueError, ["`grid`", "3974 new ones"]),

@@ -243,7 +243,7 @@ class CodeGenerator:
                 f"image codes of the model's {limit} positions; shorten it, or ask for a smaller image."
             )
         settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
-        ends = settings.pop("eos_token_id", None) or self.model.generation_config.eos_token_id
+        ends = settings.pop("eos_token_id", None) or self.own_settings.eos_token_id
         ends = [*(ends if isinstance(ends, (list, tuple)) else [ends]), self.model.config.begin_of_image_token_id]
         ids = sequences_of(
             self.model.generate(
@@ -350,7 +350,7 @@ class CodeGenerator:
             answer_ids: Ids `(candidates, length)` of the answers, padded behind their ends.
             answers: The answers as texts.
         """
-        config = self.model.generation_config
+        config = self.own_settings
         ends = {config.pad_token_id, *as_list(config.eos_token_id)}
         rows = []
         for row in answer_ids:
@@ -360,6 +360,11 @@ class CodeGenerator:
             return answer_log_probs(self.model, prompts, rows)
         ids = [row.tolist() for row in rows]
         return rewards_of(reward, len(rows), prompts=messages, completions=answers, completion_ids=ids)
+
+    @property
+    def own_settings(self) -> BlockDiffusionGenerationConfig:
+        """What holds for the model's `generate` where a call says nothing."""
+        return self.model.settle_generation_config(None, {})
 
     # A pipeline's model may wait on another device.
 

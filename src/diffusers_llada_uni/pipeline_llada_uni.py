@@ -11,6 +11,7 @@ from transformers_llada_uni.generation.best_of import (
     Reward,
     best_of,
     candidate_generators,
+    check_can_judge,
     check_candidates,
     check_candidates_differ,
 )
@@ -196,11 +197,13 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
         # 2. Read the images and masks; write the prompts. Sampled codes need a row for each image, and candidate.
         if max(num_images_per_prompt, num_candidates) > 1:
             generation.generation_kwargs = {"do_sample": True, **generation_kwargs}
-        own, settings_of_parts = coder.model.generation_config, [generation.generation_kwargs]
+        own, settings_of_parts = coder.own_settings, [generation.generation_kwargs]
         settings_of_parts += [thinking_kwargs] if thinking else []
         is_sampled = any(settings.get("do_sample", own.do_sample) for settings in settings_of_parts)
         if num_candidates > 1:
             check_candidates_differ(settings_of_parts, own)
+            if reward is None:
+                check_can_judge(coder.model)
         images_per_row = 1 if is_sampled else num_images_per_prompt
         rows_per_prompt = num_images_per_prompt // images_per_row * num_candidates
         rows = [row for row in range(len(prompts)) for _ in range(rows_per_prompt)]
@@ -388,13 +391,15 @@ class LLaDAUniPipeline(LLaDAUniPipelineBase):
             ValueError, TypeError: if `messages` are no conversation, or a setting is refused by `generate`.
         """
         check_candidates(num_candidates, reward)
+        coder = self.code_generator
         if num_candidates > 1:
             for name in ("num_return_sequences", "streamer"):
                 if kwargs.get(name) is not None:
                     raise TypeError(f"`num_candidates` are judged when all are there: it cannot be had with `{name}`.")
             kwargs = {"do_sample": True, **kwargs, "num_return_sequences": num_candidates}
-            check_candidates_differ([kwargs], self.code_generator.model.generation_config)
-        coder = self.code_generator
+            check_candidates_differ([kwargs], coder.own_settings)
+            if reward is None:
+                check_can_judge(coder.model)
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"`messages` must be a list of at least one message, got {messages!r}.")
         is_batch = isinstance(messages[0], (list, tuple))

@@ -1,7 +1,10 @@
 """The command, as a stranger types it."""
 
+import importlib.util
 import json
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import typer.core
+import uvicorn
 
 from diffusers_llada_uni import LLaDAUniPipeline
 from diffusers_llada_uni.code_decoding import UPSCALES
@@ -16,6 +20,7 @@ from llada_uni.cli import app
 from llada_uni.commands.images import Upscale
 from llada_uni.commands.talk import HELP
 from llada_uni.image_files import open_image
+from llada_uni.serving.http_server import HTTPServer
 
 
 @pytest.fixture
@@ -244,6 +249,29 @@ def test_what_is_typed_otherwise_than_it_is_meant(run, arguments, hint):
     assert hint in run(*arguments, code=2).stderr
 
 
+def test_what_a_server_lacks_is_told_before_a_model_is_loaded(run, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        told = run("serve", "--port", str(taken.getsockname()[1]), code=2).stderr
+    assert "ddress already in use" in told and "Traceback" not in told and not run.loads
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "transformers_llada_uni.optional_dependencies.find_spec",
+        lambda name: None if name == "uvicorn" else find(name),
+    )
+    assert '`uvicorn` not installed: pip install "llada-uni[serve]"' in run("serve", code=2).stderr
+    assert not run.loads
+
+
+def test_a_second_signal_waits_for_nobody(monkeypatch):
+    ends = []
+    monkeypatch.setattr("os._exit", ends.append)
+    server = HTTPServer(uvicorn.Config(None))
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.should_exit and not ends
+    server.handle_exit(signal.SIGTERM, None)
+    assert ends == [128 + signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
     "host, options, is_served",
     [("localhost", [], True), ("::1", [], True), ("127.0.0.2", [], True), ("0.0.0.0", ["--no-api-key"], True)]
@@ -252,6 +280,7 @@ def test_what_is_typed_otherwise_than_it_is_meant(run, arguments, hint):
 def test_the_network_is_not_let_in_without_a_key(run, monkeypatch, host, options, is_served):
     served = []
     monkeypatch.setattr("llada_uni.commands.serve.run_server", lambda pipe, host, *_, **settings: served.append(host))
+    monkeypatch.setattr("llada_uni.commands.serve.check_can_listen", lambda host, port: None)
     run("serve", "--host", host, *options, code=0 if is_served else 2)
     assert served == [host] * is_served and len(run.loads) == is_served
 

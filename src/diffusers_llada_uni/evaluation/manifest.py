@@ -77,6 +77,7 @@ class Manifest:
         make_folder(self.folder)
         self.path = self.folder / FILE
         self._done: dict[str, Entry] = {}
+        self._key_of_file: dict[str, str] = {}
         self._num_read = 0  # bytes of the manifest
         self._numbers: dict[str, int] = {}  # of the next file by a name
         self._own = "" if fcntl is not None else f".{uuid.uuid4().hex}"
@@ -164,9 +165,17 @@ class Manifest:
                 continue
             if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
                 continue
+            key: str = entry["key"]
             file_name = entry.get("file")
-            if file_name is None or (isinstance(file_name, str) and (self.folder / file_name).is_file()):
-                self._done[entry["key"]] = entry
+            if file_name is None:
+                self._done[key] = entry
+            elif isinstance(file_name, str) and (self.folder / file_name).is_file():
+                # A name that was free again is another request's since.
+                owner = self._key_of_file.get(file_name, key)
+                if owner != key:
+                    self._done.pop(owner, None)
+                self._key_of_file[file_name] = key
+                self._done[key] = entry
 
     def _partial(self, key: str) -> Path:
         return self.folder / f".{key}{self._own}.partial"

@@ -105,14 +105,15 @@ def questions(
     """
     Ask about images, and compare with people's answers.
 
-    The accuracy is VQAv2's. Rows have `image` (in the data, or a path seen from it), `question` and `answers`, a list.
+    The accuracy is VQAv2's. Rows have `image` (in the data, or a path seen from its folder), `question` and `answers`,
+    a list.
     """
     from ..pipeline_loading import resolve_model
 
     resolve_model(model)  # before torch is imported
-    from .evaluate_runs import ImageQuestions, evaluate_questions, load_rows
+    from .evaluate_runs import ImageQuestions, evaluate_questions, folder_of, load_rows
 
-    rows, folder = load_rows(data, split, limit), Path(data).parent if Path(data).is_file() else Path()
+    rows, folder = load_rows(data, split, limit), folder_of(data)
     asked = ImageQuestions(rows, folder, instruction)
     results = evaluate_questions(load(model, device, dtype), asked, output, batch_size, max_new_tokens)
     settings = {"instruction": instruction, "max_new_tokens": max_new_tokens}

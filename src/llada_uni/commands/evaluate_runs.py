@@ -1,5 +1,6 @@
 """What `evaluate` runs: images, answers, likelihoods and tasks, each scored; a run that is stopped goes on."""
 
+import glob
 import hashlib
 import json
 import math
@@ -125,6 +126,16 @@ def load_rows(data: str, split: str, limit: int | None) -> Any:
     if not len(rows):
         raise ValueError(f"`data` {data!r} has no rows.")
     return rows
+
+
+def folder_of(data: str) -> Path:
+    """Where paths in the data are seen from: its folder, of a pattern the part without one; else the working one."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return path
+    while glob.has_magic(str(path)) or path.is_file():
+        path = path.parent
+    return path if path.is_dir() else Path()
 
 
 def _listed(answers: Any) -> Any:

@@ -1,7 +1,8 @@
 """`serve`: the server, until it is stopped."""
 
 import ipaddress
-import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,7 @@ def serve(
         raise ValueError(
             f"`host` {host!r} lets in others than this machine: give an `--api-key`, or say `--no-api-key`."
         )
+    check_can_listen(host, port)
     run_server(
         load(model, device, dtype),
         host,
@@ -68,6 +70,22 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def check_can_listen(host: str, port: int) -> None:
+    """
+    What can be said before the model is loaded.
+
+    Raises:
+        ModuleNotFoundError: if something is not installed; names the extra.
+        OSError: if the port is taken.
+    """
+    from transformers_llada_uni.optional_dependencies import require_extra
+
+    require_extra("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpx")
+    if port:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+
+
 def run_server(
     pipe: "LLaDAUniPipeline", host: str, port: int, engine_settings: dict[str, int], **settings: Any
 ) -> None:
@@ -84,13 +102,14 @@ def run_server(
 
     from ..serving.app import create_app
     from ..serving.engine import Engine
+    from ..serving.http_server import HTTPServer
     from ..serving.settings import ServerSettings
 
     pipe.set_progress_bar_config(disable=True)
     engine = Engine(pipe, **engine_settings)
     app = create_app(engine, ServerSettings(**settings))
-    try:
-        uvicorn.run(app, host=host, port=port, log_level="info", server_header=False)
-    finally:
-        if engine.is_alive:  # a second Ctrl-C waits for nobody, and Python cannot end threads that compute
-            os._exit(130)
+    server = HTTPServer(uvicorn.Config(app, host=host, port=port, log_level="info", server_header=False))
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again once all is done
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)  # it has said why

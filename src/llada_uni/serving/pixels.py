@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -14,6 +15,17 @@ from .jobs import EngineStopped
 
 
 logger = logging.getLogger(__name__)
+
+
+class NobodyWaits(Exception):
+    """Whoever asked for the images of a batch has left."""
+
+
+def _stop_if_nobody_waits(images: Sequence[CodesOfImage], *_: object) -> dict[str, object]:
+    """To be called after each step of a decoding."""
+    if all(image.job.is_done for image in images):
+        raise NobodyWaits
+    return {}
 
 
 class PixelWorker:
@@ -73,7 +85,11 @@ class PixelWorker:
             codes = torch.stack([image.codes for image in images])
             # Copies: who is decoded a second time gets the noise of the first.
             generators = [image.generator.clone_state() for image in images]
-            decoded = self.pipe.code_decoder.decode(codes, settings, generators)
+            decoded = self.pipe.code_decoder.decode(
+                codes, settings, generators, on_step_end=partial(_stop_if_nobody_waits, images)
+            )
+        except NobodyWaits:
+            return
         except Exception as error:
             if len(images) > 1:  # one is at fault, or there are too many
                 logger.warning("A batch of %d images has failed, and is decoded one by one: %s", len(images), error)

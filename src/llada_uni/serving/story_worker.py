@@ -81,7 +81,7 @@ class StoryWorker:
         settings |= CodeGenerationSettings(settings.pop("guidance_scale", DEFAULT_GUIDANCE_SCALE)).guidance
         inputs: dict[str, Any] = dict(job.inputs.to(coder.device))
         grid = None if job.size is None else coder.grid_of(*job.size)
-        end_ids = torch.as_tensor(coder.model.generation_config.eos_token_id).flatten().tolist()
+        end_ids = torch.as_tensor(coder.own_settings.eos_token_id).flatten().tolist()
         limit = coder.model.config.get_text_config().max_position_embeddings
         generator = torch.Generator().manual_seed(job.seed)
         left = job.max_new_tokens

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..input_checks import check_integer
 from ..processing_llada_uni import LLaDAUniProcessor
@@ -25,6 +26,15 @@ def check_candidates(num_candidates: Any, reward: Any) -> None:
         raise TypeError(f"`reward` must be callable, got {type(reward).__name__}.")
     if reward is not None and num_candidates == 1:
         raise ValueError("`reward` chooses among candidates, but `num_candidates` is 1.")
+
+
+def check_can_judge(model: Any) -> None:
+    """Raises ValueError if a model cannot judge its own candidates."""
+    if is_flash_attention_requested(model.get_decoder().config):
+        raise ValueError(
+            "`num_candidates` needs a `reward`, or another `attn_implementation`: the model would judge several "
+            "blocks in one pass, which flash attention cannot mask."
+        )
 
 
 def check_candidates_differ(settings: Iterable[dict[str, Any]], own: Any) -> None:
@@ -95,7 +105,7 @@ def answer_log_probs(model: Any, prompts: Sequence[torch.Tensor], answers: Seque
     Returns:
         One for each row, in nats a token.
     """
-    block_length, parts, rows = model.generation_config.block_length, [], []
+    block_length, parts, rows = model.settle_generation_config(None, {}).block_length, [], []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids, start = [*prompt.tolist(), *answer.tolist()], len(prompt)
         while start < len(ids):
@@ -164,18 +174,19 @@ def _predictions(
     Yields:
         The number of a context and log-probabilities `(masks, vocabulary)`, one row at a time: logits are large.
     """
-    block_length = model.generation_config.block_length
+    config = model.settle_generation_config(None, {})
+    block_length, backbone = config.block_length, model.get_decoder()
     lengths = [-(-(len(ids) + count) // block_length) * block_length for ids, count in contexts]
     order = sorted(range(len(contexts)), key=lambda index: -lengths[index])  # the longest first
-    backbone, mask_token_id = model.get_decoder(), model.config.get_text_config().mask_token_id
     while order:
         length = lengths[order[0]]
         batch, order = order[: max(1, MAX_TOKENS // length)], order[max(1, MAX_TOKENS // length) :]
         # What stands behind a block is not seen by it: rows may end in masks, however many.
-        rows = torch.full((len(batch), length), mask_token_id)
+        rows = torch.full((len(batch), length), config.mask_token_id)
         for row, index in zip(rows, batch, strict=True):
             row[: len(contexts[index][0])] = torch.tensor(contexts[index][0])
-        states = backbone(rows.to(backbone.device), use_cache=False).last_hidden_state
+        rows = rows.to(backbone.device)
+        states = backbone(rows, use_cache=False, block_length=block_length).last_hidden_state
         for row, index in zip(states, batch, strict=True):
             start, count = len(contexts[index][0]), contexts[index][1]
             end = lengths[index] if whole_blocks else start + count

@@ -71,6 +71,8 @@ class InterleavedGenerationMixin(BlockDiffusionGenerationMixin):
         """
         refuse_settings("generate_interleaved", kwargs, {"max_length": "max_new_tokens"})
         config = self.settle_generation_config(generation_config, kwargs)
+        if kwargs.get("return_dict_in_generate"):
+            raise ValueError("`generate_interleaved` gives ids alone: it takes no `return_dict_in_generate`.")
         for name in ("max_time", "stop_strings"):
             if getattr(config, name) is not None:
                 raise ValueError(f"`generate_interleaved` ends where the model does: it takes no `{name}`.")

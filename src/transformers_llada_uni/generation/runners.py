@@ -146,10 +146,12 @@ class EagerRunner(Runner):
     def rows_put_back(self) -> Iterator[None]:
         """Rows that are left out within are there again behind it."""
         all_rows = self.rows, self.row_index, self.state, self.cache
-        yield
-        if len(self.rows) < len(all_rows[0]):
-            self.rows, self.row_index, self.state, self.cache = all_rows
-            self._mask_columns = None
+        try:
+            yield
+        finally:  # who was stopped may go on
+            if len(self.rows) < len(all_rows[0]):
+                self.rows, self.row_index, self.state, self.cache = all_rows
+                self._mask_columns = None
 
     def num_left(self) -> list[int]:
         return self.state.predicted.sum(dim=-1).tolist()

@@ -1,6 +1,7 @@
 """One checkpoint whose weights are the mean of several of a run (LLaDA2.0, arXiv 2512.15745)."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -44,7 +45,7 @@ def best_checkpoints(
             for entry in state["log_history"]
             if entry.get("step") == state["global_step"] and metric in entry
         ]
-        if values:
+        if values and math.isfinite(values[-1]):
             found.append((values[-1] if not greater_is_better else -values[-1], state_file.parent))
     if len(found) < count:
         raise ValueError(

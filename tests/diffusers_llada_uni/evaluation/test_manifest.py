@@ -82,6 +82,16 @@ def test_a_file_that_is_gone_is_made_again(tmp_path):
     assert Manifest(tmp_path).find(request) is None
 
 
+def test_a_name_that_was_free_again_is_of_who_took_it_last(tmp_path):
+    first, second = {"prompt": "a cat", "seed": 0}, {"prompt": "a cat", "seed": 1}
+    (tmp_path / add(Manifest(tmp_path), first)["file"]).unlink()
+    assert add(Manifest(tmp_path), second, BLUE)["file"] == "a-cat.png"
+    manifest = Manifest(tmp_path)
+    assert manifest.find(first) is None and manifest.find(second)["seed"] == 1
+    assert add(manifest, first)["file"] == "a-cat-2.png"
+    assert Manifest(tmp_path).find(first)["file"] == "a-cat-2.png" and Manifest(tmp_path).find(second) is not None
+
+
 def test_a_run_that_was_killed(tmp_path):
     add(Manifest(tmp_path), {"prompt": "a cat"})
     with (tmp_path / "manifest.jsonl").open("a") as file:

@@ -30,6 +30,7 @@ class Pipe:
         self.calls: list[list[str]] = []
         self.begun, self.codes_go, self.pixels_go = threading.Event(), threading.Event(), threading.Event()
         self.pixels_go.set()
+        self.decoding, self.num_given_up = threading.Event(), 0
 
     def write(self, texts, grid):
         return [PromptGroup(list(range(len(texts))), texts, grid)]
@@ -43,8 +44,14 @@ class Pipe:
             raise ValueError("`prompt` is bad.")
         return torch.tensor([ord(text[0]) for text in group.inputs])[:, None, None]
 
-    def decode(self, codes, settings, generators):
+    def decode(self, codes, settings, generators, on_step_end):
+        self.decoding.set()
         assert self.pixels_go.wait(10)
+        try:
+            on_step_end(0, 1.0, {})
+        except Exception:
+            self.num_given_up += 1
+            raise
         letters = [chr(code) for code in codes.flatten()]
         images = [f"{letter} {one.initial_seed()}" for letter, one in zip(letters, generators, strict=True)]
         if letters.count("z") > 1:
@@ -125,6 +132,19 @@ def test_a_cancelled_job_is_not_drawn(engine, pipe):
     assert kept.result.result(10) == ["k 0"]
     assert pipe.calls == [["first"], ["kept"]] and engine.is_alive and not engine._unfinished
     assert engine.num_images == 1
+
+
+def test_pixels_that_nobody_waits_for_are_given_up(engine, pipe):
+    pipe.pixels_go.clear()
+    left, first = ImageJob("left"), ImageJob("first")
+    pipe.codes_go.set()
+    engine.submit(left)
+    assert pipe.decoding.wait(10)
+    left.cancel()
+    pipe.pixels_go.set()
+    engine.submit(first)
+    assert first.result.result(10) == ["f 0"]
+    assert pipe.num_given_up == 1 and engine.is_alive
 
 
 def test_codes_are_made_while_pixels_are(engine, pipe):

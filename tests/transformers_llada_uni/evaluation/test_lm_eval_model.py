@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from diffusers_llada_uni import embedded_checkpoint
 from transformers_llada_uni import (
     LLaDA2MoeConfig,
     LLaDA2MoeForBlockDiffusion,
@@ -133,6 +134,16 @@ class TestLMEval:
         assert get_model("llada-uni") is harness and issubclass(harness, get_model("hf"))
         lm = harness.create_from_arg_string(f"pretrained={converted_dir},num_samples=2,device=cpu")
         assert isinstance(lm.model, LLaDAUniForConditionalGeneration) and lm.num_samples == 2
+
+    def test_an_adapter_is_merged(self, harness):
+        """Of the shipped model, whose tokenizer has no image codes."""
+        folder = embedded_checkpoint("emoji")
+        own, adapted = (
+            harness(str(folder), device="cpu", dtype="float32", **settings).model.state_dict()
+            for settings in ({}, {"peft": str(folder / "adapter")})
+        )
+        assert own.keys() == adapted.keys() and own["lm_head.weight"].shape == adapted["lm_head.weight"].shape
+        assert sum(not torch.equal(own[name], adapted[name]) for name in own) > 4
 
     def test_likelihood_is_the_bound(self, lm, fitted, tokenizer):
         pairs = [*TEXTS, ("", "Sky: is"), ("Sky: is", " red and green and yellow")]

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from transformers_llada_uni import BlockDiffusionGenerationConfig
 from transformers_llada_uni.generation import best_of
-from transformers_llada_uni.generation.best_of import answer_log_probs, candidate_generators, prompt_recall, rewards_of
+from transformers_llada_uni.generation.best_of import (
+    answer_log_probs,
+    candidate_generators,
+    check_can_judge,
+    prompt_recall,
+    rewards_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,26 @@ def test_answers_are_scored_block_by_block_whatever_the_batch(model, monkeypatch
     assert answer_log_probs(model, prompts, answers) == pytest.approx(expected, abs=1e-4)
     monkeypatch.setattr(best_of, "MAX_TOKENS", 1)  # a row at a time
     assert answer_log_probs(model, prompts, answers) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_judge_has_the_blocks_that_the_model_writes(model, monkeypatch):
+    """Whatever its configuration says of training, and whoever's class its own settings are of."""
+    length = model.generation_config.block_length // 2
+    prompts, answers = rows(5, length, 2 * length + 3), rows(3, 2 * length, length)
+    monkeypatch.setattr(model, "generation_config", BlockDiffusionGenerationConfig(block_length=length))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config.get_text_config(), "block_length", length)
+        expected = [by_hand(model, *pair) for pair in zip(prompts, answers, strict=True)]
+    assert answer_log_probs(model, prompts, answers) == pytest.approx(expected, abs=1e-4)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig())
+    assert len(answer_log_probs(model, prompts, answers)) == 3
+
+
+def test_flash_attention_cannot_judge(model, monkeypatch):
+    check_can_judge(model)
+    monkeypatch.setattr(model.get_decoder().config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(ValueError, match="`num_candidates` needs a `reward`, or another `attn_implementation`"):
+        check_can_judge(model)
 
 
 def test_an_image_is_asked_about_by_its_codes(model, processor):

@@ -58,6 +58,28 @@ def test_rows_that_have_filled_their_block_are_left_out_of_it():
     assert [len(row.tokens) for row in rows] == [3, 1, 2]
 
 
+def test_a_step_that_was_stopped_can_be_taken_again():
+    model, calls = tiny_backbone(), []
+
+    def stops(module, args, kwargs):
+        calls.append(tuple(kwargs["input_ids"].shape))
+        if len(calls) == 3:  # one row alone is left
+            raise KeyboardInterrupt
+
+    model.get_decoder().register_forward_pre_hook(stops, with_kwargs=True)
+    settings = {"block_length": 8, "num_steps_per_block": 8, "threshold": 1.0, "eos_token_id": []}
+    batch = ContinuousBatch(model, **settings)
+    rows = [batch.add(torch.arange(10, 10 + length), max_new_tokens=9) for length in (5, 7, 14)]
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    assert calls[-1] == (1, 8)
+    while batch.rows:
+        batch.step()
+    for row in rows:
+        expected = model.generate(row.prompt[None], max_new_tokens=9, **settings)
+        assert row.tokens == expected[0, len(row.prompt) :].tolist()
+
+
 def test_a_row_that_is_removed_disturbs_nobody():
     model, rng = tiny_backbone(), random.Random(0)
     batch = ContinuousBatch(model, block_length=8, num_steps_per_block=4, eos_token_id=None)

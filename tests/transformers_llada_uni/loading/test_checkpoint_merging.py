@@ -57,6 +57,15 @@ def test_the_best_are_those_of_the_lowest_loss(run):
     assert [folder.name for folder in best_checkpoints(run, 1, greater_is_better=True)] == ["checkpoint-1"]
 
 
+def test_one_that_has_diverged_is_none_of_the_best(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text().replace("1.0", "NaN"))
+    assert [folder.name for folder in best_checkpoints(tmp_path / "run", 2)] == ["checkpoint-4", "checkpoint-3"]
+    with pytest.raises(ValueError, match="has 3 checkpoints with a logged 'eval_loss'"):
+        best_checkpoints(tmp_path / "run", 4)
+
+
 def test_the_command_takes_the_best_of_a_run(run, tmp_path, capsys):
     main(["merge", str(run), "--best", "2", "--output", str(tmp_path / "merged")])
     assert capsys.readouterr().out.endswith("the mean of checkpoint-2, checkpoint-4\n")
