@@ -97,9 +97,9 @@ def test_edit_takes_references(host, model, image):
 def test_fill_keeps_the_codes_around_the_mask(host, model, image):
     mask = torch.zeros(1, 32, 32)  # of another size than the image
     mask[:, :16] = 1
-    (codes,) = LLaDAUniFill().generate(model, image, prompt="a soccer ball", mask=mask, **EDITING)
+    (codes,) = LLaDAUniFill().generate(model, image, prompt="a dog on blue", mask=mask, **EDITING)
     mask_image = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy()).resize((image.shape[2], image.shape[1]), 0)
-    assert equal(codes, model.pipe("a soccer ball", pil(image), mask_image).codes)
+    assert equal(codes, model.pipe("a dog on blue", pil(image), mask_image).codes)
     (source,) = LLaDAUniEncode().encode(model, image, "editing")
     assert torch.equal(codes[0][2:], source[0][2:]) and not torch.equal(codes[0], source[0])
 

@@ -133,7 +133,7 @@ def test_an_answer_that_fails_fails_alone(client, monkeypatch):
 def test_an_image_that_fails_fails_alone(server, client, monkeypatch):
     decode = CodeDecoder.decode
 
-    def failing_decode(self, codes, settings, generator):
+    def failing_decode(self, codes, settings, generator, **further):
         if any(one.initial_seed() == FAILS for one in generator):
             raise RuntimeError("CUDA error: out of luck")
         return decode(self, codes, settings, generator)

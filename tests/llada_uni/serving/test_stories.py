@@ -43,7 +43,9 @@ def decoded():
     """Codes that have been decoded since it was last emptied."""
     codes, decode = [], CodeDecoder.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CodeDecoder, "decode", lambda self, *args: codes.extend(args[0]) or decode(self, *args))
+        patch.setattr(
+            CodeDecoder, "decode", lambda self, *args, **further: codes.extend(args[0]) or decode(self, *args)
+        )
         yield codes
 
 
