@@ -48,6 +48,9 @@ def serve(
         raise ValueError(
             f"`host` {host!r} lets in others than this machine: give an `--api-key`, or say `--no-api-key`."
         )
+    from ..pipeline_loading import resolve_model
+
+    resolve_model(model)  # before torch is imported
     check_can_listen(host, port)
     run_server(
         load(model, device, dtype),

@@ -150,6 +150,14 @@ def load_language_model(
     return load_model(path, revision, **settings), load_processor(path, revision)
 
 
+def _is_in_few_bits(model_args: ModelConfig) -> bool:
+    """Whether the weights are stored so that routed experts cannot be adapted."""
+    try:
+        return quantization_of(_path(model_args), model_args.model_revision) == METHOD
+    except OSError:  # there is no such model, as loading it will say
+        return False
+
+
 def adapter_of(model_args: ModelConfig, experts: bool = True) -> PeftConfig | None:
     """
     With `use_peft`: what the options name, or without targets all layers, which peft's "all-linear" would miss; of
@@ -268,8 +276,7 @@ def language_model_trainer(
     assert not isinstance(training_args.model_init_kwargs, str)  # parsed by the configuration
     adapter = None
     if model_args.use_peft:
-        is_in_few_bits = quantization_of(_path(model_args), model_args.model_revision) == METHOD
-        adapter = adapter_of(model_args, experts=not is_in_few_bits)
+        adapter = adapter_of(model_args, experts=not _is_in_few_bits(model_args))
     model, processor = load_language_model(model_args, training_args, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up
     if "reward_funcs" in further and "grid" in get_dataset_column_names(train_dataset):
