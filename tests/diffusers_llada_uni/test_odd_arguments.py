@@ -122,9 +122,9 @@ def test_guidance_among_further_settings_is_checked_before_thoughts(pipe, monkey
 def test_thoughts_may_end_at_a_string(pipe):
     words = "the animal that says moo"
     thought = pipe(words, thinking=True).thoughts[0]
-    assert "moo" in thought
-    stopped = pipe(words, thinking=True, thinking_kwargs={"stop_strings": ["says"]}).thoughts[0]
-    assert len(stopped) < len(thought) and thought.startswith(stopped[:5])
+    end = thought.split()[2]  # whatever the model thinks
+    stopped = pipe(words, thinking=True, thinking_kwargs={"stop_strings": [end]}).thoughts[0]
+    assert 0 < len(stopped) < len(thought) and thought.startswith(stopped[:5])
 
 
 def test_parts_of_a_chat_that_nobody_knows_are_refused(pipe):
