@@ -122,7 +122,7 @@ def test_guidance_among_further_settings_is_checked_before_thoughts(pipe, monkey
 def test_thoughts_may_end_at_a_string(pipe):
     words = "the animal that says moo"
     thought = pipe(words, thinking=True).thoughts[0]
-    end = thought.split()[2]  # whatever the model thinks
+    end = thought.split()[2].strip(".")  # whatever the model thinks
     stopped = pipe(words, thinking=True, thinking_kwargs={"stop_strings": [end]}).thoughts[0]
     assert 0 < len(stopped) < len(thought) and thought.startswith(stopped[:5])
 
