@@ -50,10 +50,9 @@ class LLaDAUniLoraLoaderMixin(ZImageLoraLoaderMixin):
             ValueError: if there is no such decoder or model, or the file holds no LoRA weights.
         """
         source = pretrained_model_name_or_path_or_dict
-        is_file = isinstance(source, dict) or os.path.isfile(source)
-        if decoder is None and not is_file and "weight_name" not in kwargs:
+        is_for_decoder = decoder is not None or "weight_name" in kwargs
+        if not (is_for_decoder or isinstance(source, dict) or os.path.isfile(source)):
             location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
-            assert not isinstance(source, dict)
             if find_adapter_config_file(os.fspath(source), **location) is not None:
                 model = loaded("model", getattr(self, "model", None))
                 model.load_adapter(os.fspath(source), adapter_name, hotswap=hotswap, adapter_kwargs=location)

@@ -253,6 +253,8 @@ def test_what_a_server_lacks_is_told_before_a_model_is_loaded(run, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         told = run("serve", "--port", str(taken.getsockname()[1]), code=2).stderr
     assert "ddress already in use" in told and "Traceback" not in told and not run.loads
+    told = run("serve", "--host", "no host", "--no-api-key", code=2).stderr
+    assert "llada-uni: `host` 'no host' is no address of this machine: " in told and not run.loads
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "transformers_llada_uni.optional_dependencies.find_spec",
@@ -280,7 +282,7 @@ def test_a_second_signal_waits_for_nobody(monkeypatch):
 def test_the_network_is_not_let_in_without_a_key(run, monkeypatch, host, options, is_served):
     served = []
     monkeypatch.setattr("llada_uni.commands.serve.run_server", lambda pipe, host, *_, **settings: served.append(host))
-    monkeypatch.setattr("llada_uni.commands.serve.check_can_listen", lambda host, port: None)
+    monkeypatch.setattr("llada_uni.commands.serve.check_can_listen", lambda *_: None)
     run("serve", "--host", host, *options, code=0 if is_served else 2)
     assert served == [host] * is_served and len(run.loads) == is_served
 

@@ -1,12 +1,12 @@
 """`demo`: the web page, until it is stopped."""
 
 import os
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .listening import check_can_listen
 from .loading import load
 from .options import Device, Dtype, Host, Model
 
@@ -64,10 +64,7 @@ def run_demo(
         ModuleNotFoundError: if Gradio is not installed.
         OSError: if the port is taken.
     """
-    from transformers_llada_uni.optional_dependencies import require_extra
-
-    require_extra("demo", "gradio")
-    socket.create_server((host, port)).close()  # a port that is taken is told before the model is loaded
+    check_can_listen("demo", ("gradio",), host, port)
     from ..demo.app import Demo
 
     demo = Demo(load())

@@ -1,6 +1,5 @@
 """What `evaluate` runs: images, answers, likelihoods and tasks, each scored; a run that is stopped goes on."""
 
-import glob
 import hashlib
 import json
 import math
@@ -130,12 +129,11 @@ def load_rows(data: str, split: str, limit: int | None) -> Any:
 
 def folder_of(data: str) -> Path:
     """Where paths in the data are seen from: its folder, of a pattern the part without one; else the working one."""
+    from transformers_llada_uni.training.data.dataset_loading import folder_and_pattern
+
     path = Path(data).expanduser()
-    if path.is_dir():
-        return path
-    while glob.has_magic(str(path)) or path.is_file():
-        path = path.parent
-    return path if path.is_dir() else Path()
+    folder, pattern = folder_and_pattern(path)
+    return Path(folder) if pattern is not None or path.is_dir() else Path()
 
 
 def _listed(answers: Any) -> Any:

@@ -1,19 +1,21 @@
 """`serve`: the server, until it is stopped."""
 
 import ipaddress
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .listening import check_can_listen
 from .loading import load
 from .options import Device, Dtype, Host, Model, Tokens
 
 
 if TYPE_CHECKING:
     from diffusers_llada_uni import LLaDAUniPipeline
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpx")
 
 
 def serve(
@@ -51,7 +53,7 @@ def serve(
     from ..pipeline_loading import resolve_model
 
     resolve_model(model)  # before torch is imported
-    check_can_listen(host, port)
+    check_can_listen("serve", PACKAGES, host, port)
     run_server(
         load(model, device, dtype),
         host,
@@ -71,22 +73,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def check_can_listen(host: str, port: int) -> None:
-    """
-    What can be said before the model is loaded.
-
-    Raises:
-        ModuleNotFoundError: if something is not installed; names the extra.
-        OSError: if the port is taken.
-    """
-    from transformers_llada_uni.optional_dependencies import require_extra
-
-    require_extra("serve", "fastapi", "uvicorn", "prometheus_client", "python_multipart", "httpx")
-    if port:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=family).close()
 
 
 def run_server(

@@ -178,6 +178,7 @@ class LLaDAUniImageTokenizerTrainer(BaseTrainer):
             return super()._get_train_sampler(train_dataset)
         assert dataset is not None
         sampler = GroupSampler(dataset["content"][:], self.args.seed)
+        self.remove_callback(SamplerEpoch)  # of a run before, or of data for evaluation
         self.add_callback(SamplerEpoch(sampler))
         return sampler
 

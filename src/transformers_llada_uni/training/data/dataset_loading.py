@@ -58,7 +58,7 @@ def load_training_dataset(
     if texts := _texts_of_images(files):
         splits = _captioned(path, texts)
         return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()}) if streaming else splits
-    folder, pattern = _folder_and_pattern(path)
+    folder, pattern = folder_and_pattern(path)
     source = name_or_path if not path.is_dir() else str(path)
     if pattern is not None:
         if not glob.glob(str(path), recursive=True):
@@ -124,7 +124,7 @@ def _are_images_with_metadata(files: list[Path]) -> bool:
     return any(file.name in ImageFolder.METADATA_FILENAMES for file in files) and any(map(_is_image, files))
 
 
-def _folder_and_pattern(path: Path) -> tuple[str, str | None]:
+def folder_and_pattern(path: Path) -> tuple[str, str | None]:
     """A path of files, cut before the first part that is a pattern; no pattern if it names a folder or a dataset."""
     if path.is_dir():
         return str(path), None
