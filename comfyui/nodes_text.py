@@ -35,7 +35,9 @@ class LLaDAUniAsk:
             "required": {
                 "model": (MODEL,),
                 "question": text("What to ask.", "what is this?"),
-                "max_new_tokens": integer("Of the answer, at most.", 1024, 1, 8192),
+                "max_new_tokens": integer(
+                    "Of the answer, at most; fewer where the model's positions end.", 512, 1, 8192
+                ),
                 "temperature": number("0: the most probable words, whatever the seed.", 0.0, 0.0, 10.0),
                 "seed": seed("Of the words, where they are sampled."),
             },
@@ -59,6 +61,12 @@ class LLaDAUniAsk:
             raise ValueError("`question` must not be empty.")
         parts: list[dict[str, Any]] = [] if image is None else [{"type": "image", "image": i} for i in to_pil(image)]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        coder = model.pipe.code_generator
+        prompt = coder.processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        longest = coder.model.config.get_text_config().max_position_embeddings
+        max_new_tokens = max(min(max_new_tokens, longest - len(prompt["input_ids"][0])), 1)
         progress = Progress(max_new_tokens)
         pipe = model.writer(1, max_new_tokens, progress.move_to)
         answer = pipe.chat(messages, max_new_tokens=max_new_tokens, **_sampling(temperature, seed))

@@ -66,6 +66,11 @@ def _plan_model(plan: Plan, folder: Path, dtype: torch.dtype | None) -> LLaDAUni
         check_settings(raw.get("vision_config", {}), layout.VISION_SETTINGS)
         check_keys(raw, LLaDAUniConfig)
         config = LLaDAUniConfig.from_pretrained(folder, local_files_only=True)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} has an adapter beside its model, and the released layout no place for one. Merge it: "
+            "`pipe.fuse_lora()`, then `pipe.unload_lora_weights()`, before the pipeline is saved."
+        )
     refs = files.list_checkpoint(folder, "model")
     of_tokenizer = {name: ref for name, ref in refs.items() if name.startswith(layout.IMAGE_TOKENIZER_PREFIXES)}
     backbone = {name: ref for name, ref in refs.items() if name not in of_tokenizer}

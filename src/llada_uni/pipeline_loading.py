@@ -2,6 +2,7 @@
 
 import runpy
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +42,9 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
         ValueError: if it is a path to nothing, a folder without a pipeline, or an adapter upon such.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    names = find_embedded()["names_of_embedded_checkpoints"]()
+    # What else has the name of a model that comes with the package, such as a folder for its images, is not meant.
+    if path.exists() and (name not in names or _is_model(path, takes_models)):
         if is_pipeline_folder(path):
             kind = read_object(path / "model_index.json").get("_class_name")
             if kind != "LLaDAUniPipeline":
@@ -53,13 +56,8 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
         if (path / "config.json").is_file() and takes_models:
             return str(path)
         raise ValueError(f"`model` {name!r} {_why_no_pipeline(path)}")
-    # The module without its package, whose import takes seconds of torch.
-    package = find_spec("diffusers_llada_uni")
-    assert package is not None and package.origin is not None
-    embedded = runpy.run_path(str(Path(package.origin).with_name("embedded_checkpoints.py")))
-    names = embedded["names_of_embedded_checkpoints"]()
     if name in names:
-        return str(embedded["embedded_checkpoint"](name))
+        return str(find_embedded()["embedded_checkpoint"](name))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         meant = f" Did you mean `{name.lower()}`?" if name.lower() in names else ""
         raise ValueError(
@@ -67,6 +65,18 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
             f"{', '.join(names)}.{meant}"
         )
     return name
+
+
+@cache
+def find_embedded() -> dict[str, Any]:
+    """The module of the checkpoints that come with the package, without that package: its import takes seconds."""
+    package = find_spec("diffusers_llada_uni")
+    assert package is not None and package.origin is not None
+    return runpy.run_path(str(Path(package.origin).with_name("embedded_checkpoints.py")))
+
+
+def _is_model(path: Path, takes_models: bool) -> bool:
+    return is_pipeline_folder(path) or is_adapter(path) or (takes_models and (path / "config.json").is_file())
 
 
 def _why_no_pipeline(folder: Path) -> str:
@@ -170,8 +180,9 @@ def configurations_of(name: str) -> str:
     Raises:
         ValueError: if there is none.
     """
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (name not in find_embedded()["names_of_embedded_checkpoints"]() or _is_model(folder, True)):
+        return str(folder)
     path = resolve_model(name)
     if Path(path).is_dir():
         return path

@@ -1,6 +1,8 @@
 """The feed-forward half of a layer: the dense MLP, or a router, the experts it chooses and a shared one."""
 
 import copy
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,15 @@ class LLaDA2MoeTopkRouter(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.expert_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # `model.to(torch.bfloat16)`, `half()` and a pipeline's `to` cast all there is. The bias keeps its digits as in
+        # loading (`_keep_in_fp32_modules_strict`), or other experts would be chosen.
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype in (torch.float16, torch.bfloat16):
+            self.expert_bias = bias.to(self.expert_bias.device, torch.float32)
+        return self
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """

@@ -36,6 +36,16 @@ def test_ask_gives_the_answer_of_the_pipeline(host, model, image):
     assert host.bars[0][0] == (0, 64) and host.bars[0][-1] == (64, 64)
 
 
+def test_asks_with_what_the_node_begins_with(host, model, image):
+    required = LLaDAUniAsk.INPUT_TYPES()["required"]
+    defaults = {name: entry[1]["default"] for name, entry in required.items() if name != "model"}
+    answer = model.pipe.chat(messages(pil(image)), max_new_tokens=64, do_sample=False)
+    assert LLaDAUniAsk().ask(model, **defaults, image=image) == (answer,)
+    # More than the model has positions: as many as there are.
+    assert ask(model, image=image, max_new_tokens=8192) == answer
+    assert host.bars[-1][0][1] < 1024
+
+
 def test_ask_takes_several_images_and_none(host, model, image):
     both = image.repeat(2, 1, 1, 1)
     expected = model.pipe.chat(messages(pil(image), pil(image)), max_new_tokens=64, do_sample=False)

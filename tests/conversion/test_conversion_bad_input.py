@@ -439,6 +439,10 @@ def test_bad_pipeline_config(converted_dir, tmp_path, spoil, words):
 def test_bad_pipeline_folder(converted_dir, tmp_path):
     folder = tmp_path / "ours"
     shutil.copytree(converted_dir, folder)
+    (folder / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter beside its model"):
+        convert_to_released(folder, tmp_path / "back", progress=False)
+    (folder / "model" / "adapter_config.json").unlink()
     shard = folder / "model" / "model-00002-of-00003.safetensors"
     os.truncate(shard, 1000)
     with pytest.raises(ValueError, match="truncated"):

@@ -313,6 +313,9 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     words += [["edit", "a", "-i", image] for image in ("none.png", "folder", "broken.png")]
     words += [["fill", "a", "-i", "small.png", "--mask", mask] for mask in ("none.png", "folder")]
     words += [["ask", "a", "-i", "none.png"], ["ask", "a", "-m", "folder"], ["chat", "-m", "folder"]]
+    words += [["draw", "a", "--max-thinking-tokens", "5"], ["story", " "], ["story", "\ud800"]]
+    words += [["draw", "a", "--num-candidates", "2", "--temperature", "0"]]
+    words += [["fill", "a", "-i", "small.png", "--mask", "small.png", "--num-candidates", "2", "--temperature", "0"]]
     words += [["story", "a", "-i", "none.png"], ["story", "a", "-m", "folder"], ["story", "a", "-o", "folder"]]
     words += [
         ["convert", "none", "out"],

@@ -9,9 +9,11 @@ import torch
 from httpx import Request, Response
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from trl import ModelConfig
 
 from diffusers_llada_uni import embedded_checkpoint
 from llada_uni.commands.info import describe_folder
+from llada_uni.commands.train_trainers import _path
 from llada_uni.pipeline_loading import (
     Located,
     configurations_of,
@@ -54,6 +56,25 @@ def test_names(tmp_path, monkeypatch):
     for name in ("", ".", "nothing", "./nothing", "~/nothing", "a/b/c", "\0", "🍎"):
         with pytest.raises(ValueError, match="`model`"):
             resolve_model(name)
+
+
+def test_a_folder_of_images_has_the_name_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").mkdir()
+    emoji = str(embedded_checkpoint("emoji"))
+    assert resolve_model("emoji") == configurations_of("emoji") == _path(ModelConfig("emoji")) == emoji
+    with pytest.raises(ValueError, match="`model` './emoji' is no pipeline"):
+        resolve_model("./emoji")
+    (tmp_path / "emoji" / "config.json").write_text('{"model_type": "llada_uni"}')  # what a training has written
+    assert resolve_model("emoji") == emoji
+    assert (
+        resolve_model("emoji", takes_models=True)
+        == configurations_of("emoji")
+        == _path(ModelConfig("emoji"))
+        == "emoji"
+    )
+    (tmp_path / "emoji" / "model_index.json").write_text('{"_class_name": "LLaDAUniPipeline"}')
+    assert resolve_model("emoji") == "emoji"
 
 
 @pytest.mark.parametrize(

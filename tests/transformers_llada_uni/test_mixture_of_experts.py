@@ -99,3 +99,15 @@ def test_the_router_stays_in_float32(block):
         under_autocast(block.gate, STATES.flatten(0, 1)), block.gate(STATES.flatten(0, 1)), strict=True
     ):
         assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("cast", [lambda module: module.to(torch.bfloat16), lambda module: module.half()])
+def test_the_bias_keeps_its_digits_where_all_is_cast(block, cast):
+    block.gate.expert_bias.copy_(torch.linspace(-1, 1, 8) / 3)
+    wanted = block.gate.expert_bias.clone()
+    cast(block)
+    assert block.gate.weight.dtype != torch.float32
+    assert block.gate.expert_bias.dtype == torch.float32 and torch.equal(block.gate.expert_bias, wanted)
+    assert "expert_bias" in dict(block.gate.named_buffers())
+    assert block.to("meta").gate.expert_bias.is_meta
+    assert block.double().gate.expert_bias.dtype == torch.float64

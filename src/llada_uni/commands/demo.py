@@ -1,6 +1,7 @@
 """`demo`: the web page, until it is stopped."""
 
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,12 @@ def demo(
     )
 
 
+def wait() -> None:
+    """Until Ctrl-C, which Gradio's own way to wait takes for a good end."""
+    while True:
+        time.sleep(1)
+
+
 def run_demo(
     load: Callable[[], "LLaDAUniPipeline"],
     host: str,
@@ -64,7 +71,9 @@ def run_demo(
         ModuleNotFoundError: if Gradio is not installed.
         OSError: if the port is taken.
     """
+    host = host.removeprefix("[").removesuffix("]")
     check_can_listen("demo", ("gradio",), host, port)
+    check_can_listen("demo", (), "127.0.0.1", port)  # where Gradio looks whether a port is free, whatever the host
     from ..demo.app import Demo
 
     demo = Demo(load())
@@ -72,7 +81,7 @@ def run_demo(
         settings: dict[str, Any] = {"share": share, "quiet": True, "prevent_thread_lock": True}
         if password is not None:
             settings |= {"auth": (USER, password), "auth_message": f"The user is {USER}."}
-        tell(demo.launch(host, port, **settings))
-        demo.page.block_thread()
+        tell(demo.launch(f"[{host}]" if ":" in host else host, port, **settings))  # it makes an address of it
+        wait()
     finally:
         demo.close()

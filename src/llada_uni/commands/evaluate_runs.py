@@ -57,11 +57,18 @@ def image_metrics(
         device: Of the models.
 
     Raises:
-        ValueError: for a function or a model that cannot be had; names the option.
+        ValueError: for a function or a model that cannot be had, or two of one name; names the option.
     """
     from diffusers_llada_uni.evaluation.image_metrics import CLIPScore, FrechetDistance, ImageFeatures
 
-    metrics: dict[str, Any] = {path.rpartition(".")[2]: user_function(path, "metric") for path in functions}
+    names = [path.rpartition(".")[2] for path in functions]
+    of_results = ["images"] + ["clip_score"] * (clip is not None) + ["frechet_distance"] * (features is not None)
+    for name, path in zip(names, functions, strict=True):
+        if (names + of_results).count(name) > 1:
+            raise ValueError(f"`metric` {path!r}: there is another score of the name {name!r}; rename the function.")
+    metrics: dict[str, Any] = {
+        name: user_function(path, "metric") for name, path in zip(names, functions, strict=True)
+    }
     if clip is not None:
         metrics["clip_score"] = _model_of("clip", CLIPScore, clip, device)
     if features is None:
@@ -136,15 +143,19 @@ def folder_of(data: str) -> Path:
     return Path(folder) if pattern is not None or path.is_dir() else Path()
 
 
-def _listed(answers: Any) -> Any:
-    """A table's cell has room for one text: several answers stand there as a list in JSON."""
-    if not isinstance(answers, str) or not answers.lstrip().startswith("["):
-        return answers
-    try:
-        listed = json.loads(answers)
-    except ValueError:
-        return answers
-    return listed if listed and all(isinstance(answer, str) for answer in listed) else answers
+def _listed(answers: Any) -> list[str] | None:
+    """
+    Answers as texts, `None` if they are none. A table's cell has room for one text: several answers stand there as a
+    list in JSON.
+    """
+    from transformers_llada_uni.evaluation.visual_question_answering import answers_of
+
+    if isinstance(answers, str) and answers.strip().startswith("[") and answers.strip().endswith("]"):
+        try:
+            answers = json.loads(answers)
+        except ValueError:
+            return None
+    return answers_of(answers)
 
 
 class ImageQuestions(Sequence[dict[str, Any]]):
@@ -153,7 +164,7 @@ class ImageQuestions(Sequence[dict[str, Any]]):
     and their images opened again when they are asked about.
 
     Args:
-        rows: With `image`, `question` and `answers`. A text that is a list in JSON is several answers.
+        rows: With `image`, `question` and `answers`: a text or a number, or several, in a table as a list in JSON.
         folder: Where paths of images are seen from.
         instruction: A line after each question; empty for none.
 
@@ -176,9 +187,15 @@ class ImageQuestions(Sequence[dict[str, Any]]):
         for name in ("image", "question", "answers"):
             if row.get(name) is None or row[name] == "" or row[name] == []:
                 raise ValueError(f"`data`, row {index + 1} has no `{name}`.")
+        answers = _listed(row["answers"])
+        if not answers:
+            raise ValueError(
+                f"`data`, row {index + 1}: `answers` must be a text or a number, or a list of them (in a table in "
+                f'JSON, as ["two", "2"]), got {row["answers"]!r:.80}.'
+            )
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         asked = f"{row['question']}\n{self.instruction}" if self.instruction else row["question"]
-        return row | {"image": [*map(self._opened, images)], "question": asked, "answers": _listed(row["answers"])}
+        return row | {"image": [*map(self._opened, images)], "question": asked, "answers": answers}
 
     def _opened(self, image: Any) -> PIL.Image.Image:
         from transformers_llada_uni.training.data.dataset_formats import stored_image

@@ -58,6 +58,8 @@ def draw(
     as_json: AsJson = False,
 ) -> None:
     """Draw images from prompts."""
+    if max_thinking_tokens is not None and not thinking:
+        raise ValueError("`--max-thinking-tokens` are of thoughts: give `--thinking` with it.")
     settings = {
         **size_of(size),
         "guidance_scale": guidance,
@@ -135,6 +137,10 @@ def fill(
 
 def _rarely_set(upscale: int, num_candidates: int = 1, temperature: float | None = None) -> dict[str, Any]:
     """Settings that are left out at their defaults: what a run before made without them is found again."""
+    if num_candidates > 1 and temperature == 0:
+        raise ValueError(
+            "`--num-candidates` would all be the same at `--temperature 0`, which takes the surest codes."
+        )
     return {
         "upscale": upscale if upscale != 2 else None,
         "num_candidates": num_candidates if num_candidates > 1 else None,

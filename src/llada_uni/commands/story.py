@@ -13,6 +13,7 @@ import typer
 
 from .loading import load
 from .options import Device, Dtype, Model, Output, Seed, Size, size_of
+from .prompt_files import check_text
 
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def story(
     dtype: Dtype = "auto",
 ) -> None:
     """Tell a story with images, as a page in a folder of its own."""
+    if not prompt.strip():
+        raise ValueError("`prompt` is empty.")
+    check_text(prompt, "`prompt`")
     if output.exists():
         raise FileExistsError(f"`output` {str(output)!r} exists already; `--output` names another folder.")
     from ..image_files import open_image

@@ -192,7 +192,7 @@ def _path(model_args: ModelConfig) -> str:
             f"`model_name_or_path` {name!r} is an adapter. To go on with its run: its options, with "
             "`--resume_from_checkpoint true`. To train upon it: `llada-uni assemble ADAPTER --output FOLDER` first."
         )
-    if name in names_of_embedded_checkpoints() and not Path(name).exists():
+    if name in names_of_embedded_checkpoints() and not (Path(name) / "config.json").is_file():
         return str(embedded_checkpoint(name))
     return name
 

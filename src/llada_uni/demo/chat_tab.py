@@ -1,7 +1,8 @@
 """Chat: a conversation with images, answered block by block."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,34 @@ NO_ANSWER = "*(no answer)*"  # what is shown of an answer without words
 class Chat(gr.ChatInterface):
     """Gradio's, which goes on after an error: what was refused is in the box again, not in the conversation."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.refused: set[str | None] = set()  # sessions; that of one who stops an answer has failed, too
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def refusing(self, request: gr.Request) -> Iterator[None]:
+        """An error inside, told in a sentence, refuses what was asked."""
+        try:
+            with told_in_a_sentence():
+                yield
+        except gr.Error:
+            self.refused.add(request.session_hash)
+            raise
+
+    def _put_back(self, message: Any, request: gr.Request) -> Any:
+        if request.session_hash not in self.refused:
+            return gr.skip()
+        self.refused.discard(request.session_hash)
+        submit = self.textbox.submit_btn
+        return gr.MultimodalTextbox(message, interactive=True, submit_btn=submit, stop_btn=False)
+
     def _setup_stop_events(
         self, event_triggers: list[Callable[..., Any]], events_to_cancel: list[Any], after_success: Any
     ) -> None:
         # The one place where Gradio hands out its events. Of what follows them by `then`, an error lets nothing come.
         super()._setup_stop_events(event_triggers, events_to_cancel, after_success)
-        submit = self.textbox.submit_btn
         for event in events_to_cancel:
-            event.failure(
-                lambda message: gr.MultimodalTextbox(message, interactive=True, submit_btn=submit, stop_btn=False),
-                self.saved_input,
-                self.textbox,
-                queue=False,
-                api_visibility="private",
-            )
+            event.failure(self._put_back, self.saved_input, self.textbox, queue=False, api_visibility="private")
 
 
 def chat_tab(turns: ModelTurns, examples: Examples) -> None:
@@ -47,10 +62,14 @@ def chat_tab(turns: ModelTurns, examples: Examples) -> None:
         temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0 takes the surest words.", render=False)
 
     async def answer(
-        message: dict[str, Any], history: list[dict[str, Any]], max_new_tokens: int, temperature: float
+        message: dict[str, Any],
+        history: list[dict[str, Any]],
+        max_new_tokens: int,
+        temperature: float,
+        request: gr.Request,
     ) -> AsyncIterator[str]:
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-        with told_in_a_sentence():
+        with chat.refusing(request):
             # In a thread: large images take their time, and others' answers are streamed meanwhile.
             messages = await asyncio.to_thread(read_history, [*history, {"role": "user", "content": message}])
             text = ""
@@ -59,7 +78,7 @@ def chat_tab(turns: ModelTurns, examples: Examples) -> None:
             if not text.strip():
                 yield NO_ANSWER
 
-    Chat(
+    chat = Chat(
         answer,
         multimodal=True,
         chatbot=gr.Chatbot(
@@ -73,6 +92,7 @@ def chat_tab(turns: ModelTurns, examples: Examples) -> None:
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
+            stop_btn=True,  # while an answer comes
             placeholder="Ask; images by the clip, or dropped here",
         ),
         additional_inputs=[tokens, temperature],

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from .examples import Examples
-from .image_panel import TURNS, gallery, show_images
+from .image_panel import TURNS, gallery, looked_at, show_images
 from .image_work import ImageRequest
 from .messages import told_in_a_sentence
 from .model_turns import ModelTurns
@@ -20,6 +20,7 @@ class DrawTab:
     """What other tabs take from this one."""
 
     gallery: gr.Gallery
+    looked_at: gr.State
     edit_button: gr.Button
 
 
@@ -78,8 +79,9 @@ def draw_tab(turns: ModelTurns, examples: Examples) -> DrawTab:
 
     inputs = [prompt, *seed.components, *settings, width, height]
     outputs = [images, status, seed.seed]
-    asked = gr.on([draw.click, prompt.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
+    starts = [draw.click, prompt.submit]
+    asked = gr.on(starts, run, inputs, outputs, show_progress_on=images, **TURNS)
     chosen = samples.click(lambda row: row[0], samples, prompt, queue=False, api_visibility="private")
     shown = chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)
     stop_by(stop, [asked, shown], status)
-    return DrawTab(images, edit)
+    return DrawTab(images, looked_at(images, [*starts, samples.click]), edit)

@@ -1,15 +1,16 @@
 """Edit: an image and what to change; with a brush, only a part of it is made anew."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import gradio as gr
 import PIL.Image
 from PIL import ImageChops
 
+from .chat_tab import MAX_PIXELS
 from .draw_tab import DrawTab
 from .examples import Examples
-from .image_panel import TURNS, gallery, show_images
+from .image_panel import TURNS, gallery, looked_at, show_images
 from .image_work import ImageRequest
 from .messages import told_in_a_sentence
 from .model_turns import ModelTurns
@@ -21,6 +22,21 @@ from .stopping import stop_by
 # within `MAX_SIDE`: a strip of a few pixels would become one of gigabytes.
 SIDE_TO_PAINT = 512
 Drawn = list[tuple[PIL.Image.Image, str | None]] | None
+
+
+def telling(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The editor's `preprocess`, which says of an image that it cannot read what is wrong with it."""
+
+    def preprocess(payload: Any) -> Any:
+        with told_in_a_sentence():
+            try:
+                return read(payload)
+            except PIL.Image.DecompressionBombError as error:
+                raise ValueError(f"The image has more than {MAX_PIXELS:,} pixels; make it smaller.") from error
+            except PIL.UnidentifiedImageError as error:
+                raise ValueError("This is no image that can be read.") from error
+
+    return preprocess
 
 
 def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tabs, tab_id: str) -> None:
@@ -41,6 +57,8 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
                 height=380,
                 elem_classes="editor",
             )
+            # No class of its own: Gradio writes a file beside the module of a component.
+            editor.preprocess = telling(editor.preprocess)  # type: ignore[method-assign]
             take = gr.Button("Take what was drawn last", size="sm")
             instruction = gr.Textbox(
                 label="What to change",
@@ -99,11 +117,12 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
         async for shown in show_images(turns, request):
             yield shown
 
-    def take_last(images: Drawn) -> tuple[Any, Any]:
+    def take_last(images: Drawn, index: int) -> tuple[Any, Any]:
         with told_in_a_sentence():
             if not images:
                 raise ValueError("Nothing has been drawn yet.")
-        return to_paint(images[0][0]), images[0][0]
+        image = images[index if index < len(images) else 0][0]
+        return to_paint(image), image
 
     def choose(index: int) -> tuple[Any, Any, str]:
         path, words = examples.edits[index]
@@ -115,15 +134,17 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
     quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     inputs = [editor, given, instruction, *seed.components, *settings]
     outputs = [images, status, seed.seed]
-    asked = gr.on([edit.click, instruction.submit], run, inputs, outputs, show_progress_on=images, **TURNS)
+    starts = [edit.click, instruction.submit]
+    asked = gr.on(starts, run, inputs, outputs, show_progress_on=images, **TURNS)
     chosen = samples.click(choose, samples, [editor, given, instruction], **quiet)
     events = [asked, chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)] if has_files else [asked]
     stop_by(stop, events, status)
     # Only errors of what goes through the queue are shown.
     queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    take.click(take_last, drawn.gallery, [editor, given], **queued)
-    again.click(take_last, images, [editor, given], **queued)
-    drawn.edit_button.click(take_last, drawn.gallery, [editor, given], **queued).success(
+    of_drawn = [drawn.gallery, drawn.looked_at]
+    take.click(take_last, of_drawn, [editor, given], **queued)
+    again.click(take_last, [images, looked_at(images, starts)], [editor, given], **queued)
+    drawn.edit_button.click(take_last, of_drawn, [editor, given], **queued).success(
         lambda: gr.Tabs(selected=tab_id), None, tabs, **quiet
     )
 

@@ -34,6 +34,25 @@ def gallery(label: str) -> gr.Gallery:
     )
 
 
+def looked_at(gallery: gr.Gallery, starts: list[Any]) -> gr.State:
+    """
+    Which image of a gallery a visitor has chosen last, by its index; the first, where he has not.
+
+    Args:
+        gallery: Of images.
+        starts: Events that fill it anew.
+    """
+    index = gr.State(0)
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+    def choose(event: gr.SelectData) -> int:
+        return event.index
+
+    gallery.select(choose, None, index, **quiet)
+    gr.on(starts, lambda: 0, None, index, **quiet)
+    return index
+
+
 async def show_images(turns: ModelTurns, request: ImageRequest) -> AsyncIterator[tuple[Any, Any, Any]]:
     """
     Yields:

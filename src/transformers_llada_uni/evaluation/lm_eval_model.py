@@ -11,11 +11,13 @@ and `import transformers_llada_uni.evaluation.lm_eval_model` before `lm_eval.sim
 
 import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import find_executable_batch_size
+from tqdm.auto import tqdm
 
 from ..chat_templates import TEXT_CHAT
 from ..generation.configuration import as_list
@@ -35,7 +37,11 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 # What tasks ask of any model, and what has no meaning here as it changes nothing.
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
 
+# What is computed before answers are kept: so much of a run is lost where it is stopped.
+PART_IN_BATCHES = 16
+
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+Pair = tuple[list[int], list[int]]
 
 
 @register_model("llada-uni")
@@ -139,7 +145,7 @@ class LLaDAUniLM(HFLM):
 
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)
         def fits(batch_size: int) -> int:
-            self._likelihoods([self._truncate(context, continuation)] * batch_size, batch_size, disable_tqdm=True)
+            self._likelihoods([self._truncate(context, continuation)] * batch_size, batch_size)
             return batch_size
 
         batch_size = torch.tensor([fits()], device=self.device)
@@ -154,14 +160,19 @@ class LLaDAUniLM(HFLM):
         is_rolling = all(text is None for text, _, _ in requests)
         disable_tqdm = disable_tqdm or is_rolling or self.rank != 0
         batch_size = override_bs or self._fixed_batch_size(requests)
-        log_likelihoods = self._likelihoods(pairs, batch_size, disable_tqdm)
-        is_greedy = [False] * len(pairs)
-        if self.check_greedy and not is_rolling:
-            is_greedy = self._are_greedy(pairs, batch_size)
-        answers = list(zip(log_likelihoods, is_greedy, strict=True))
-        for (text, _, _), answer in zip(requests, answers, strict=True):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, answer)
+        answers = [(0.0, False)] * len(pairs)
+        with tqdm(total=len(pairs), unit="completion", disable=disable_tqdm) as progress:
+            for part in _parts(pairs, PART_IN_BATCHES * batch_size):
+                pairs_of_part = [pairs[index] for index in part]
+                log_likelihoods = self._likelihoods(pairs_of_part, batch_size)
+                is_greedy = [False] * len(part)
+                if self.check_greedy and not is_rolling:
+                    is_greedy = self._are_greedy(pairs_of_part, batch_size)
+                for index, *answer in zip(part, log_likelihoods, is_greedy, strict=True):
+                    answers[index] = (answer[0], answer[1])
+                    if (text := requests[index][0]) is not None:  # kept, whatever ends the run
+                        self.cache_hook.add_partial("loglikelihood", text, answers[index])
+                progress.update(len(part))
         return answers
 
     def _fixed_batch_size(self, requests: list[Request]) -> int:
@@ -170,7 +181,7 @@ class LLaDAUniLM(HFLM):
         longest = max(range(len(requests)), key=lambda i: len(requests[i][1]) + len(requests[i][2]))
         return self._detect_batch_size(requests, longest)
 
-    def _truncate(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    def _truncate(self, context: list[int], continuation: list[int]) -> Pair:
         """Cuts the begin of a context that is too long."""
         room = self.max_length + 1 - len(continuation)
         if room < 0:
@@ -179,10 +190,8 @@ class LLaDAUniLM(HFLM):
             )
         return context[max(len(context) - room, 0) :], continuation
 
-    def _likelihoods(
-        self, pairs: list[tuple[list[int], list[int]]], batch_size: int, disable_tqdm: bool
-    ) -> list[float]:
-        contexts, continuations = zip(*pairs, strict=True) if pairs else ((), ())
+    def _likelihoods(self, pairs: list[Pair], batch_size: int) -> list[float]:
+        contexts, continuations = zip(*pairs, strict=True)
         with self._autocast():
             bound = completion_likelihood(
                 self.model,
@@ -193,11 +202,10 @@ class LLaDAUniLM(HFLM):
                 seed=self.seed,
                 batch_size=batch_size,
                 copies_per_forward=self.copies_per_forward,
-                show_progress_bar=not disable_tqdm,
             )
         return bound.log_likelihoods.tolist()
 
-    def _are_greedy(self, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> list[bool]:
+    def _are_greedy(self, pairs: list[Pair], batch_size: int) -> list[bool]:
         # Blocks are filled in one after the other, whatever the number of new tokens: a context is continued once.
         num_new_tokens: dict[tuple[int, ...], int] = {}
         for context, continuation in pairs:
@@ -260,6 +268,24 @@ class LLaDAUniLM(HFLM):
         return torch.autocast(
             self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         )
+
+
+def _parts(pairs: list[Pair], size: int) -> Iterator[list[int]]:
+    """
+    Indices of `pairs` in parts of at least `size`, but for the last: the longest first, and all of one context
+    together, which is continued once.
+    """
+    of_context: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        of_context.setdefault(tuple(context), []).append(index)
+    part: list[int] = []
+    for indices in sorted(of_context.values(), key=lambda group: -max(sum(map(len, pairs[index])) for index in group)):
+        part += indices
+        if len(part) >= size:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 __all__ = ["LLaDAUniLM"]

@@ -33,14 +33,14 @@ _NUMBER_OF_WORD = {word: str(number) for number, word in enumerate(_NUMBERS)} | 
 _ARTICLES = {"a", "an", "the"}
 _APOSTROPHES = re.compile("['\u2018\u2019]")
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d)")
-_PUNCTUATION = re.compile(r"[;:/\[\]\"()=+\\_><@`,?]")
+_PUNCTUATION = re.compile(r"[;/\[\]{}\"()=+\\_\-><@`,?!]")
 _PERIOD = re.compile(r"\.(?!\d)")  # not that of a decimal number
 
 
 def normalize_answer(answer: str) -> str:
     """
-    An answer as it is compared: lower case, number words as digits, without articles, periods, commas and other
-    punctuation.
+    An answer as it is compared: lower case, number words as digits, without articles, periods, commas and what
+    else VQA's evaluation counts as punctuation.
 
     This does what VQA's evaluation means to do, to the model's answers and to people's alike. Apostrophes are dropped
     where that restores them from a list of contractions: `dont` and `don't` are one word either way.
@@ -113,7 +113,8 @@ def evaluate_visual_question_answering(
         model ([`LLaDAUniForConditionalGeneration`]): Or what has its `generate`.
         processor ([`LLaDAUniProcessor`]): Its processor.
         dataset (iterable of `{"image", "question", "answers"}`): An image (or list of images), a question, and the
-            answers of people: strings, or VQAv2's `{"answer": ...}`. A `datasets.Dataset`, streamed or not, or a list.
+            answers of people: strings or numbers, or VQAv2's `{"answer": ...}`; one, or a list of them. A
+            `datasets.Dataset`, streamed or not, or a list.
         batch_size (`int`, defaults to 8): Questions answered together. Does not change the answers.
         prompt_template (`str`): What is asked, with `{question}` in it.
         max_new_tokens (`int`, defaults to 32): Longest answer.
@@ -146,7 +147,7 @@ def evaluate_visual_question_answering(
             texts = processor.post_process_image_text_to_text(sequences[:, inputs["input_ids"].shape[1] :])
             for row, text in zip(rows, texts, strict=True):
                 predictions.append(text.strip())
-                accuracies.append(visual_question_answering_accuracy(text, _answers(row["answers"])))
+                accuracies.append(visual_question_answering_accuracy(text, row["answers"]))
             progress.update(len(rows))
     if not predictions:
         raise ValueError("`dataset` is empty.")
@@ -162,9 +163,15 @@ def _batches(dataset: Iterable[Mapping[str, Any]], batch_size: int) -> Iterable[
     for number, row in enumerate(dataset):
         if missing := [name for name in ("image", "question", "answers") if row.get(name) is None]:
             raise ValueError(f"Row {number} of `dataset` has no {', '.join(f'`{name}`' for name in missing)}.")
-        if len(row["answers"]) == 0:
+        answers = answers_of(row["answers"])
+        if answers is None:
+            raise ValueError(
+                f"Row {number} of `dataset`: `answers` must be texts, numbers or {{'answer': text}}, one or a list of "
+                f"them, got {row['answers']!r:.80}."
+            )
+        if len(answers) == 0:
             raise ValueError(f"Row {number} of `dataset` has an empty list of `answers`.")
-        rows.append(row)
+        rows.append({**row, "answers": answers})
         if len(rows) == batch_size:
             yield rows
             rows = []
@@ -176,10 +183,13 @@ def _images(image: Any) -> list[Any]:
     return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
-def _answers(answers: Sequence[Any] | str) -> list[str]:
-    if isinstance(answers, str):
-        return [answers]
-    return [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
+def answers_of(answers: Any) -> list[str] | None:
+    """People's answers as texts, from one or a list of texts, numbers or VQAv2's `{"answer": ...}`; else `None`."""
+    if isinstance(answers, str) or not isinstance(answers, Sequence):
+        answers = [answers]
+    answers = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    is_answer = [isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers]
+    return [str(answer) for answer in answers] if all(is_answer) else None
 
 
 __all__ = [

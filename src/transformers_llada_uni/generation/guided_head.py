@@ -73,7 +73,7 @@ class GuidedHead:
         if self.matrix is not None:
             logits = self._combined(hidden_states, self.matrix.weight[self.allowed], weights)
         else:
-            logits = _at_least_float32(self.head(hidden_states))
+            logits = _at_least_float32(self.head(hidden_states)).to(hidden_states.device)  # which a hook may have left
             logits = guided_logits(logits, *self.guidance, weights)[:, self.allowed]
         return logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
 

@@ -137,7 +137,8 @@ class SelfSpeculationRunner(EagerRunner):
             block_length=self.block_length,
             positions_to_keep=self.block_length + torch.arange(num_wanted, device=draft.device).expand_as(columns),
         )
-        logits = self.step.head(outputs.last_hidden_state.flatten(0, 1)[None])
+        hidden_states = outputs.last_hidden_state.to(draft.device)  # as in `DenoisingStep.forward`
+        logits = self.step.head(hidden_states.flatten(0, 1)[None])
         tokens, probabilities, _ = predict_tokens(logits)
         found = torch.zeros_like(is_wanted, dtype=tokens.dtype).scatter(1, columns, tokens.view_as(columns))
         nothing = torch.zeros(is_wanted.shape, dtype=probabilities.dtype, device=draft.device)

@@ -139,7 +139,8 @@ class DenoisingStep:
             block_length=self.block_length,
             positions_to_keep=positions_to_keep if is_narrow else None,
         )
-        hidden_states = outputs.last_hidden_state
+        # The last layer may be on another device than the tokens (`device_map="auto"`).
+        hidden_states = outputs.last_hidden_state.to(tokens.device)
         if context is not None and on_context is not None:
             on_context(hidden_states[:, :num_context].unflatten(0, (num_branches, num_rows)))
         if not is_narrow and positions_to_keep is not None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..input_checks import check_integer
-from .folder_writing import folder_at_once
+from .folder_writing import copy_chat_templates, folder_at_once
 
 
 # Of a trainer, and of no use beside other weights
@@ -88,18 +88,24 @@ def merge_checkpoints(checkpoints: Sequence[str | Path], output: str | Path) -> 
         for file in folders[0].iterdir():
             if file.is_file() and file.suffix != ".safetensors" and not file.name.startswith(OF_THE_RUN):
                 shutil.copy(file, part / file.name)
+        copy_chat_templates(folders[0], part)
 
 
 def _places_of(folder: Path) -> dict[str, Path]:
     """The file of each tensor."""
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"`checkpoints`: {str(folder)!r} is a pipeline; name the folder of its language model, "
+            f"{str(folder / 'model')!r}, and put the mean into a pipeline by `llada-uni assemble`."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"`checkpoints`: {str(folder)!r} has an adapter; the mean of its factors is not the mean of what they do. "
+            "Merge each into its model first (`llada-uni assemble ADAPTER --output FOLDER`, or `merge_and_unload`)."
+        )
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         weight_map = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"`checkpoints`: {str(folder)!r} is an adapter; the mean of its factors is not the mean of what they do. "
-            "Merge each into its model first (`llada-uni assemble ADAPTER --output FOLDER`, or `merge_and_unload`)."
-        )
     file = folder / SAFE_WEIGHTS_NAME
     if not file.is_file():
         raise FileNotFoundError(f"`checkpoints`: there is no {SAFE_WEIGHTS_NAME} in {str(folder)!r}.")

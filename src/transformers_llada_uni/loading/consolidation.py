@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.distributed.checkpoint import is_sharded_checkpoint
 
-from .folder_writing import folder_at_once
+from .folder_writing import copy_chat_templates, folder_at_once
 from .model_loading import AUTO_CLASSES
 
 
@@ -43,6 +43,7 @@ def consolidate_checkpoint(checkpoint: str | Path, output: str | Path, max_shard
         for file in checkpoint.iterdir():
             if file.suffix in (".json", ".jinja") and _describes_processing(file):
                 shutil.copy(file, folder / file.name)
+        copy_chat_templates(checkpoint, folder)
 
 
 def _describes_processing(file: Path) -> bool:

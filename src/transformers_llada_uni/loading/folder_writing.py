@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transformers.utils import logging
+from transformers.utils import CHAT_TEMPLATE_DIR, logging
 
 
 try:
@@ -109,3 +109,9 @@ def _is_abandoned(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def copy_chat_templates(source: Path, destination: Path) -> None:
+    """The chat templates beside a processor's first one, such as that of its tokenizer: a folder of their own."""
+    if (source / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, destination / CHAT_TEMPLATE_DIR)

@@ -7,6 +7,14 @@ from llada_uni.commands.demo import USER, run_demo
 from llada_uni.pipeline_loading import load_pipeline
 
 
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def never() -> None:
     raise AssertionError("the model has been loaded")
 
@@ -30,14 +38,10 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
     app = pytest.importorskip("llada_uni.demo.app")
     launched = {}
 
-    class Page:
-        @staticmethod
-        def block_thread() -> None:
-            raise KeyboardInterrupt
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
 
     class Demo:
-        page = Page
-
         def __init__(self, pipe):
             launched.update(pipe=pipe, is_closed=False)
 
@@ -49,6 +53,7 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
             launched["is_closed"] = True
 
     monkeypatch.setattr(app, "Demo", Demo)
+    monkeypatch.setattr("llada_uni.commands.demo.time.sleep", interrupted)
     monkeypatch.setattr("llada_uni.commands.demo.load", lambda *args: "the pipeline")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -59,7 +64,8 @@ def test_it_is_served_on_this_machine_only_until_ctrl_c(monkeypatch, capsys):
     assert f"The page is at http://127.0.0.1:{port}/\n" in capsys.readouterr().out
 
 
-def test_a_password():
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]"])
+def test_a_password(host):
     pytest.importorskip("gradio")
     httpx = pytest.importorskip("httpx")
     seen = []
@@ -75,8 +81,10 @@ def test_a_password():
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    if ":" in host and not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
     with pytest.raises(KeyboardInterrupt):
-        run_demo(lambda: load_pipeline("emoji", "cpu"), "127.0.0.1", port, False, "secret", visit)
+        run_demo(lambda: load_pipeline("emoji", "cpu"), host, port, False, "secret", visit)
     assert seen == [401, 400, 200, 200]
 
 

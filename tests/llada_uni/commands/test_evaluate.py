@@ -91,10 +91,25 @@ def test_questions(run, pipe, tmp_path, monkeypatch):
 
 def test_several_answers_in_the_cell_of_a_table(run, pipe, tmp_path):
     PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    (tmp_path / "rows.csv").write_text('image,question,answers\nred.png,What is this?,"[""a"", ""b"", ""[c""]"\n')
+    cells = ['"[""a"", ""b"", ""[c""]"', '"[2, {""answer"": ""two""}]"']
+    lines = [f"red.png,What is this {number}?,{cell}\n" for number, cell in enumerate(cells)]
+    (tmp_path / "rows.csv").write_text("".join(["image,question,answers\n", *lines]))
+    run("evaluate", "questions", str(tmp_path / "rows.csv"), "-o", "out", "--max-new-tokens", "8")
+    entries = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [entry["answers"] for entry in entries] == [["a", "b", "[c"], ["2", "two"]]
+
+
+def test_answers_of_a_table_are_numbers_or_no_list(run, tmp_path):
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    (tmp_path / "rows.csv").write_text("image,question,answers\nred.png,How many?,2\n")
     run("evaluate", "questions", str(tmp_path / "rows.csv"), "-o", "out", "--max-new-tokens", "8")
     (entry,) = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert entry["answers"] == ["a", "b", "[c"]
+    assert entry["answers"] == ["2"]
+    loads = len(run.loads)
+    (tmp_path / "rows.csv").write_text("image,question,answers\nred.png,What is this?,\"['yes', 'no']\"\n")
+    told = run("evaluate", "questions", str(tmp_path / "rows.csv"), "-o", "other", code=2).stderr
+    assert "`data`, row 1: `answers` must be" in told and "['yes', 'no']" in told
+    assert len(run.loads) == loads and not (tmp_path / "other").exists()
 
 
 def test_what_questions_are_asked_with(run, tmp_path):
@@ -177,6 +192,8 @@ def test_a_table():
         (["images", "-p", "prompts.txt", "--metric", "sharpness"], "`metric`: 'sharpness' is no path"),
         (["images", "-p", "prompts.txt", "--metric", "json.sharpness"], "has no function 'sharpness'"),
         (["images", "-p", "prompts.txt", "--metric", "no_such.module"], "no_such"),
+        (["images", "-p", "prompts.txt", *["--metric", "json.dumps"] * 2], "another score of the name 'dumps'"),
+        (["images", "-p", "prompts.txt", "--metric", "mine.images"], "another score of the name 'images'"),
         (["images", "-p", "prompts.txt", "--clip", "no/such/model"], "`clip` 'no/such/model' cannot be loaded: "),
         (["images", "-p", "prompts.txt", "--reference", ".", "--features", "x"], "there are no images"),
         (["questions", "none.jsonl"], "none.jsonl"),

@@ -1,11 +1,13 @@
 """Each tab in a real browser, from a click on an example to its result."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import count
 
+import PIL.Image
 import pytest
 
 from llada_uni.demo import image_panel, messages
@@ -125,6 +127,9 @@ def test_a_conversation_goes_on_after_no_answer_and_after_errors(browser, url, d
 
     async def answer(conversation, max_new_tokens, **settings):
         words = [message["content"][-1]["text"] for message in conversation]
+        while words == ["wait"]:
+            yield "Well ..."
+            await asyncio.sleep(0.1)
         if words[-1] == "sizes":
             raise ValueError("`images` must be of one size.")
         heard.append(words)
@@ -144,6 +149,17 @@ def test_a_conversation_goes_on_after_no_answer_and_after_errors(browser, url, d
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo.turns, "answer", answer)
+        # Who stops an answer has asked all the same: his question is in the conversation, and not in the box.
+        say("wait")
+        for again in (True, False):
+            visitor.see("Well ...")
+            visitor.page.locator(".stop-button").locator("visible=true").click()
+            expect(visitor.page.get_by_role("button", name="Submit").locator("visible=true")).to_be_visible()
+            visitor.page.wait_for_timeout(500)
+            expect(box).to_have_value("")
+            if again:
+                visitor.page.get_by_label("Retry").locator("visible=true").click()
+        visitor.press("Clear")
         say("hello")
         visitor.see("(no answer)")
         say("sizes")
@@ -178,6 +194,32 @@ def test_a_drawing_is_painted_on_and_made_anew_there(visitor):
     assert wish.image.size == wish.mask.size == (64, 64)  # not as large as it was shown
     left, top, right, bottom = wish.mask.getbbox()
     assert 0 < left < 32 < right < 64 and 0 < top < 32 < bottom < 64
+
+
+def test_the_image_that_was_chosen_is_edited(browser, url):
+    wishes, visitor = [], Visitor(browser, url)
+
+    def make(pipe, wish, report):
+        wishes.append(wish)
+        images = [PIL.Image.new("RGB", (64, 64), name) for name in ("red", "blue")[: wish.num_images]]
+        report(ImageProgress(16, 16, images, True))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_panel, "make_images", make)
+        visitor.page.get_by_role("button", name="Settings").locator("visible=true").click()
+        visitor.page.wait_for_timeout(500)  # see `Visitor.fill`
+        visitor.page.get_by_label("number input for Images").locator("visible=true").fill("2")
+        visitor.page.keyboard.press("Tab")
+        visitor.click_example("cherries")
+        visitor.see("2 images in")
+        visitor.page.locator(".images button.thumbnail-item").locator("visible=true").nth(1).click()
+        visitor.press("Edit it")
+        visitor.page.get_by_label("What to change").locator("visible=true").fill("a green apple")
+        visitor.page.wait_for_timeout(1000)  # the editor takes its time to show an image
+        visitor.press("Edit")
+        visitor.see("An image in")
+    assert wishes[-1].image.getpixel((32, 32))[:3] == (0, 0, 255)
+    visitor.leave()
 
 
 def test_nothing_comes_from_elsewhere_and_nothing_is_told_elsewhere(visitor, url, asked_hosts):

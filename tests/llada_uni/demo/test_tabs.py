@@ -4,15 +4,18 @@ import asyncio
 import logging
 import re
 import threading
+from types import SimpleNamespace
 
 import gradio as gr
 import PIL.Image
 import pytest
+from gradio.components.image_editor import EditorData
+from gradio.data_classes import FileData
 
 from llada_uni.demo import chat_tab
 from llada_uni.demo.app import _page
 from llada_uni.demo.chat_tab import NO_ANSWER, read_history
-from llada_uni.demo.edit_tab import as_given, painted, to_paint
+from llada_uni.demo.edit_tab import as_given, painted, telling, to_paint
 from llada_uni.demo.examples import GENERAL, IMAGES, examples_of
 from llada_uni.demo.messages import OUR_FAULT, told_in_a_sentence
 from llada_uni.demo.settings import MAX_NEW_SEED, settle_seed
@@ -64,13 +67,14 @@ def test_images_are_read_while_others_are_answered(demo, monkeypatch):
         threads.append(threading.current_thread())
         return read_history(history)
 
-    monkeypatch.setattr(chat_tab, "Chat", lambda handler, **settings: handlers.append(handler))
+    chat = SimpleNamespace(refusing=lambda request: told_in_a_sentence())
+    monkeypatch.setattr(chat_tab, "Chat", lambda handler, **settings: handlers.append(handler) or chat)
     monkeypatch.setattr(chat_tab, "read_history", read)
     with gr.Blocks():
         chat_tab.chat_tab(demo.turns, GENERAL)
 
     async def ask() -> list[str]:
-        return [text async for text in handlers[0]({"text": "hello", "files": []}, [], 4, 0)]
+        return [text async for text in handlers[0]({"text": "hello", "files": []}, [], 4, 0, gr.Request())]
 
     assert asyncio.run(ask()) and len(threads) == 1
     assert threads[0] is not threading.current_thread()
@@ -105,6 +109,22 @@ def test_what_was_enlarged_to_be_painted_on_is_edited_in_its_own_size():
     image, mask = as_given({"background": other, "layers": [layer]}, given)
     assert image is other and mask.size == other.size
     assert as_given({"background": other, "layers": []}, None) == (other, None)
+
+
+def test_an_image_that_is_too_large_to_be_painted_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 50)
+    editor = gr.ImageEditor(type="pil")
+    for name, content, words in (
+        ("large", None, "The image has more than 16,777,216 pixels"),
+        ("none", b"x", "no image"),
+    ):
+        path = tmp_path / f"{name}.png"
+        PIL.Image.new("RGB", (20, 20)).save(path)
+        if content:
+            path.write_bytes(content)
+        payload = EditorData(background=FileData(path=str(path)), layers=[], composite=None)
+        with pytest.raises(gr.Error, match=words):
+            telling(editor.preprocess)(payload)
 
 
 def test_a_seed_is_new_or_stays():

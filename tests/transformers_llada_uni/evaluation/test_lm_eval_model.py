@@ -157,6 +157,32 @@ class TestLMEval:
         assert [answer for answer, _ in answers] == pytest.approx(expected, rel=1e-4)
         assert [is_greedy for _, is_greedy in answers] == [True] * len(TEXTS) + [False, False]
 
+    def test_answers_are_kept_as_they_come(self, harness, fitted, tokenizer, monkeypatch, tmp_path):
+        """What is computed before a run is stopped is not computed again."""
+        from lm_eval.api.model import CachingLM
+
+        monkeypatch.setattr("transformers_llada_uni.evaluation.lm_eval_model.PART_IN_BATCHES", 1)
+        pairs = [(f"{name}: is", f" {colour}") for name in ("Sky", "Grass", "Snow") for colour in ("red", "blue")]
+        lm = harness(fitted, tokenizer=tokenizer, batch_size=2, num_samples=2)
+        expected = lm.loglikelihood(self.requests("loglikelihood", *pairs), disable_tqdm=True)
+        computed, likelihoods = [], lm._likelihoods
+
+        def stopped(pairs, batch_size):
+            if len(computed) == 2:
+                raise KeyboardInterrupt
+            computed.append(pairs)
+            return likelihoods(pairs, batch_size)
+
+        monkeypatch.setattr(lm, "_likelihoods", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            CachingLM(lm, str(tmp_path / "answers.db")).loglikelihood(self.requests("loglikelihood", *pairs))
+        assert [len({tuple(context) for context, _ in part}) for part in computed] == [1, 1]  # continued once
+        computed.clear()
+        found = CachingLM(lm, str(tmp_path / "answers.db")).loglikelihood(self.requests("loglikelihood", *pairs))
+        assert [len(part) for part in computed] == [2]
+        assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], rel=1e-4)
+        assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+
     def test_greedy_is_what_generate_writes(self, lm, fitted, tokenizer):
         context = TEXTS[2][0]
         prompt = tokenizer.encode(context)

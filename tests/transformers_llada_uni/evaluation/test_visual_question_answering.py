@@ -28,6 +28,9 @@ class TestVisualQuestionAnswering:
             ("None", "0"),
             ("left/right?", "left right"),
             ("U.S.A.", "usa"),
+            ("Yes!", "yes"),
+            ("t-shirt", "t shirt"),
+            ("{12:30}", "12:30"),
         ],
     )
     def test_normal_form(self, answer, normal):
@@ -57,6 +60,13 @@ class TestVisualQuestionAnswering:
         metric.add_batch(predictions=["a cat"], references=references[:1])
         metric.add_batch(predictions=["3"], references=references[1:])
         assert metric.compute() == {"accuracy": pytest.approx(0.3)}
+
+    @pytest.mark.parametrize(
+        "answers, texts",
+        [("two", ["two"]), (2, ["2"]), ([2, "two", {"answer": 3}], ["2", "two", "3"]), ((1.5,), ["1.5"]), ([], [])],
+    )
+    def test_answers_are_one_or_several(self, answers, texts):
+        assert vqa_module.answers_of(answers) == texts
 
     @pytest.fixture(scope="class")
     def parts(self, converted_dir):
@@ -103,6 +113,8 @@ class TestVisualQuestionAnswering:
             ({"dataset": []}, "`dataset` is empty"),
             ({"dataset": [{"image": 1, "question": "what"}]}, "Row 0 of `dataset` has no `answers`"),
             ({"dataset": [{"image": 1, "question": "what", "answers": []}]}, "Row 0 of `dataset` has an empty list"),
+            ({"dataset": [{"image": 1, "question": "what", "answers": [True]}]}, "Row 0 .*: `answers` must be texts"),
+            ({"dataset": [{"image": 1, "question": "what", "answers": [{"text": "a"}]}]}, "`answers` must be texts"),
             ({"batch_size": 0}, "`batch_size`"),
             ({"prompt_template": "what?"}, "`prompt_template`"),
         ],

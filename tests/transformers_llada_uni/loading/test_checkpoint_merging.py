@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusers_llada_uni import embedded_checkpoint
 from llada_uni.cli import main
 from transformers_llada_uni import LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.loading.checkpoint_merging import best_checkpoints, merge_checkpoints
@@ -50,6 +51,15 @@ def test_every_tensor_is_the_mean(run, tmp_path, first):
     assert not (tmp_path / "merged" / "optimizer.pt").exists()
     loaded = LLaDA2MoeForBlockDiffusion.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loaded.lm_head.weight, merged["lm_head.weight"])
+
+
+def test_all_chat_templates_come_along(run, tmp_path):
+    shutil.copytree(run / "checkpoint-1", tmp_path / "one")
+    templates = tmp_path / "one" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "text_chat.jinja").write_text("{{ messages }}")
+    merge_checkpoints([tmp_path / "one", run / "checkpoint-2"], tmp_path / "merged")
+    assert (tmp_path / "merged" / "additional_chat_templates" / "text_chat.jinja").read_text() == "{{ messages }}"
 
 
 def test_the_best_are_those_of_the_lowest_loss(run):
@@ -97,6 +107,9 @@ def test_refused_by_name(run, tmp_path):
             merge_checkpoints([good, other], tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
         shutil.rmtree(other)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an adapter"):
-        merge_checkpoints([good, tmp_path], tmp_path / "merged")
+    with pytest.raises(ValueError, match="is a pipeline; name the folder of its language model, '.*emoji/model'"):
+        merge_checkpoints([embedded_checkpoint("emoji")] * 2, tmp_path / "merged")
+    shutil.copytree(run / "checkpoint-4", other)
+    (other / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has an adapter"):
+        merge_checkpoints([good, other], tmp_path / "merged")

@@ -22,6 +22,8 @@ def checkpoint(tmp_path, monkeypatch):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_checkpoint("emoji") / "processor" / name, folder)
     (folder / "trainer_state.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "text_chat.jinja").write_text("{{ messages }}")
     return folder
 
 
@@ -32,6 +34,7 @@ def test_weights_and_tokenizer_are_whole(checkpoint, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
     assert not (tmp_path / "out" / "trainer_state.json").exists()
+    assert (tmp_path / "out" / "additional_chat_templates" / "text_chat.jinja").read_text() == "{{ messages }}"
 
 
 def test_failure_leaves_nothing(checkpoint, tmp_path, monkeypatch):

@@ -229,13 +229,12 @@ def _forward_objective(
     # 3. The head, on predicted tokens only
     row, index = is_predicted.nonzero(as_tuple=True)
     place, copy = places[row, index], copies[row, index]
+    hidden_states = outputs.last_hidden_state.to(row.device)[row, index]  # a model may lie on several devices
     if predict:
         predicted_ids = input_ids[:, None].repeat(1, num_copies, 1)
-        predicted_ids[row, copy, place] = _likeliest(model, outputs.last_hidden_state[row, index])
+        predicted_ids[row, copy, place] = _likeliest(model, hidden_states)
         return BlockDiffusionTerms(predicted_ids=predicted_ids)
-    log_probs, entropy, mean_logits, is_top1 = _score(
-        model, outputs.last_hidden_state[row, index], labels[row, place], keep_entropy
-    )
+    log_probs, entropy, mean_logits, is_top1 = _score(model, hidden_states, labels[row, place], keep_entropy)
 
     # 4. Back to where the tokens stand, summed over the copies
     flat = row * length + place
@@ -283,9 +282,12 @@ def _score(
             nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
             return nothing, nothing.detach(), nothing.detach(), nothing.detach()
         with maybe_gather_lm_head_ctx(weight):
+            states, of_head = hidden_states.to(weight.device), targets.to(weight.device)
             log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-                hidden_states, weight, None, targets, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
+                states, weight, None, of_head, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
             )
+            found = (log_probs, entropy, mean_logits, is_top1)
+            log_probs, entropy, mean_logits, is_top1 = (values.to(targets.device) for values in found)
     return log_probs, entropy if keep_entropy else entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
 
 
@@ -306,9 +308,9 @@ def _likeliest(model: PreTrainedModel, hidden_states: torch.Tensor) -> torch.Ten
             weight = weight.full_tensor()
         with maybe_gather_lm_head_ctx(weight):
             for tile in hidden_states.split(TOKEN_TILE):
-                logits = F.linear(tile, weight.to(tile.dtype))
+                logits = F.linear(tile.to(weight.device), weight.to(tile.dtype))
                 logits[:, never_shown(model)] = -torch.inf
-                tokens.append(logits.argmax(dim=-1))
+                tokens.append(logits.argmax(dim=-1).to(tile.device))
     return torch.cat(tokens)
 
 
