@@ -206,6 +206,8 @@ def main() -> None:
         parser.error("--guidance needs --vocabulary released: only image codes are guided.")
     if any(count < 96 or count % 32 for count in arguments.new_tokens):
         parser.error(f"--new-tokens: multiples of 32, from 96 on, are needed, got {arguments.new_tokens}.")
+    if arguments.prompt_length < 32 or arguments.prompt_length % 32:
+        parser.error(f"--prompt-length: a multiple of 32 is needed, got {arguments.prompt_length}.")
 
     methods = {name: METHODS[name] for name in arguments.methods}
     first = arguments.methods[0]

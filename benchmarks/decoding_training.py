@@ -47,6 +47,7 @@ from task_rows import chat, text
 from wishes import BEFORE
 
 
+SHIPPED: tuple[str, str | None] = ("shipped", None)
 EDITING = {"editing_threshold": 0.9}
 SETTINGS = {
     "0.95": {"threshold": 0.95},
@@ -90,9 +91,19 @@ class PassesOfBlocks:
         return f"{100 * share:.1f}% | {self.num_steps / self.num_blocks:.2f}"
 
 
-def load_pipeline(folder: str) -> DiffusionPipeline:
+def named_model(argument: str) -> tuple[str, str | None]:
+    """Name and folder of a model; of the shipped one, no folder."""
+    name, _, folder = argument.partition("=")
+    if argument == SHIPPED[0]:
+        return SHIPPED
+    if not name or not folder or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"NAME=FOLDER is needed, and that there is the folder, got {argument!r}")
+    return name, folder
+
+
+def load_pipeline(folder: str | None) -> DiffusionPipeline:
     parts = {}
-    if folder:
+    if folder is not None:
         parts["model"] = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     return DiffusionPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.float32, **parts)
 
@@ -163,7 +174,7 @@ def answers_of(pipe: DiffusionPipeline, subjects: list[Emoji], codes: list[torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", type=Path, help="The folder of the npm packages, see examples/emoji/packages.py.")
-    parser.add_argument("--models", nargs="+", default=["shipped"], metavar="NAME=FOLDER")
+    parser.add_argument("--models", nargs="+", type=named_model, default=[SHIPPED], metavar="NAME=FOLDER")
     parser.add_argument("--subjects", type=int, default=256, help="emoji to name and to draw")
     parser.add_argument("--scenes", type=int, default=100, help="scenes to describe and to draw")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
@@ -186,7 +197,7 @@ def main() -> None:
     print("| model | threshold | names | passes | descriptions | passes | codes | passes | codes of scenes | passes |")
     print("|---" * 10 + "|")
     lines, codes = [], []
-    for name, _, folder in (model.partition("=") for model in arguments.models):
+    for name, folder in arguments.models:
         evaluation = Evaluation(load_pipeline(folder), table, arguments.seed)
         pipe: Any = evaluation.pipe
         if not codes:  # all models have the same image tokenizer

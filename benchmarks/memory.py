@@ -145,7 +145,7 @@ def load(path: str, quantization_config: GroupwiseQuantizationConfig | None, res
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, quantization_config=quantization_config
         )
-    results.put((num_bytes(model), growth.own, growth.mapped))
+    results.send((num_bytes(model), growth.own, growth.mapped))
 
 
 def measure_load(options: argparse.Namespace) -> None:
@@ -162,12 +162,17 @@ def measure_load(options: argparse.Namespace) -> None:
         del model
         shards = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
         context = multiprocessing.get_context("spawn")
-        results = context.Queue()
         print("\n| a backbone loaded | its size, MB | peak of own memory, MB | mapped files, MB |\n|---|---|---|---|")
         for name, quantization_config in (("as it is", None), ("in four bits", GroupwiseQuantizationConfig())):
-            process = context.Process(target=load, args=(folder, quantization_config, results))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=load, args=(folder, quantization_config, sender))
             process.start()
-            size, peak, mapped = results.get()
+            sender.close()  # or nobody would hear that the process has died
+            try:
+                size, peak, mapped = receiver.recv()
+            except EOFError:
+                process.join()
+                raise SystemExit(f"{name}: the process died, exit code {process.exitcode}.") from None
             process.join()
             print(f"| {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {mapped / 1e6:.0f} |", flush=True)
     print(f"\n{len(shards)} shards of at most {max(shards) / 1e6:.0f} MB.")

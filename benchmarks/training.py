@@ -109,7 +109,7 @@ def measure(method: str, options: argparse.Namespace, results) -> None:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results.put((loss.item(), seconds, (peak - before) / 2**30))
+    results.send((loss.item(), seconds, (peak - before) / 2**30))
 
 
 def main() -> None:
@@ -128,10 +128,15 @@ def main() -> None:
     measured = {method: [] for method in METHODS}
     for _ in range(options.repeats):
         for method, values in measured.items():
-            results = context.Queue()
-            process = context.Process(target=measure, args=(method, options, results))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=measure, args=(method, options, sender))
             process.start()
-            values.append(results.get())
+            sender.close()  # or nobody would hear that the process has died
+            try:
+                values.append(receiver.recv())
+            except EOFError:
+                process.join()
+                raise SystemExit(f"{method}: the process died, exit code {process.exitcode}.") from None
             process.join()
 
     losses = [values[0][0] for values in measured.values()]

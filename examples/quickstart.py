@@ -9,6 +9,7 @@ The emoji model knows 3,786 emoji of 64 x 64 pixels and little else.
 """
 
 import argparse
+import hashlib
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,10 @@ PROMPTS = ("a red apple", "thumbs up with dark skin", "show me an emoji of a roc
 
 
 def load_pipeline(checkpoint: Path, output_dir: Path) -> DiffusionPipeline:
-    """Loads a converted folder, or converts a folder in the released layout first."""
+    """Loads a converted folder, or converts a folder in the released layout first: once, into `output_dir`."""
     if not (checkpoint / "model_index.json").exists():
-        converted = output_dir / "checkpoint"
+        path = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()
+        converted = output_dir / f"{checkpoint.resolve().name}-{path[:8]}"
         if not converted.exists():
             from llada_uni.conversion.convert_llada_uni_checkpoint import convert_to_diffusers
 
@@ -54,6 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.image.is_file():
         parser.error(f"--image: there is no file {arguments.image}.")
+    if arguments.checkpoint is not None and not arguments.checkpoint.is_dir():
+        parser.error(f"--checkpoint: there is no folder {arguments.checkpoint}.")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     report = []
 

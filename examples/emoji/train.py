@@ -108,7 +108,7 @@ def all_steps(packages: Path, gpu: bool) -> dict[str, Step]:
 
 
 def run(steps: dict[str, Step], deadline: float) -> list[str]:
-    """Runs what is not finished; returns what was stopped because the time was up. A stage goes on from its last
+    """Runs what is not finished; returns what is not, because the time was up. A stage goes on from its last
     checkpoint."""
     finished = FINISHED.read_text().split() if FINISHED.exists() else []
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -135,7 +135,7 @@ def run(steps: dict[str, Step], deadline: float) -> list[str]:
             process.terminate()
         for process in running.values():
             process.wait()
-    return list(running)
+    return [name for name in steps if name not in finished]
 
 
 def log_of(name: str) -> Path:
@@ -163,8 +163,8 @@ def main() -> None:
         os.environ.setdefault(name, value)
     RUNS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by whatever, it stops what it has started
-    stopped = run(all_steps(arguments.packages, arguments.gpu), time.monotonic() + 60 * arguments.minutes)
-    print(f"Stopped in {', '.join(stopped)}; the same command goes on." if stopped else f"All done: {MODEL}.")
+    left = run(all_steps(arguments.packages, arguments.gpu), time.monotonic() + 60 * arguments.minutes)
+    print(f"Not done yet: {', '.join(left)}; the same command goes on." if left else f"All done: {MODEL}.")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class LLaDA2MoeTopkRouter(nn.Module):
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if self.expert_bias.dtype in (torch.float16, torch.bfloat16):
-            self.expert_bias = bias.to(self.expert_bias.device, torch.float32)
+            self.expert_bias = nn.Buffer(bias.to(self.expert_bias.device, torch.float32))
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -58,7 +58,7 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
                 elem_classes="editor",
             )
             # No class of its own: Gradio writes a file beside the module of a component.
-            editor.preprocess = telling(editor.preprocess)  # type: ignore[method-assign]
+            editor.preprocess = telling(editor.preprocess)  # type: ignore[method-assign,assignment]
             take = gr.Button("Take what was drawn last", size="sm")
             instruction = gr.Textbox(
                 label="What to change",

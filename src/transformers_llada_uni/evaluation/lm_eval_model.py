@@ -168,10 +168,10 @@ class LLaDAUniLM(HFLM):
                 is_greedy = [False] * len(part)
                 if self.check_greedy and not is_rolling:
                     is_greedy = self._are_greedy(pairs_of_part, batch_size)
-                for index, *answer in zip(part, log_likelihoods, is_greedy, strict=True):
-                    answers[index] = (answer[0], answer[1])
+                for index, answer in zip(part, zip(log_likelihoods, is_greedy, strict=True), strict=True):
+                    answers[index] = answer
                     if (text := requests[index][0]) is not None:  # kept, whatever ends the run
-                        self.cache_hook.add_partial("loglikelihood", text, answers[index])
+                        self.cache_hook.add_partial("loglikelihood", text, answer)
                 progress.update(len(part))
         return answers
 
