@@ -62,7 +62,7 @@ def test_what_is_rarely_set_reaches_the_pipeline(run, pipe, monkeypatch, tmp_pat
     assert seen[1]["thinking_kwargs"] == {"max_new_tokens": 8}
     assert seen[1]["generation_kwargs"] == {"do_sample": False}
     assert not {"num_candidates", "upscale", "generation_kwargs", "thinking_kwargs"} & set(seen[2])
-    assert "`num_candidates`" in run("draw", "a cat", "--num-candidates", "2", "--temperature", "0", code=2).stderr
+    assert "`--num-candidates`" in run("draw", "a cat", "--num-candidates", "2", "--temperature", "0", code=2).stderr
 
 
 def test_an_interrupted_run_goes_on(run, pipe, monkeypatch, tmp_path):
