@@ -528,3 +528,21 @@ def test_stand_in_refuses_what_the_hub_would(method, path, content, token, statu
         connection.close()
         server.shutdown()
     assert answer.status == status
+
+
+def test_what_is_private_is_private_by_whatever_name(monkeypatch):
+    """diffusers takes `private` and `token` by their place, too."""
+    made = []
+
+    class Pushed:
+        def push_to_hub(self, repo_id, commit_message=None, private=None, token=None, create_pr=False):
+            return repo_id
+
+    class Own(hub_card.PushedWithCard, Pushed):
+        def _push_card(self, **given):
+            made.append(given)
+
+    Own().push_to_hub("tester/secret", "first", True, "token")
+    Own().push_to_hub("tester/secret", private=True, create_pr=True)
+    assert [given["private"] for given in made] == [True, True]
+    assert made[0]["token"] == "token" and made[1]["create_pr"]

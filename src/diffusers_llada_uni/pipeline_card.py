@@ -82,7 +82,7 @@ print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_spe
 ## Limits
 
 The model repeats what its training data holds, mistakes and prejudices included; what it says about an image may be
-wrong, and what it draws may look like a photograph without being one. Sides of an image are multiples of 32 pixels.
+wrong, and what it draws may look like a photograph without being one.
 """
 
 

@@ -75,7 +75,7 @@ def _told_in_a_line() -> Iterator[None]:
     except OSError as error:
         typer.echo(f"llada-uni: {_sentence(error)}", err=True)
         raise typer.Exit(2) from error
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if isinstance(error, TypeError) and "llada_uni" not in frame.f_globals["__name__"]:
             raise

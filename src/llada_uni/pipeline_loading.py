@@ -44,7 +44,7 @@ def resolve_model(name: str, takes_models: bool = False) -> str:
     path = Path(name).expanduser()
     names = find_embedded()["names_of_embedded_checkpoints"]()
     # What else has the name of a model that comes with the package, such as a folder for its images, is not meant.
-    if path.exists() and (name not in names or _is_model(path, takes_models)):
+    if path.exists() and (name not in names or is_model(path, takes_models)):
         if is_pipeline_folder(path):
             kind = read_object(path / "model_index.json").get("_class_name")
             if kind != "LLaDAUniPipeline":
@@ -75,7 +75,8 @@ def find_embedded() -> dict[str, Any]:
     return runpy.run_path(str(Path(package.origin).with_name("embedded_checkpoints.py")))
 
 
-def _is_model(path: Path, takes_models: bool) -> bool:
+def is_model(path: Path, takes_models: bool) -> bool:
+    """Whether a folder can stand for a name; see [`resolve_model`]."""
     return is_pipeline_folder(path) or is_adapter(path) or (takes_models and (path / "config.json").is_file())
 
 
@@ -181,7 +182,7 @@ def configurations_of(name: str) -> str:
         ValueError: if there is none.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and (name not in find_embedded()["names_of_embedded_checkpoints"]() or _is_model(folder, True)):
+    if folder.is_dir() and (name not in find_embedded()["names_of_embedded_checkpoints"]() or is_model(folder, True)):
         return str(folder)
     path = resolve_model(name)
     if Path(path).is_dir():

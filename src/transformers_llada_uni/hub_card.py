@@ -1,5 +1,6 @@
 """The card of a repository on the Hub that has none: what is in it, and how to load it."""
 
+import inspect
 import os
 from typing import Any
 
@@ -43,8 +44,10 @@ class PushedWithCard:
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
         """As upstream's. A repository without a card gets one; not with `create_pr` or on a branch."""
-        self._push_card(repo_id, **kwargs)
-        return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[misc]  # what it is mixed into
+        push = super().push_to_hub  # type: ignore[misc]  # what it is mixed into
+        given = inspect.signature(push).bind(repo_id, *args, **kwargs).arguments
+        self._push_card(**(given | kwargs))
+        return push(repo_id, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any

@@ -146,11 +146,18 @@ def check_labels(labels: Any, inputs: torch.Tensor | None, logits_to_keep: int |
             check_shape("labels", labels, tuple(inputs.shape[:2]))
 
 
-def split_rows(name: str, input_ids: Any, attention_mask: Any, vocab_size: int) -> list[torch.Tensor]:
-    """Rows without the padding on their left, each `(length,)`."""
+def split_rows(
+    name: str, input_ids: Any, attention_mask: Any, vocab_size: int, pad_token_id: int | None = None
+) -> list[torch.Tensor]:
+    """
+    Rows without the padding on their left, each `(length,)`. Without a mask, of several rows the tokens `pad_token_id`
+    that they begin with are padding.
+    """
     check_ids(name, input_ids)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+        if len(input_ids) > 1 and pad_token_id is not None:
+            attention_mask = (input_ids != pad_token_id).cumsum(dim=-1).clamp(max=1)
     mask_name = f"attention_mask` of `{name}"
     check_tensor(mask_name, attention_mask)
     check_shape(mask_name, attention_mask, tuple(input_ids.shape))

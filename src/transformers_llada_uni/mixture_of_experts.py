@@ -1,8 +1,6 @@
 """The feed-forward half of a layer: the dense MLP, or a router, the experts it chooses and a shared one."""
 
 import copy
-from collections.abc import Callable
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, Glm4M
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .exact_buffers import ExactBuffers
 from .kernels import can_fuse
 from .weight_hooks import is_hooked
 
@@ -28,7 +27,7 @@ class LLaDA2MoeMLP(Glm4MoeMLP):
         return self.down_proj(self.act_fn(gate) * up)
 
 
-class LLaDA2MoeTopkRouter(nn.Module):
+class LLaDA2MoeTopkRouter(ExactBuffers):
     """
     Sigmoid router with group-limited choice (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
@@ -41,15 +40,6 @@ class LLaDA2MoeTopkRouter(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.expert_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # `model.to(torch.bfloat16)`, `half()` and a pipeline's `to` cast all there is. The bias keeps its digits as in
-        # loading (`_keep_in_fp32_modules_strict`), or other experts would be chosen.
-        bias = self.expert_bias
-        super()._apply(fn, recurse)
-        if self.expert_bias.dtype in (torch.float16, torch.bfloat16):
-            self.expert_bias = nn.Buffer(bias.to(self.expert_bias.device, torch.float32))
-        return self
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """

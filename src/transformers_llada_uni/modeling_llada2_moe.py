@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import LLaDA2MoeAttention, LLaDA2MoeRMSNorm, take_positions
 from .checkpoint_stub import CodeStaysHere
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .exact_buffers import ExactBuffers
 from .generation.block_diffusion import BlockDiffusionGenerationMixin
 from .generation.configuration import BlockDiffusionGenerationConfig, check_generation_config
 from .hub_card import PushedWithCard
@@ -183,6 +184,10 @@ class LLaDA2MoePreTrainedModel(PushedWithCard, CodeStaysHere, PreTrainedModel): 
             init.normal_(module.down_proj, mean=0.0, std=std)
 
 
+class LLaDA2MoeRotaryEmbedding(ExactBuffers, Glm4MoeRotaryEmbedding):
+    """Upstream's, whose frequencies keep their digits."""
+
+
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
     """The backbone without a head: ids to hidden states."""
 
@@ -193,7 +198,7 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
             [LLaDA2MoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = LLaDA2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Glm4MoeRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what both have
+        self.rotary_emb = LLaDA2MoeRotaryEmbedding(config)  # type: ignore[arg-type]  # it reads what both have
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1198,7 +1198,10 @@ def test_a_call_that_fails_leaves_nothing_on_the_card(offloadable):
 
 
 def test_sequential_cpu_offload(offloadable, monkeypatch):
-    reference = run_all(offloadable)
+    def chosen() -> torch.Tensor:
+        return offloadable("a cat", **SMALL, num_candidates=2, generator=seeded(0), output_type="codes").codes[0]
+
+    reference, wanted = run_all(offloadable), chosen()
     # Here the accelerator is the CPU too. diffusers would call it "cpu:0", and moving a parameter from "cpu" to
     # "cpu:0" makes it an ordinary tensor, which accelerate does not expect.
     original = accelerate.cpu_offload
@@ -1207,6 +1210,7 @@ def test_sequential_cpu_offload(offloadable, monkeypatch):
     )
     offloadable.enable_sequential_cpu_offload(device="cpu")
     assert offloadable.model.lm_head.weight.device.type == "meta"
+    assert torch.equal(chosen(), wanted)  # judged by weights that travel
     for ours, theirs in zip(run_all(offloadable), reference, strict=True):
         assert ours == theirs if isinstance(ours, str) else torch.equal(ours, theirs)
 

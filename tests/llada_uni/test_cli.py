@@ -276,7 +276,13 @@ def test_a_second_signal_waits_for_nobody(monkeypatch):
 
 @pytest.mark.parametrize(
     "host, options, is_served",
-    [("localhost", [], True), ("::1", [], True), ("127.0.0.2", [], True), ("0.0.0.0", ["--no-api-key"], True)]
+    [
+        ("localhost", [], True),
+        ("::1", [], True),
+        ("[::1]", [], True),
+        ("127.0.0.2", [], True),
+        ("0.0.0.0", ["--no-api-key"], True),
+    ]
     + [("0.0.0.0", ["--api-key", "secret"], True), ("192.168.0.2", [], False), ("my-host", [], False)],
 )
 def test_the_network_is_not_let_in_without_a_key(run, monkeypatch, host, options, is_served):
@@ -284,7 +290,7 @@ def test_the_network_is_not_let_in_without_a_key(run, monkeypatch, host, options
     monkeypatch.setattr("llada_uni.commands.serve.run_server", lambda pipe, host, *_, **settings: served.append(host))
     monkeypatch.setattr("llada_uni.commands.serve.check_can_listen", lambda *_: None)
     run("serve", "--host", host, *options, code=0 if is_served else 2)
-    assert served == [host] * is_served and len(run.loads) == is_served
+    assert served == [host.strip("[]")] * is_served and len(run.loads) == is_served
 
 
 MISTAKES = """
@@ -313,7 +319,12 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     words += [["edit", "a", "-i", image] for image in ("none.png", "folder", "broken.png")]
     words += [["fill", "a", "-i", "small.png", "--mask", mask] for mask in ("none.png", "folder")]
     words += [["ask", "a", "-i", "none.png"], ["ask", "a", "-m", "folder"], ["chat", "-m", "folder"]]
-    words += [["draw", "a", "--max-thinking-tokens", "5"], ["story", " "], ["story", "\ud800"]]
+    words += [
+        ["draw", "a", "--max-thinking-tokens", "5"],
+        ["story", " "],
+        ["story", "\ud800"],
+        ["story", "a", "--size", "64"],
+    ]
     words += [["draw", "a", "--num-candidates", "2", "--temperature", "0"]]
     words += [["fill", "a", "-i", "small.png", "--mask", "small.png", "--num-candidates", "2", "--temperature", "0"]]
     words += [["story", "a", "-i", "none.png"], ["story", "a", "-m", "folder"], ["story", "a", "-o", "folder"]]

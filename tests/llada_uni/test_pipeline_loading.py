@@ -73,8 +73,9 @@ def test_a_folder_of_images_has_the_name_of_a_model(tmp_path, monkeypatch):
         == _path(ModelConfig("emoji"))
         == "emoji"
     )
+    (tmp_path / "emoji" / "config.json").unlink()
     (tmp_path / "emoji" / "model_index.json").write_text('{"_class_name": "LLaDAUniPipeline"}')
-    assert resolve_model("emoji") == "emoji"
+    assert resolve_model("emoji") == _path(ModelConfig("emoji")) == "emoji"
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,15 @@ class TestLoading:
         assert loaded.lm_head.weight.dtype == torch.bfloat16
         assert loaded.model.layers[1].mlp.gate.expert_bias.dtype == torch.float32
 
+    @pytest.mark.parametrize("cast", [lambda model: model.to(torch.bfloat16), lambda model: model.half()])
+    def test_a_model_that_is_cast_is_one_that_was_loaded_so(self, official_tiny, cast):
+        cast_one = cast(AutoModelForCausalLM.from_pretrained(official_tiny, dtype=torch.float32))
+        loaded = AutoModelForCausalLM.from_pretrained(official_tiny, dtype=cast_one.dtype)
+        found, wanted = ({**dict(one.named_parameters()), **dict(one.named_buffers())} for one in (cast_one, loaded))
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
     def test_rotary_buffer_survives_meta_loading_and_casts(self, official_tiny):
         loaded = AutoModelForCausalLM.from_pretrained(official_tiny, device_map="cpu", dtype=torch.bfloat16)
         inverse = 1.0 / 600000.0 ** (torch.arange(0, 8, 2) / 8)

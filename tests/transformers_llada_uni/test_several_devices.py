@@ -79,4 +79,5 @@ def test_the_objective(monkeypatch):
     )
     states, targets = torch.empty(5, WIDTH, device=FIRST), torch.empty(5, dtype=torch.long, device=FIRST)
     assert [values.device for values in _score(model, states, targets, keep_entropy=True)] == [FIRST] * 4
+    assert [values.device for values in _score(model, states[:0], targets[:0], keep_entropy=True)] == [FIRST] * 4
     assert _likeliest(model, states).device == FIRST

@@ -179,8 +179,11 @@ def tasks_of_lm_eval(
 
     device = device or best_device()
     name = str(dtype_of(dtype, device)).removeprefix("torch.")
-    pretrained = located.path if located.adapter is None else load_to_talk(model, device, dtype)
     plan: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "num_samples": num_samples, "seed": seed}
+
+    def pretrained() -> Any:
+        return located.path if located.adapter is None else load_to_talk(model, device, dtype)
+
     results = evaluate_tasks(pretrained, device, name, tasks, output, include_path, batch_size=batch_size, **plan)
     _report(results, output, as_json, task="lm-eval", model=model, **plan)
 

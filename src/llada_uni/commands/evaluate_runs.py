@@ -313,7 +313,7 @@ def _completions(input_ids: list[int], labels: list[int]) -> list[tuple[list[int
 
 
 def evaluate_tasks(
-    model: "str | ChatModel",
+    load: Callable[[], "str | ChatModel"],
     device: str,
     dtype: str,
     tasks: list[str],
@@ -329,7 +329,7 @@ def evaluate_tasks(
     Tasks of lm-eval: by task what lm-eval computes.
 
     Args:
-        model: A folder or a repository of the Hub, or what was loaded.
+        load: Gives a folder or a repository of the Hub, or a model; called when all else has been looked at.
         device, dtype: Of the model.
         tasks: Names.
         output: The folder for results; answers are kept in it as they come.
@@ -355,6 +355,7 @@ def evaluate_tasks(
         raise ValueError(f"`tasks`: lm-eval knows no {', '.join(unknown)}.")
     Manifest(output)  # a folder that can be written
     settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed}
+    model = load()
     given: dict[str, Any] = {"pretrained": model}
     if not isinstance(model, str):
         given = {"pretrained": model.model, "tokenizer": model.processor}

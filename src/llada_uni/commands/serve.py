@@ -42,6 +42,7 @@ def serve(
     dtype: Dtype = "auto",
 ) -> None:
     """Serve the model as OpenAI's API: chat, images, edits."""
+    host = host.removeprefix("[").removesuffix("]")
     if api_key == "":
         raise ValueError("`api_key` must not be empty.")
     if api_key is not None and no_api_key:

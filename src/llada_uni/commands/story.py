@@ -49,6 +49,7 @@ def story(
     if not prompt.strip():
         raise ValueError("`prompt` is empty.")
     check_text(prompt, "`prompt`")
+    sides = size_of(size)
     if output.exists():
         raise FileExistsError(f"`output` {str(output)!r} exists already; `--output` names another folder.")
     from ..image_files import open_image
@@ -63,7 +64,7 @@ def story(
     make_folder(output.parent)
     pipe = load(model, device, dtype)
     generator = torch.Generator().manual_seed(seed)
-    settings: dict[str, Any] = {"image": images or None, "generator": generator, **size_of(size)}
+    settings: dict[str, Any] = {"image": images or None, "generator": generator, **sides}
     parts = pipe.interleave(prompt, max_images=max_images, **settings)
     if not parts:
         typer.echo("llada-uni: the model has told nothing; other words, or another `--seed`, may help.", err=True)

@@ -47,7 +47,8 @@ from transformers_llada_uni.training.base_trainer import BaseTrainer
 from transformers_llada_uni.training.checkpointing import last_complete_checkpoint
 from transformers_llada_uni.training.data.dataset_loading import AnyDataset, load_training_dataset, split_of
 
-from ..trained_parts import is_adapter
+from ..pipeline_loading import is_model
+from ..trained_parts import is_adapter, parts_in
 from .user_functions import user_function
 
 
@@ -192,7 +193,7 @@ def _path(model_args: ModelConfig) -> str:
             f"`model_name_or_path` {name!r} is an adapter. To go on with its run: its options, with "
             "`--resume_from_checkpoint true`. To train upon it: `llada-uni assemble ADAPTER --output FOLDER` first."
         )
-    if name in names_of_embedded_checkpoints() and not (Path(name) / "config.json").is_file():
+    if name in names_of_embedded_checkpoints() and not (is_model(Path(name), True) or parts_in(Path(name))):
         return str(embedded_checkpoint(name))
     return name
 
@@ -302,6 +303,7 @@ def image_tokenizer_trainer(
     check_trains_all_weights(model_args)
     if tokenizer_args.text_model_name_or_path is None:
         raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
+    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path)
     train_dataset, eval_dataset = load_data(training.LLaDAUniImageTokenizerTrainer, script_args, training_args)
     model, processor = load_language_model(model_args, training_args)
     # Of a model of both, such as SigLIP, the text tower alone
@@ -313,7 +315,7 @@ def image_tokenizer_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
-        text_tokenizer=AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path),
+        text_tokenizer=text_tokenizer,
     )
     return trainer, script_args
 

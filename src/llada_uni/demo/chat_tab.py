@@ -26,23 +26,26 @@ class Chat(gr.ChatInterface):
     """Gradio's, which goes on after an error: what was refused is in the box again, not in the conversation."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.refused: set[str | None] = set()  # sessions; that of one who stops an answer has failed, too
+        self.answering: set[str | None] = set()  # sessions; Gradio takes an answer that is stopped for a failure
         super().__init__(*args, **kwargs)
 
     @contextmanager
-    def refusing(self, request: gr.Request) -> Iterator[None]:
-        """An error inside, told in a sentence, refuses what was asked."""
+    def goes_on(self, request: gr.Request) -> Iterator[None]:
+        """Around the work for an answer; an error inside is told in a sentence."""
+        self.answering.add(request.session_hash)
         try:
             with told_in_a_sentence():
                 yield
         except gr.Error:
-            self.refused.add(request.session_hash)
+            self.answering.discard(request.session_hash)
             raise
+        self.answering.discard(request.session_hash)
 
     def _put_back(self, message: Any, request: gr.Request) -> Any:
-        if request.session_hash not in self.refused:
+        """What was refused, wherever; what is stopped is in the conversation."""
+        if request.session_hash in self.answering:
+            self.answering.discard(request.session_hash)
             return gr.skip()
-        self.refused.discard(request.session_hash)
         submit = self.textbox.submit_btn
         return gr.MultimodalTextbox(message, interactive=True, submit_btn=submit, stop_btn=False)
 
@@ -69,7 +72,7 @@ def chat_tab(turns: ModelTurns, examples: Examples) -> None:
         request: gr.Request,
     ) -> AsyncIterator[str]:
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-        with chat.refusing(request):
+        with chat.goes_on(request):
             # In a thread: large images take their time, and others' answers are streamed meanwhile.
             messages = await asyncio.to_thread(read_history, [*history, {"role": "user", "content": message}])
             text = ""

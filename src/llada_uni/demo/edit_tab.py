@@ -33,8 +33,8 @@ def telling(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 return read(payload)
             except PIL.Image.DecompressionBombError as error:
                 raise ValueError(f"The image has more than {MAX_PIXELS:,} pixels; make it smaller.") from error
-            except PIL.UnidentifiedImageError as error:
-                raise ValueError("This is no image that can be read.") from error
+            except Exception as error:  # PIL raises whatever its decoders raise
+                raise ValueError("The image cannot be read: it is damaged, or something else.") from error
 
     return preprocess
 
@@ -124,26 +124,32 @@ def edit_tab(turns: ModelTurns, examples: Examples, drawn: DrawTab, tabs: gr.Tab
         image = images[index if index < len(images) else 0][0]
         return to_paint(image), image
 
-    def choose(index: int) -> tuple[Any, Any, str]:
+    def choose(index: int) -> tuple[Any, ...] | str:
         path, words = examples.edits[index]
         if path is None:
-            return gr.skip(), gr.skip(), words
+            return words
         image = PIL.Image.open(path)
-        return to_paint(image), image, words
+        return words, to_paint(image), image
 
     quiet: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     inputs = [editor, given, instruction, *seed.components, *settings]
     outputs = [images, status, seed.seed]
     starts = [edit.click, instruction.submit]
     asked = gr.on(starts, run, inputs, outputs, show_progress_on=images, **TURNS)
-    chosen = samples.click(choose, samples, [editor, given, instruction], **quiet)
+    # Without files the editor is no output: Gradio would make it anew for this visitor, without what is told by it.
+    chosen = samples.click(choose, samples, [instruction, *([editor, given] if has_files else [])], **quiet)
     events = [asked, chosen.then(run, inputs, outputs, show_progress_on=images, **TURNS)] if has_files else [asked]
     stop_by(stop, events, status)
     # Only errors of what goes through the queue are shown.
     queued: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
     of_drawn = [drawn.gallery, drawn.looked_at]
     take.click(take_last, of_drawn, [editor, given], **queued)
-    again.click(take_last, [images, looked_at(images, starts)], [editor, given], **queued)
+    again.click(
+        take_last,
+        [images, looked_at(images, [*starts, *([samples.click] if has_files else [])])],
+        [editor, given],
+        **queued,
+    )
     drawn.edit_button.click(take_last, of_drawn, [editor, given], **queued).success(
         lambda: gr.Tabs(selected=tab_id), None, tabs, **quiet
     )

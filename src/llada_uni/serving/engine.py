@@ -24,6 +24,7 @@ from .story_worker import StoryWorker
 
 
 logger = logging.getLogger(__name__)
+DIED = "The engine has died; its log says why."
 
 
 class Engine:
@@ -128,9 +129,9 @@ class Engine:
             if thread.is_alive():
                 thread.join()
 
-    def _close_queues(self) -> None:
+    def _close_queues(self, **why: str) -> None:
         for queue in self._queues.values():
-            queue.close()
+            queue.close(**why)
 
     @property
     def is_alive(self) -> bool:
@@ -151,10 +152,10 @@ class Engine:
             work()
         except BaseException:
             logger.exception("The engine has died; the server answers no more.")
-            self._close_queues()
+            self._close_queues(why=DIED)
             self._pixels.close()
             for job in list(self._unfinished.values()):
-                job.fail(EngineStopped("The engine has died."))
+                job.fail(EngineStopped(DIED))
 
     # Text
 

@@ -93,7 +93,7 @@ class JobQueue(Generic[AnyJob]):
         self.max_waiting = max_waiting
         self._changed = threading.Condition()
         self._jobs: list[AnyJob] = []
-        self._is_closed = False
+        self._closed: str | None = None  # why
 
     def __len__(self) -> int:
         """Jobs that wait, cancelled ones left out."""
@@ -108,8 +108,8 @@ class JobQueue(Generic[AnyJob]):
             EngineBusy: if too many wait.
         """
         with self._changed:
-            if self._is_closed:
-                raise EngineStopped("The server is being stopped.")
+            if self._closed is not None:
+                raise EngineStopped(self._closed)
             if len(self) >= self.max_waiting:
                 raise EngineBusy(f"{self.max_waiting} requests wait already.")
             self._jobs.append(job)
@@ -133,11 +133,11 @@ class JobQueue(Generic[AnyJob]):
     def wait(self) -> bool:
         """Until there is a job; `False` if none will come, as the queue is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self) or self._is_closed)
+            self._changed.wait_for(lambda: len(self) or self._closed is not None)
             return len(self) > 0
 
-    def close(self) -> None:
-        """Takes no more jobs; those that wait are still to be done."""
+    def close(self, why: str = "The server is being stopped.") -> None:
+        """Takes no more jobs, which are told why; those that wait are still to be done."""
         with self._changed:
-            self._is_closed = True
+            self._closed = why
             self._changed.notify_all()

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..input_checks import check_integer
 from ..seeding import seeded_generator
 from ..training.objective.block_diffusion import add_block_diffusion_head
-from ..unwrapping import unwrap
+from ..unwrapping import input_device, unwrap
 from .likelihood_noise import LikelihoodNoise
 
 
@@ -125,7 +125,7 @@ def completion_likelihood(
             indices = order[start : start + batch_size]
             pairs = [(prompts[index], completions[index]) for index in indices]
             row_length = block_length if fill_last_block else 1
-            batch = _lay_out(pairs, row_length, config.mask_token_id, model.device)
+            batch = _lay_out(pairs, row_length, config.mask_token_id, input_device(model))
             generators = [seeded_generator(seed, zlib.crc32(prompt.numpy().tobytes())) for prompt, _ in pairs]
             log_likelihoods = _score(model, batch, noise, block_length, generators, copies_per_forward).cpu()
             for row, (index, (prompt, completion)) in enumerate(zip(indices, pairs, strict=True)):

@@ -9,6 +9,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..input_checks import check_integer
 from ..processing_llada_uni import LLaDAUniProcessor
+from ..unwrapping import input_device
 from ..user_words import encode_words
 
 
@@ -185,7 +186,7 @@ def _predictions(
         rows = torch.full((len(batch), length), config.mask_token_id)
         for row, index in zip(rows, batch, strict=True):
             row[: len(contexts[index][0])] = torch.tensor(contexts[index][0])
-        rows = rows.to(backbone.device)
+        rows = rows.to(input_device(backbone))
         states = backbone(rows, use_cache=False, block_length=block_length).last_hidden_state
         for row, index in zip(states, batch, strict=True):
             start, count = len(contexts[index][0]), contexts[index][1]

@@ -27,6 +27,7 @@ from ..input_checks import (
     check_streamer,
     split_rows,
 )
+from ..unwrapping import input_device
 from .canvas import Canvas
 from .configuration import (
     BlockDiffusionGenerationConfig,
@@ -124,7 +125,8 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): Prompts, padded on the left. A mask
                 token in a prompt is filled in too, seeing all that comes before it and the rest of its block. Default:
                 `bos_token_id` alone.
-            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*): 0 for padding. Without it, of
+                several rows the padding tokens that they begin with are taken for padding.
             generation_config ([`BlockDiffusionGenerationConfig`], *optional*): Default: that of the model. Of a
                 [`~transformers.GenerationConfig`] what is set in it goes before the model's.
             streamer (`BaseStreamer`, *optional*): Gets the prompt, then every block as it is finished; one with
@@ -160,7 +162,7 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
         if input_ids is None:
             if config.bos_token_id is None:
                 raise ValueError("`input_ids` are not given, and no `bos_token_id` is known to begin with.")
-            input_ids = torch.tensor([[config.bos_token_id]], device=self.get_decoder().device)
+            input_ids = torch.tensor([[config.bos_token_id]], device=input_device(self.get_decoder()))
         prompts = self._split_rows("input_ids", input_ids, attention_mask)
         if config.max_length is not None:
             config.max_new_tokens = config.max_length - input_ids.shape[1]
@@ -417,10 +419,15 @@ class BlockDiffusionGenerationMixin(GenerationSettingsMixin):
                 raise ValueError(f"`{name}` was given, but {type(self).__name__} has no vision tower.")
         return input_ids
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As peft looks for it in a model that generates (`task_type="CAUSAL_LM"`). Nothing here calls it."""
+        return {"input_ids": input_ids, **kwargs}
+
     def _split_rows(
         self, name: str, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        return split_rows(name, input_ids, attention_mask, self.config.get_text_config().vocab_size)
+        config = self.config.get_text_config()
+        return split_rows(name, input_ids, attention_mask, config.vocab_size, config.pad_token_id)
 
     def _check_length(self, name: str, prompts: list[torch.Tensor], num_new_tokens: int) -> None:
         check_length(name, prompts, num_new_tokens, self.config.get_text_config().max_position_embeddings)

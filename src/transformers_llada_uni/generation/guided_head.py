@@ -73,9 +73,12 @@ class GuidedHead:
         if self.matrix is not None:
             logits = self._combined(hidden_states, self.matrix.weight[self.allowed], weights)
         else:
-            logits = _at_least_float32(self.head(hidden_states)).to(hidden_states.device)  # which a hook may have left
+            logits = _at_least_float32(self.head(hidden_states))  # a hook may have put them on another device
+            if weights is not None:
+                weights = weights.to(logits.device)
             logits = guided_logits(logits, *self.guidance, weights)[:, self.allowed]
-        return logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
+        logits.index_fill_(1, self.excluded.to(logits.device), float("-inf"))
+        return logits.to(hidden_states.device)
 
     def _combined(
         self, hidden_states: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor | None

@@ -15,6 +15,21 @@ from .foreign_settings import settings_of, without_neutral
 logger = logging.get_logger(__name__)
 
 
+def _one_length(settings: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Both together, with one of `max_new_tokens` and `max_length`: the later word's, as in transformers the former's
+    where both are given at once."""
+    parts = []
+    for given in (dict(settings), dict(kwargs)):
+        if given.get("max_new_tokens") is not None and given.pop("max_length", None) is not None:
+            logger.warning("Both `max_new_tokens` and `max_length` are given: `max_new_tokens` counts.")
+        parts.append(given)
+    earlier, later = parts
+    if later.get("max_new_tokens") is not None or later.get("max_length") is not None:
+        for name in ("max_new_tokens", "max_length"):
+            earlier.pop(name, None)
+    return earlier | later
+
+
 class GenerationSettingsMixin:
     """Loads a model's `generation_config`, and settles what holds for a call."""
 
@@ -72,6 +87,10 @@ class GenerationSettingsMixin:
             ValueError, TypeError: for a setting that is unknown or out of range.
         """
         check_generation_config(generation_config)
+        # peft puts its own there for a prompt that was learnt.
+        owner = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("A prompt that peft has learnt cannot be put before what is generated here; use LoRA.")
         text_config = self.config.get_text_config()
         defaults = BlockDiffusionGenerationConfig.from_model_config(text_config)
         config = defaults
@@ -82,11 +101,11 @@ class GenerationSettingsMixin:
             elif given is not None:  # one of transformers
                 settings |= settings_of(given)
         config = copy.deepcopy(config)
-        settings = without_neutral(settings | kwargs)
+        settings = without_neutral(_one_length(settings, kwargs))
         strangers = without_neutral(settings_of(config))  # set as attributes, as `transformers serve` does
         config.check_names([*settings, *strangers])
         if "max_new_tokens" in settings:
-            config.max_length = None  # the later word counts
+            config.max_length = None
         config.update(**settings)
         if config.temperature == 0:
             config.do_sample = False

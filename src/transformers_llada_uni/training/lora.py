@@ -74,9 +74,13 @@ def lora_config(
 
 
 def check_adapter(model: "PreTrainedModel") -> None:
-    """Raises ValueError if the adapter of a model reaches experts in few bits."""
+    """Raises ValueError if the adapter of a model reaches experts in few bits, or is of prompts."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            kind = config.peft_type.value
+            raise ValueError(f"`peft_config`: {kind} learns a prompt, which is not read here; use LoRA.")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), GroupwiseExperts):
             raise ValueError(NOT_ADAPTED)

@@ -26,6 +26,7 @@ WITHOUT_MEANING = {
     "packing_strategy": ("bfd", "other strategies cut documents inside a block"),
     "truncation_mode": ("keep_start", "an answer needs its prompt"),
     "router_aux_loss_coef": (None, "loads are balanced by `expert_bias_update_rate`"),
+    "dataset_text_field": ("text", "rename the column"),
     "chat_template_path": (None, "set the template of the processor"),
     "eos_token": (None, "set the token of the tokenizer"),
 }

@@ -121,7 +121,8 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
 
         # 2. The model
         model, processing_class = self._take_model(model, processing_class, args, kwargs)
-        if args.packing and args.max_length is not None and args.max_length % self.block_length:
+        is_packed = args.packing or bool(args.eval_packing)
+        if is_packed and args.max_length is not None and args.max_length % self.block_length:
             raise ValueError(
                 f"`max_length` ({args.max_length}) must be a multiple of `block_length` ({self.block_length}) with "
                 "`packing`: documents are made of whole blocks."
@@ -145,7 +146,7 @@ class LLaDAUniSFTTrainer(LanguageModelTrainer, SFTTrainer):
             **kwargs,
         )
         self._training_data = None  # trl has made its own of it
-        if args.packing and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+        if is_packed and isinstance(self.data_collator, DataCollatorForLanguageModeling):
             assert not isinstance(args.pad_to_multiple_of, str)  # settled by trl
             # trl joins all packed rows into one, as flash attention likes it. A mask would then be quadratic in the
             # whole batch, and not in a row.

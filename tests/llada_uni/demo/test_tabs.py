@@ -67,7 +67,7 @@ def test_images_are_read_while_others_are_answered(demo, monkeypatch):
         threads.append(threading.current_thread())
         return read_history(history)
 
-    chat = SimpleNamespace(refusing=lambda request: told_in_a_sentence())
+    chat = SimpleNamespace(goes_on=lambda request: told_in_a_sentence())
     monkeypatch.setattr(chat_tab, "Chat", lambda handler, **settings: handlers.append(handler) or chat)
     monkeypatch.setattr(chat_tab, "read_history", read)
     with gr.Blocks():
@@ -78,6 +78,24 @@ def test_images_are_read_while_others_are_answered(demo, monkeypatch):
 
     assert asyncio.run(ask()) and len(threads) == 1
     assert threads[0] is not threading.current_thread()
+
+
+def test_what_is_refused_is_in_the_box_again():
+    async def answer(message, history):
+        yield "yes?"
+
+    with gr.Blocks():
+        chat = chat_tab.Chat(answer, multimodal=True)
+    message, request = {"text": "hello", "files": []}, gr.Request()
+    request.session_hash = "a"
+    assert chat._put_back(message, request).value["text"] == "hello"  # before the answer began, as where all is full
+    with pytest.raises(gr.Error), chat.goes_on(request):
+        raise ValueError("no")
+    assert chat._put_back(message, request).value["text"] == "hello"
+    work = chat.goes_on(request)
+    work.__enter__()  # and is stopped
+    assert chat._put_back(message, request) == gr.skip()
+    assert not chat.answering
 
 
 def test_what_is_painted_is_white():
@@ -116,7 +134,7 @@ def test_an_image_that_is_too_large_to_be_painted_on(tmp_path, monkeypatch):
     editor = gr.ImageEditor(type="pil")
     for name, content, words in (
         ("large", None, "The image has more than 16,777,216 pixels"),
-        ("none", b"x", "no image"),
+        ("none", b"x", "The image cannot be read"),
     ):
         path = tmp_path / f"{name}.png"
         PIL.Image.new("RGB", (20, 20)).save(path)

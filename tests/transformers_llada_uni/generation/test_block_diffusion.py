@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from tests.transformers_llada_uni.generation.property_cases import random_case, tiny_backbone
 from tests.transformers_llada_uni.generation.recorded_steps import recorded_on_cpu
@@ -423,6 +423,30 @@ class TestGenerationConfig:
 
     def test_max_length(self, backbone):
         assert backbone.generate(torch.tensor([[1, 2, 3]]), max_length=9, eos_token_id=None).shape == (1, 9)
+
+    @pytest.mark.parametrize(
+        "config, given, length",
+        [
+            (None, {"max_new_tokens": 4, "max_length": 30}, 7),
+            ({"max_length": 30}, {"max_new_tokens": 4}, 7),
+            ({"max_new_tokens": 20}, {"max_length": 9}, 9),
+            ({"max_new_tokens": 4, "max_length": 30}, {}, 7),
+        ],
+    )
+    def test_of_two_lengths_that_of_new_tokens_counts_or_the_later(self, backbone, config, given, length):
+        config = None if config is None else GenerationConfig(**config)
+        ids = torch.tensor([[1, 2, 3]])
+        assert backbone.generate(ids, generation_config=config, eos_token_id=None, **given).shape == (1, length)
+
+    def test_without_a_mask_rows_begin_where_their_padding_ends(self, backbone):
+        pad = backbone.config.pad_token_id
+        ids = torch.tensor([[pad, pad, 1, 2, 3], [4, 5, 6, 7, 8]])
+        settings = {"max_new_tokens": 8, "block_length": 4, "eos_token_id": None}
+        masked = backbone.generate(ids, attention_mask=(ids != pad).long(), **settings)
+        assert torch.equal(backbone.generate(ids, **settings), masked)
+        # A single row is what it is.
+        alone = backbone.generate(ids[:1], **settings)
+        assert torch.equal(alone, backbone.generate(ids[:1], attention_mask=torch.ones(1, 5), **settings))
 
 
 def test_generates_while_training_with_checkpointing(backbone):

@@ -439,6 +439,15 @@ def test_packed_rows_have_the_loss_of_rows_apart(make_trainer, length_weighting)
     assert logged(packed, "loss")[0] == pytest.approx(logged(apart, "loss")[0], rel=1e-4)
 
 
+def test_rows_that_are_packed_for_evaluation_alone_do_not_see_each_other(make_trainer):
+    settings = {"noise_range": ALL_MASKED, "complementary": False, "per_device_eval_batch_size": 16}
+    apart, packed = make_trainer(**settings), make_trainer(eval_packing=True, max_length=2 * LENGTH, **settings)
+    wanted = apart.evaluate(rows(8, seed=1))["eval_loss"]
+    trainer = make_trainer(eval_packing=True, max_length=2 * LENGTH, eval_dataset=rows(8, seed=1), **settings)
+    assert len(trainer.eval_dataset) < 8 and len(trainer.train_dataset) == len(packed.train_dataset)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-3)
+
+
 def test_evaluation_repeats_its_noise_and_keeps_the_final_blocks(make_trainer):
     trainer = make_trainer(block_lengths=[1], block_length_shares=[1.0], max_steps=2)
     first = trainer.evaluate(rows(6, seed=1))

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
+from ...chat_templates import give_back_text_chat
 from ...image_places import IMAGE_END, IMAGE_START, LONE_IMAGE, image_block, image_header, place_images
 from ...processing_llada_uni import LLaDAUniProcessor
 from ...prompts import SYSTEM_PROMPTS, UNCONDITION, build_prompt, flat_text, has_image
@@ -52,6 +53,7 @@ class ExampleTokenizer:
             )
         if tokenizer.eos_token_id is None:
             raise ValueError("`processor`: its tokenizer has no end token, which closes every example.")
+        give_back_text_chat(tokenizer)  # `AutoTokenizer` knows only that of a processor's folder for chats with images
         self.tokenizer = tokenizer
         self.end: int = tokenizer.eos_token_id
 

@@ -279,13 +279,14 @@ def _score(
             weight = weight.full_tensor()
         if targets.numel() == 0:
             # No token is masked: zero-sized results that still hang on the model, so that `backward` works.
-            nothing = hidden_states.float().sum(dim=-1) + weight.float().sum() * 0
+            nothing = hidden_states.float().sum(dim=-1) + (weight.float().sum() * 0).to(hidden_states.device)
             return nothing, nothing.detach(), nothing.detach(), nothing.detach()
         with maybe_gather_lm_head_ctx(weight):
             states, of_head = hidden_states.to(weight.device), targets.to(weight.device)
-            log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-                states, weight, None, of_head, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
-            )
+            with torch.cuda.device_of(weight):  # where trl's kernel is launched
+                log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+                    states, weight, None, of_head, 1.0, VOCABULARY_TILE, None, 1.0, STATISTICS
+                )
             found = (log_probs, entropy, mean_logits, is_top1)
             log_probs, entropy, mean_logits, is_top1 = (values.to(targets.device) for values in found)
     return log_probs, entropy if keep_entropy else entropy.detach(), mean_logits, is_top1.to(log_probs.dtype)
