@@ -445,7 +445,7 @@ def test_saves_and_loads_through_the_auto_classes(official_tiny, tmp_path, text_
     if text_chat:
         assert processor.tokenizer.chat_template == text_chat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "two")
-    hello = [user("hello")]
+    hello = [{"role": "user", "content": "hello"}]
     own = ExampleTokenizer(tokenizer).tokenizer  # training by it writes what the processor writes
     assert own.apply_chat_template(hello, tokenize=False) == original.apply_chat_template(hello)
 
