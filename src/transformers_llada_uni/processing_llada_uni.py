@@ -28,7 +28,7 @@ from .image_places import (
     image_header,
     place_images,
 )
-from .image_processing_llada_uni import LLaDAUniImageProcessor
+from .image_processing_llada_uni import LLaDAUniImageProcessor, LLaDAUniImageProcessorKwargs
 from .image_reading import check_rescaling
 from .image_sizes import check_length, default_side, grid_of_sources, grid_to_generate, grids_of
 from .model_answers import cut_thoughts, parts_of
@@ -42,6 +42,12 @@ from .prompts import (
     write_task_prompts,
 )
 from .user_words import MARK_END, MARK_START, check_settings, encode_prompt, encode_prompts, mark_words
+
+
+# What a call takes beside images and texts.
+_ARGUMENTS = {"text_kwargs", "images_kwargs", "common_kwargs", *TextKwargs.__annotations__}
+_ARGUMENTS |= set(LLaDAUniImageProcessorKwargs.__annotations__)
+_ARGUMENTS -= {"return_tensors"}  # an argument of chats, too
 
 
 class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
@@ -162,8 +168,9 @@ class LLaDAUniProcessor(SavedWithStub, ProcessorMixin):
         """
         check_conversation(conversation)
         conversations, is_batched = self._normalize_conversations(conversation)
-        limits: dict[str, Any] = {name: kwargs.pop(name) for name in ("truncation", "max_length") if name in kwargs}
-        processor_kwargs = {**(processor_kwargs or {}), **limits}
+        # Given beside them, as upstream takes them: to the processor, and not to the template.
+        own: dict[str, Any] = {name: kwargs.pop(name) for name in list(kwargs) if name in _ARGUMENTS}
+        processor_kwargs = {**(processor_kwargs or {}), **own}
         if tokenize:
             mark: Callable[[dict], dict] = partial(mark_message, self.tokenizer) if sanitize_control_tokens else dict
             if sanitize_control_tokens:

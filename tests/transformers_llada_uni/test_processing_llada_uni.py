@@ -366,6 +366,9 @@ def test_batches_of_chats_equal_their_rows(official_tiny, text_chat):
     for row, messages in enumerate(chats):
         assert unpadded(batch, row) == chat(processor, messages)["input_ids"][0].tolist()
     assert batch["image_grid_thw"].tolist() == [[1, 8, 8], [1, 10, 8]]
+    # What the processor is told beside the chats reaches it, also where some have images and some have none.
+    batch = chat(processor, chats, padding="max_length", max_length=512, max_pixels=128 * 128)
+    assert batch["input_ids"].shape == (3, 512) and batch["image_grid_thw"].prod(dim=-1).max() <= 64
 
 
 def test_text_only_chats_use_the_tokenizers_own_template(official_tiny):
