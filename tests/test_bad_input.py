@@ -203,6 +203,11 @@ rows("generation config", lambda s, **arguments: BlockDiffusionGenerationConfig(
 # ------------------------------------------------------------------------------------------------------ generation
 
 SHORT = {"block_length": 4, "max_new_tokens": 4}
+rows(
+    "generate to a length",
+    lambda s, **arguments: s.uni.generate(IDS, **arguments),
+    ({"max_length": 2}, ValueError, ["`max_length` is 2", "3 tokens"]),
+)
 rows("generate", lambda s, **a: s.uni.generate(**{"input_ids": IDS, **SHORT, **a}), *SETTINGS_CASES[::5])
 rows(
     "generate",
@@ -233,7 +238,6 @@ rows(
     ),
     ({"max_new_tokens": 0}, ValueError, ["`max_new_tokens` is 0", "nothing to generate"]),
     ({"max_new_tokens": 2046}, ValueError, ["`max_new_tokens`", "2046", "at most 2045"]),
-    ({"max_length": 2, "max_new_tokens": 4}, ValueError, ["`max_length` is 2", "3 tokens"]),
     ({"block_length": 4096}, ValueError, ["`block_length` (4096)", "`max_position_embeddings`"]),
     ({"mask_token_id": 768}, ValueError, ["`mask_token_id`", "768"]),
     ({"eos_token_id": [440, 9999]}, ValueError, ["`eos_token_id`", "9999"]),
