@@ -331,7 +331,7 @@ def evaluate(
         "category": [([emoji.picture], *asked.category(emoji)) for emoji in some(people, most=500)],
         "colour": [([emoji.picture], *asked.colour(emoji)) for emoji in some(coloured, most=500)],
     }
-    some_scenes = [scenes.any_scene() for _ in range(max(1, round(2000 * share)))]
+    some_scenes = [scenes.any_scene() for _ in range(max(1, round(1000 * share)))]
     kinds_of_questions["count, in scenes"] = [
         ([drawn(scene, tasks.by_key)], *scenes.count(scene)) for scene in some_scenes
     ]
