@@ -303,8 +303,8 @@ def image_tokenizer_trainer(
     check_trains_all_weights(model_args)
     if tokenizer_args.text_model_name_or_path is None:
         raise ValueError("Give `text_model_name_or_path`, the encoder of the captions.")
-    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path)
     train_dataset, eval_dataset = load_data(training.LLaDAUniImageTokenizerTrainer, script_args, training_args)
+    text_tokenizer = AutoTokenizer.from_pretrained(tokenizer_args.text_model_name_or_path)
     model, processor = load_language_model(model_args, training_args)
     # Of a model of both, such as SigLIP, the text tower alone
     text_model = AutoModel.from_pretrained(tokenizer_args.text_model_name_or_path)
