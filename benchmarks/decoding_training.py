@@ -4,7 +4,8 @@ What is gained by training for decoding (`confidence_weight`, `editing_weight`, 
     python benchmarks/decoding_training.py packages \
         --models shipped control=runs/control editing=runs/editing
 
-Each model is `shipped`, or the output folder of `llada-uni train sft`, which takes the shipped language model's place.
+Each model is `shipped`, or NAME=FOLDER with the output folder of `llada-uni train sft`, which takes the shipped
+language model's place.
 Of each, with several settings of decoding: the shares of exact names and of exact descriptions of scenes, and of right
 image codes of drawings and of scenes (which no decoder takes part in), and how often a block went through the model
 for them, the mean over blocks of all rows, guidance not counted. And of each: where a tenth of the tokens of right

@@ -12,12 +12,12 @@ float8 need torchao to be counted.
 """
 
 import argparse
-import multiprocessing
 import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from own_process import in_own_process
 from transformers import AutoModelForCausalLM
 from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
 from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
@@ -161,19 +161,9 @@ def measure_load(options: argparse.Namespace) -> None:
         model.save_pretrained(folder, max_shard_size=f"{options.shard_megabytes}MB")
         del model
         shards = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
-        context = multiprocessing.get_context("spawn")
         print("\n| a backbone loaded | its size, MB | peak of own memory, MB | mapped files, MB |\n|---|---|---|---|")
         for name, quantization_config in (("as it is", None), ("in four bits", GroupwiseQuantizationConfig())):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=load, args=(folder, quantization_config, sender))
-            process.start()
-            sender.close()  # or nobody would hear that the process has died
-            try:
-                size, peak, mapped = receiver.recv()
-            except EOFError:
-                process.join()
-                raise SystemExit(f"{name}: the process died, exit code {process.exitcode}.") from None
-            process.join()
+            size, peak, mapped = in_own_process(name, load, folder, quantization_config)
             print(f"| {name} | {size / 1e6:.0f} | {peak / 1e6:.0f} | {mapped / 1e6:.0f} |", flush=True)
     print(f"\n{len(shards)} shards of at most {max(shards) / 1e6:.0f} MB.")
 

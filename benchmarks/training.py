@@ -12,7 +12,6 @@ beyond the weights.
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import time
@@ -20,6 +19,7 @@ import time
 import psutil
 import torch
 import torch.nn.functional as F
+from own_process import in_own_process
 
 from transformers_llada_uni import LLaDA2MoeConfig, LLaDA2MoeForBlockDiffusion
 from transformers_llada_uni.training import BlockDiffusionNoise, add_block_diffusion_head
@@ -124,20 +124,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
-    context = multiprocessing.get_context("spawn")
     measured = {method: [] for method in METHODS}
     for _ in range(options.repeats):
         for method, values in measured.items():
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure, args=(method, options, sender))
-            process.start()
-            sender.close()  # or nobody would hear that the process has died
-            try:
-                values.append(receiver.recv())
-            except EOFError:
-                process.join()
-                raise SystemExit(f"{method}: the process died, exit code {process.exitcode}.") from None
-            process.join()
+            values.append(in_own_process(method, measure, method, options))
 
     losses = [values[0][0] for values in measured.values()]
     if abs(losses[0] - losses[1]) > 1e-3 * abs(losses[0]):

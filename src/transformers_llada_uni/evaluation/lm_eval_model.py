@@ -19,7 +19,7 @@ import transformers
 from accelerate.utils import find_executable_batch_size
 from tqdm.auto import tqdm
 
-from ..chat_templates import TEXT_CHAT
+from ..chat_templates import give_back_text_chat
 from ..generation.configuration import as_list
 from ..id_rows import left_pad
 from ..input_checks import check_integer
@@ -127,10 +127,7 @@ class LLaDAUniLM(HFLM):
         if isinstance(tokenizer, transformers.ProcessorMixin):
             tokenizer = tokenizer.tokenizer
         super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        # A processor's folder holds two templates, and its default is the one for chats with images.
-        templates = self.tokenizer.chat_template
-        if isinstance(templates, dict) and TEXT_CHAT in templates:
-            self.tokenizer.chat_template = templates[TEXT_CHAT]
+        give_back_text_chat(self.tokenizer)  # the default of a processor's folder is that of chats with images
 
     @property
     def max_length(self) -> int:
